@@ -1,0 +1,1 @@
+"""What a run shows, records or guards, one callback a file."""

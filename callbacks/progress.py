@@ -1,0 +1,47 @@
+"""A Rich bar on a terminal, one line an epoch elsewhere."""
+
+import sys
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+
+from callbacks.speed import Speed
+
+
+def progress_callback(speed: Speed) -> Callback:
+    """The Rich bar where standard output is a terminal, `EpochLines` in pipes, files and CI."""
+    if sys.stdout.isatty():
+        return RichProgressBar(leave=True, theme=RichProgressBarTheme(metrics_format=".4f"))
+    return EpochLines(speed)
+
+
+class EpochLines(ProgressBar):
+    """Prints one line after each epoch: losses, accuracies, learning rate, speed and time.
+
+    Args:
+        speed: The callback that measures the epoch; it must stand before this one.
+    """
+
+    def __init__(self, speed: Speed) -> None:
+        super().__init__()
+        self._speed = speed
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Called by the Trainer on all processes but the first."""
+        self._enabled = False
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the epoch's line."""
+        metrics = trainer.callback_metrics  # on all processes: reading them may need all
+        if not self._enabled:
+            return
+        parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"]
+        for stage in ("train", "val"):
+            if f"{stage}/loss" in metrics:
+                parts.append(f"{stage} loss {metrics[f'{stage}/loss']:.4f} accuracy {metrics[f'{stage}/accuracy']:.4f}")
+        parts.append(f"lr {trainer.optimizers[0].param_groups[0]['lr']:.2e}")
+        parts.append(f"{self._speed.images_per_second:,.0f} images/s")
+        parts.append(f"{self._speed.epoch_seconds:.1f} s")
+        print("  ".join(parts), flush=True)

@@ -1,0 +1,185 @@
+"""One JSON a run: what was trained, where, how fast and how well; also fills TensorBoard's HParams tab."""
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.tensorboard.summary import hparams
+
+from callbacks.speed import Speed
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None  # type: ignore[assignment]
+
+PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics")
+
+
+class RunRecord(Callback):
+    """Writes `record.json` into the run's folder, anew after each epoch and after testing.
+
+    Args:
+        recipe: Name of the recipe.
+        config: The resolved configuration, as nested mappings.
+        config_text: The same as YAML, for its hash.
+        speed: The callback that measures the epochs; it must stand before this one.
+    """
+
+    def __init__(self, recipe: str, config: dict[str, Any], config_text: str, speed: Speed) -> None:
+        self._config = config
+        self._speed = speed
+        self._start = time.perf_counter()
+        self._folder: str | None = None
+        self.record: dict[str, Any] = {
+            "recipe": recipe,
+            "config_sha256": hashlib.sha256(config_text.encode()).hexdigest(),
+            "commit": _commit(),
+            "seed": config.get("seed_everything"),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            "epochs": [],
+        }
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note machine and model, and tell TensorBoard the hyperparameters."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        device = trainer.strategy.root_device
+        self._folder = trainer.log_dir  # asked for here, where all processes are: it is broadcast
+        self._continue_record(trainer)
+        self.record |= {
+            "machine": _machine(device),
+            "devices": trainer.world_size,
+            "precision": trainer.precision,
+            "parameters": sum(parameter.numel() for parameter in pl_module.net.parameters()),  # type: ignore[union-attr]
+            "train_images": len(data.train_set),
+            "val_images": len(data.val_set),
+            "batch_size": data.batch_size * trainer.world_size,
+            "image_size": data.image_size,
+            "max_epochs": trainer.max_epochs,
+        }
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self._start = time.perf_counter()
+        if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
+            # Only names the metrics; their values are the scalars of the same tags.
+            metrics = {"best/val_accuracy": 0, "test/accuracy": 0, "test/loss": 0}
+            writer = trainer.logger.experiment.file_writer
+            for summary in hparams(_flat({key: self._config[key] for key in ("model", "data")}), metrics):
+                writer.add_summary(summary)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add the epoch's line."""
+        metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if not name.endswith("_step")}
+        self.record["epochs"].append(
+            {
+                "epoch": trainer.current_epoch + 1,
+                **metrics,
+                "seconds": self._speed.epoch_seconds,
+                "images_per_second": self._speed.images_per_second,
+                "elapsed_seconds": time.perf_counter() - self._start,
+            }
+        )
+        self._write(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add the run's totals."""
+        epochs = self.record["epochs"]
+        if not epochs:
+            return
+        self.record |= {
+            "fit_seconds": time.perf_counter() - self._start,
+            "images_per_second": statistics.median(epoch["images_per_second"] for epoch in epochs),
+            "peak_memory_bytes": _peak_memory(trainer.strategy.root_device),
+        }
+        if best := max((epoch["val/accuracy"] for epoch in epochs if "val/accuracy" in epoch), default=None):
+            self.record["best_val_accuracy"] = best
+            for logger in trainer.loggers:
+                logger.log_metrics({"best/val_accuracy": best}, step=trainer.global_step)
+        self._write(trainer)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add the test results."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self.record["test"] = {
+            "accuracy": trainer.callback_metrics["test/accuracy"].item(),
+            "loss": trainer.callback_metrics["test/loss"].item(),
+            "images": len(data.test_set),
+        }
+        self._write(trainer)
+
+    def _continue_record(self, trainer: pl.Trainer) -> None:
+        """Keep the epochs of a run that is continued in its own folder."""
+        if self._folder and trainer.ckpt_path and (path := Path(self._folder) / "record.json").is_file():
+            epochs = json.loads(path.read_text(encoding="utf-8")).get("epochs", [])
+            self.record["epochs"] = [epoch for epoch in epochs if epoch["epoch"] <= trainer.current_epoch]
+
+    def _write(self, trainer: pl.Trainer) -> None:
+        if trainer.is_global_zero and self._folder and self.record["epochs"]:
+            target = Path(self._folder) / "record.json"
+            partial = target.with_suffix(".json.partial")
+            partial.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
+            os.replace(partial, target)
+
+
+def _flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
+    flat: dict[str, str | int | float | bool] = {}
+    for key, value in mapping.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            # A class reads as its name, its arguments as its own.
+            if "class_path" in value:
+                flat[name] = value["class_path"].rpartition(".")[2]
+                value = value.get("init_args") or {}
+            flat |= _flat(value, f"{name}.")
+        elif isinstance(value, str | int | float | bool):
+            flat[name] = value
+        else:
+            flat[name] = str(value)
+    return flat
+
+
+def _commit() -> str | None:
+    folder = Path(__file__).parent
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    machine: dict[str, Any] = {"platform": platform.platform(), "cpu": _cpu(), "cores": os.cpu_count()}
+    if device.type == "cuda":
+        machine |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    return machine
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    """Peak memory of the device, or of this process on the CPU, in bytes; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
