@@ -1,0 +1,23 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup test fast lint format audit
+
+help: ## show the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## install everything into the current environment
+	python -m pip install -r requirements-dev.txt -r requirements-extras.txt
+
+test: ## all tests
+	python -m pytest -q
+
+fast: ## the tests that take seconds
+	python -m pytest -q -m "not slow"
+
+lint: ## style and types
+	ruff check . && ruff format --check . && mypy .
+
+format: ## put the code into shape
+	ruff check --fix . && ruff format .
+
+audit: ## known vulnerabilities among the installed packages (asks the package index)
+	python -m pip install -q pip-audit && python -m pip_audit -r requirements.txt
