@@ -10,10 +10,31 @@ from callbacks.speed import Speed
 
 
 def progress_callback(speed: Speed) -> Callback:
-    """The Rich bar where standard output is a terminal, `EpochLines` in pipes, files and CI."""
-    if sys.stdout.isatty():
-        return RichProgressBar(leave=True, theme=RichProgressBarTheme(metrics_format=".4f"))
-    return EpochLines(speed)
+    """`EpochBars` where standard output is a terminal, `EpochLines` in pipes, files and CI."""
+    return EpochBars(speed) if sys.stdout.isatty() else EpochLines(speed)
+
+
+class EpochBars(RichProgressBar):
+    """A bar an epoch with loss, accuracy and speed; epochs are counted from 1, as `--max_epochs` does.
+
+    Args:
+        speed: The callback that measures the epoch; it must stand before this one.
+    """
+
+    def __init__(self, speed: Speed) -> None:
+        super().__init__(leave=True, theme=RichProgressBarTheme(metrics_format=".4f"))
+        self._speed = speed
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, int | str | float | dict]:
+        """The logged metrics, and the images a second of the epoch that ended last."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)  # the run's folder is named at the end
+        if self._speed.images_per_second:
+            metrics["images/s"] = f"{self._speed.images_per_second:,.0f}"
+        return metrics
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"Epoch {current_epoch + 1}/{self.trainer.max_epochs}".ljust(len(self.validation_description))
 
 
 class EpochLines(ProgressBar):

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -93,6 +94,7 @@ class FashionMNISTDataModule(pl.LightningDataModule):
             if not 0 <= share <= 1:
                 raise ValueError(f"data.{name}={share} must lie between 0 and 1")
         self.data_dir = Path(data_dir)
+        self._folder: Path | None = None  # where the verified files lie
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.image_size = image_size
@@ -105,11 +107,13 @@ class FashionMNISTDataModule(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Find or download the files, on one process of each machine."""
-        prepare(self.data_dir)
+        self._folder = prepare(self.data_dir)
 
     def setup(self, stage: str) -> None:
-        """Load the images that the stage needs and split the training images."""
-        folder = prepare(self.data_dir)
+        """Load the images that the stage needs, once, and split the training images."""
+        if hasattr(self, "train_set" if stage in ("fit", "validate") else "test_set"):
+            return
+        self._folder = folder = self._folder or prepare(self.data_dir)
         if stage in ("fit", "validate"):
             images, labels = load(folder, "train")
             val_size = self.hparams["val_size"]
@@ -154,12 +158,15 @@ class FashionMNISTDataModule(pl.LightningDataModule):
             Images (N, channels, image_size, image_size) float32 and the labels.
         """
         images, labels = batch
-        training = self.trainer is not None and self.trainer.training
-        if training:
-            images = self._shift_and_flip(images)
-        pixels = images.float().div_(255)
-        if training:
-            pixels = self._jitter(pixels)
+        if self.trainer is None or not self.trainer.training:
+            return self.preprocess(images), labels
+        return self._as_seen(self._jitter(self._shift_and_flip(images).float().div_(255))), labels
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Images (N, 1, 28, 28) uint8 as the network sees them outside training: scaled, resized and normalised."""
+        return self._as_seen(images.float().div_(255))
+
+    def _as_seen(self, pixels: Tensor) -> Tensor:
         if self.image_size != pixels.shape[-1]:
             size = (self.image_size, self.image_size)
             # Antialiasing is what PIL does when it shrinks an image; when it enlarges one there is nothing to do.
@@ -168,7 +175,7 @@ class FashionMNISTDataModule(pl.LightningDataModule):
         if mean != 0 or std != 1:
             pixels = pixels.sub_(mean).div_(std)
         channels = self.hparams["channels"]
-        return pixels.expand(-1, channels, -1, -1) if channels > 1 else pixels, labels
+        return pixels.expand(-1, channels, -1, -1) if channels > 1 else pixels
 
     def _shift_and_flip(self, images: Tensor) -> Tensor:
         """One gather moves and mirrors the whole uint8 batch, each image by its own draw."""
@@ -284,5 +291,5 @@ class EvalBatches(Sampler[Tensor]):
             yield self.batches[mine] if mine < len(self.batches) else torch.empty(0, dtype=torch.long)
 
 
-def _as_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _as_is(batch: Any) -> Any:
     return batch

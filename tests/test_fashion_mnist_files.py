@@ -1,0 +1,662 @@
+"""The files of Fashion-MNIST: every source, every fault that has been seen, with real processes and a real server."""
+
+import contextlib
+import fcntl
+import gzip
+import hashlib
+import logging
+import os
+import pty
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+import threading
+import time
+import tracemalloc
+import urllib.request
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+
+from datamodules import fashion_mnist_download, fashion_mnist_files
+from datamodules.fashion_mnist_download import DownloadError, debian_package_files, download
+from datamodules.fashion_mnist_files import KNOWN, NAMES, SYSTEM_DIR, DatasetError, is_sample, load, prepare
+
+REPO = Path(__file__).parents[1]
+SAMPLE = Path(__file__).parent / "data"
+GZ_NAMES = [f"{name}.gz" for name in NAMES]
+LOCK = ".fashion-mnist.lock"
+
+
+class Server(ThreadingHTTPServer):
+    """Serves the sample; the first part of the path says how: /healthy/NAME.gz, /stalled/NAME.gz, ..."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.requests = Counter()
+        self.stopped = threading.Event()
+
+    def mirror(self, manner: str) -> str:
+        return f"http://127.0.0.1:{self.server_port}/{manner}/"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self):
+        manner, name = self.path.strip("/").split("/", 1)
+        self.server.requests[name] += 1
+        with contextlib.suppress(ConnectionError):  # the client may walk away
+            getattr(self, manner)((SAMPLE / name).read_bytes() if (SAMPLE / name).is_file() else b"")
+
+    def log_message(self, *arguments):
+        pass
+
+    def head(self, length: int):
+        self.send_response(200)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+
+    def healthy(self, data):
+        self.head(len(data))
+        self.wfile.write(data)
+
+    def late(self, data):
+        self.server.stopped.wait(0.2)
+        self.healthy(data)
+
+    def slow(self, data):
+        data = data[:70_000]
+        self.head(len(data))
+        for start in range(0, len(data), 8_000):
+            self.server.stopped.wait(0.2)
+            self.wfile.write(data[start : start + 8_000])
+
+    def stalled(self, data):
+        self.server.stopped.wait(60)
+
+    def stalled_half_way(self, data):
+        self.head(len(data))
+        self.wfile.write(data[: len(data) // 2])
+        self.server.stopped.wait(60)
+
+    def drip(self, data):
+        self.head(len(data))
+        for byte in data[:400]:  # 8 seconds
+            self.server.stopped.wait(0.02)
+            self.wfile.write(bytes([byte]))
+
+    def drip_headers(self, data):
+        self.wfile.write(b"HTTP/1.0 200 OK\r\nX-Drip: ")
+        for _ in range(400):
+            self.server.stopped.wait(0.02)
+            self.wfile.write(b".")
+
+    def endless(self, data):
+        self.send_response(200)
+        self.end_headers()
+        while not self.server.stopped.is_set():
+            self.wfile.write(bytes(1 << 16))
+
+    def cut_off(self, data):
+        self.head(len(data))
+        self.wfile.write(data[: len(data) // 2])
+
+    def truncated(self, data):
+        self.healthy(data[: len(data) // 2])
+
+    def wrong(self, data):
+        self.healthy(gzip.compress(one_bit_changed(gzip.decompress(data)), compresslevel=1))
+
+    def web_page(self, data):
+        self.healthy(b"<!DOCTYPE html><title>Please log in</title>")
+
+    def unpacked(self, data):
+        self.healthy(gzip.decompress(data))
+
+    def absent(self, data):
+        self.send_error(404)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        yield server
+        server.stopped.set()
+        server.shutdown()
+
+
+def one_bit_changed(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+def put_sample(folder: Path, *, raw: tuple[str, ...] = ()) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in NAMES:
+        data = (SAMPLE / f"{name}.gz").read_bytes()
+        (folder / (name if name in raw else f"{name}.gz")).write_bytes(gzip.decompress(data) if name in raw else data)
+    return folder
+
+
+def prepare_sample(
+    folder: Path, *mirrors: str, timeout: float = 10.0, system_dir: Path = Path("/nonexistent"), **kwargs
+):
+    kwargs = {"use_apt": False, **kwargs}
+    return prepare(folder, data_set="sample", mirrors=mirrors, timeout=timeout, system_dir=system_dir, **kwargs)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name != LOCK)
+
+
+def check_sample(folder: Path):
+    for split, size in (("train", 1500), ("test", 500)):
+        images, labels = load(folder, split)
+        assert (images.shape, images.dtype) == ((size, 28, 28), torch.uint8)
+        assert (labels.shape, labels.dtype) == ((size,), torch.int64)
+        assert labels.bincount().tolist() == [size // 10] * 10
+        assert is_sample(images)
+        assert is_sample(labels)
+
+
+# Reading what is there
+
+
+@pytest.mark.parametrize("raw", [(), NAMES, NAMES[1:3]], ids=["gz", "raw", "mixture"])
+def test_files_in_data_dir_are_used_and_nothing_is_written(tmp_path, raw):
+    folder = put_sample(tmp_path, raw=raw)
+    before = sorted(tmp_path.iterdir())
+    assert prepare(folder, mirrors=(), use_apt=False) == folder
+    check_sample(folder)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_sample_is_the_start_of_each_class_of_the_full_set():
+    full = full_set()
+    for split, per_class in (("train", 150), ("test", 50)):
+        (images, labels), (few_images, few_labels) = load(full, split), load(SAMPLE, split)
+        for label in range(10):
+            assert images[labels == label][:per_class].equal(few_images[few_labels == label])
+
+
+def test_full_set():
+    full = full_set()
+    assert prepare(full, mirrors=(), use_apt=False) == full
+    for split, size in (("train", 60_000), ("test", 10_000)):
+        images, labels = load(full, split)
+        assert (images.shape, images.dtype) == ((size, 28, 28), torch.uint8)
+        assert labels.bincount().tolist() == [size // 10] * 10
+        assert not is_sample(images)
+
+
+def full_set() -> Path:
+    for folder in (REPO / "data", SYSTEM_DIR):
+        if all((folder / name).is_file() for name in GZ_NAMES):
+            return folder
+    pytest.skip(f"neither {REPO / 'data'} nor {SYSTEM_DIR} holds the full data set")
+
+
+def test_torchvision_folder_and_system_folder_are_used_in_this_order(tmp_path):
+    system = put_sample(tmp_path / "system")
+    data_dir = tmp_path / "data"
+    assert prepare_sample(data_dir, system_dir=system) == system
+    assert not data_dir.exists()
+    torchvision = put_sample(data_dir / "FashionMNIST" / "raw", raw=NAMES)
+    assert prepare_sample(data_dir, system_dir=system) == torchvision
+    check_sample(torchvision)
+    (torchvision / NAMES[0]).write_bytes(b"damaged")
+    assert prepare_sample(data_dir, system_dir=system) == system
+    assert names_in(torchvision) == sorted(NAMES)  # that folder is not ours to change
+
+
+def test_unpacked_file_under_gz_name_is_read(tmp_path):
+    folder = put_sample(tmp_path)
+    (folder / GZ_NAMES[0]).write_bytes(gzip.decompress((SAMPLE / GZ_NAMES[0]).read_bytes()))
+    assert prepare_sample(folder) == folder
+    check_sample(folder)
+
+
+def test_file_compressed_anew_is_good(tmp_path):
+    folder = put_sample(tmp_path)
+    content = gzip.decompress((SAMPLE / GZ_NAMES[0]).read_bytes())
+    (folder / GZ_NAMES[0]).write_bytes(gzip.compress(content, compresslevel=0))
+    assert prepare_sample(folder) == folder
+    check_sample(folder)
+
+
+# Wrong files
+
+
+def test_different_data_sets_are_not_mixed(tmp_path, monkeypatch):
+    folder = put_sample(tmp_path, raw=NAMES)
+    other = {}
+    for name in NAMES:
+        content = one_bit_changed((folder / name).read_bytes())
+        other[name] = (len(content), hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(KNOWN, "other", other)
+    labels = folder / "train-labels-idx1-ubyte"
+    labels.write_bytes(one_bit_changed(labels.read_bytes()))
+    with pytest.raises(DatasetError, match=r"one data set, but holds .*train-labels-idx1-ubyte \(other\)") as caught:
+        prepare_sample(folder)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DatasetError, match="mixes images and labels"):
+        load(folder, "train")
+    assert names_in(folder) == sorted(NAMES)
+
+
+def test_part_of_the_sample_is_not_filled_up_with_the_full_set(tmp_path):
+    folder = put_sample(tmp_path / "data")
+    (folder / GZ_NAMES[0]).unlink()
+    with pytest.raises(DatasetError, match="has to hold the 4 files of one data set"):
+        prepare(folder, system_dir=put_sample(tmp_path / "system"), mirrors=(), use_apt=False)
+
+
+def truncated(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def flipped(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 0xFF]) + data[middle + 1 :]
+
+
+BAD = {
+    "truncated": (truncated, "is truncated"),
+    "flipped byte": (flipped, "is damaged"),
+    "empty": (lambda data: b"", "holds 0 bytes instead of 47,040,016"),
+    "wrong content": (lambda data: gzip.compress(one_bit_changed(gzip.decompress(data))), "wrong content"),
+    "a web page": (lambda data: b"<!DOCTYPE html>", "holds 15 bytes instead of"),
+    "too long": (lambda data: gzip.compress(bytes(47_040_017)), "holds more than the 47,040,016 bytes"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "problem"), BAD.values(), ids=BAD.keys())
+def test_bad_file_is_named_set_aside_and_fetched_again(tmp_path, server, caplog, spoil, problem):
+    folder = put_sample(tmp_path)
+    bad = folder / GZ_NAMES[0]
+    content = spoil(bad.read_bytes())
+    bad.write_bytes(content)
+    with pytest.raises(DatasetError, match=problem):
+        load(folder, "train")
+    assert prepare_sample(folder, server.mirror("healthy")) == folder
+    check_sample(folder)
+    assert server.requests == {GZ_NAMES[0]: 1}
+    assert (folder / f"{GZ_NAMES[0]}.corrupt").read_bytes() == content
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING
+    message = record.getMessage()
+    assert str(bad) in message
+    assert problem in message
+    assert "\n" not in message
+
+
+def test_earlier_corrupt_files_are_kept(tmp_path, server):
+    folder = put_sample(tmp_path)
+    for content in (b"one", b"two", b"three"):
+        (folder / GZ_NAMES[0]).write_bytes(content)
+        prepare_sample(folder, server.mirror("healthy"))
+    kept = [(folder / f"{GZ_NAMES[0]}.corrupt{suffix}").read_bytes() for suffix in ("", "-2", "-3")]
+    assert kept == [b"one", b"two", b"three"]
+    assert names_in(folder) == sorted([*GZ_NAMES, *(f"{GZ_NAMES[0]}.corrupt{suffix}" for suffix in ("", "-2", "-3"))])
+
+
+def test_bad_raw_file_does_not_hide_a_good_gz(tmp_path, caplog):
+    folder = put_sample(tmp_path)
+    (folder / NAMES[0]).write_bytes(b"bad")
+    check_sample(folder)
+    assert prepare_sample(folder) == folder
+    assert names_in(folder) == sorted([*GZ_NAMES, f"{NAMES[0]}.corrupt"])
+
+
+def test_gzip_bomb_takes_no_memory():
+    bomb = gzip.compress(bytes(200_000_000), compresslevel=1)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="holds more than the 60,008 bytes"):
+            fashion_mnist_files._verify("train-labels-idx1-ubyte", bomb)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+
+
+IMAGE_HEADER = bytes((0, 0, 8, 3))
+MALFORMED = {
+    "empty": (b"", (28, 28), "not an IDX file"),
+    "no dimensions": (IMAGE_HEADER + bytes(11), (28, 28), "not an IDX file"),
+    "floats": (bytes((0, 0, 0x0D, 3)) + struct.pack(">3I", 1, 28, 28) + bytes(784), (28, 28), "not an IDX file"),
+    "labels for images": (bytes((0, 0, 8, 1)) + struct.pack(">I", 1) + bytes(1), (28, 28), "not an IDX file"),
+    "32x32": (IMAGE_HEADER + struct.pack(">3I", 1, 32, 32) + bytes(1024), (28, 28), "the header says"),
+    "too short": (IMAGE_HEADER + struct.pack(">3I", 2, 28, 28) + bytes(784), (28, 28), "the header says"),
+    "too long": (IMAGE_HEADER + struct.pack(">3I", 1, 28, 28) + bytes(785), (28, 28), "the header says"),
+    "no items": (IMAGE_HEADER + struct.pack(">3I", 0, 28, 28), (28, 28), "the header says"),
+    "label 10": (bytes((0, 0, 8, 1)) + struct.pack(">I", 2) + bytes((3, 10)), (), "a label is 10"),
+}
+
+
+@pytest.mark.parametrize(("content", "shape", "problem"), MALFORMED.values(), ids=MALFORMED.keys())
+def test_malformed_idx_is_refused(content, shape, problem):
+    with pytest.raises(ValueError, match=problem):
+        fashion_mnist_files._parse_idx(content, shape)
+
+
+def test_missing_file_is_named_by_load(tmp_path):
+    with pytest.raises(DatasetError, match=r"holds neither train-images-idx3-ubyte nor train-images-idx3-ubyte\.gz"):
+        load(tmp_path, "train")
+
+
+# Downloading
+
+
+def test_healthy_server_fills_an_empty_folder_silently(tmp_path, server, capfd):
+    folder = tmp_path / "new" / "data"
+    assert prepare_sample(folder, server.mirror("healthy")) == folder
+    check_sample(folder)
+    assert names_in(folder) == sorted(GZ_NAMES)
+    assert server.requests == dict.fromkeys(GZ_NAMES, 1)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_server_that_unpacks_is_understood(tmp_path, server):
+    prepare_sample(tmp_path, server.mirror("unpacked"))
+    check_sample(tmp_path)
+    assert names_in(tmp_path) == sorted(NAMES)
+
+
+def test_slow_but_steady_server_may_take_longer_than_the_timeout(server):
+    start = time.monotonic()
+    data = download(server.mirror("slow") + "t10k-images-idx3-ubyte.gz", limit=10**6, timeout=0.8)
+    assert time.monotonic() - start > 0.8
+    assert data == (SAMPLE / "t10k-images-idx3-ubyte.gz").read_bytes()[:70_000]
+
+
+@pytest.mark.parametrize("manner", ["stalled", "stalled_half_way", "drip", "drip_headers"])
+def test_server_without_progress_is_given_up(server, manner):
+    start = time.monotonic()
+    # "stalled_half_way" sends half of the file at once, and then has to be given up all the same.
+    with pytest.raises(DownloadError, match=r"stalled: less than 6,000 bytes in 0\.6 s"):
+        download(server.mirror(manner) + GZ_NAMES[0], limit=10**6, timeout=0.6)
+    assert 0.5 < time.monotonic() - start < 5
+
+
+def test_endless_answer_is_cut(server):
+    with pytest.raises(DownloadError, match="more than the 100,000 bytes expected"):
+        download(server.mirror("endless") + GZ_NAMES[0], limit=100_000, timeout=10)
+
+
+FAULTS = {
+    "absent": "HTTP 404 Not Found",
+    "stalled": "stalled",
+    "drip": "stalled",
+    "cut_off": "is truncated",
+    "truncated": "is truncated",
+    "wrong": "right length but wrong content",
+    "web_page": "bytes instead of",
+}
+
+
+@pytest.mark.parametrize(("manner", "problem"), FAULTS.items())
+def test_second_mirror_replaces_a_faulty_first(tmp_path, server, caplog, manner, problem):
+    prepare_sample(tmp_path, server.mirror(manner), server.mirror("healthy"), timeout=1.5)
+    check_sample(tmp_path)
+    assert names_in(tmp_path) == sorted(GZ_NAMES)
+    # Only the first file is asked for twice: the mirror that failed is the last choice from then on.
+    assert server.requests == {GZ_NAMES[0]: 2} | dict.fromkeys(GZ_NAMES[1:], 1)
+    [record] = caplog.records
+    assert server.mirror(manner) + GZ_NAMES[0] in record.getMessage()
+    assert problem in record.getMessage()
+
+
+def test_dead_mirror_and_unknown_host_are_passed_over(tmp_path, server):
+    with Server() as gone:
+        dead = gone.mirror("healthy")  # bound, but closed before the download: connection refused
+    prepare_sample(tmp_path, dead, "http://host.invalid/", server.mirror("healthy"))
+    check_sample(tmp_path)
+
+
+def test_sample_from_a_mirror_is_not_taken_for_the_full_set(tmp_path, server):
+    with pytest.raises(DatasetError, match="belongs to the sample data set, not to the full one"):
+        prepare(tmp_path, system_dir=SAMPLE, mirrors=[server.mirror("healthy")], timeout=5, use_apt=False)
+    assert names_in(tmp_path) == []
+
+
+def test_nothing_works(tmp_path, server):
+    system = put_sample(tmp_path / "system")
+    (system / GZ_NAMES[3]).unlink()
+    data_dir = tmp_path / "data"
+    with pytest.raises(DatasetError) as caught:
+        prepare_sample(data_dir, server.mirror("absent"), server.mirror("wrong"), timeout=5, system_dir=system)
+    message = str(caught.value)
+    assert f"  {data_dir}: holds 0 of the 4 files\n" in message
+    assert f"  {system}: holds 3 of the 4 files\n" in message
+    assert f"  {server.mirror('absent')}{GZ_NAMES[0]}: HTTP 404 Not Found\n" in message
+    assert f"  {server.mirror('wrong')}{GZ_NAMES[0]}: has the right length but wrong content" in message
+    for fix in ("1. Get online", f"2. Copy the files {' '.join(GZ_NAMES)} ", "3. On Debian"):
+        assert f"  {fix}" in message
+    assert server.requests == {GZ_NAMES[0]: 4}  # two attempts at each
+    assert names_in(data_dir) == []
+
+
+def test_data_dir_that_is_a_file(tmp_path):
+    (tmp_path / "data").write_text("")
+    with pytest.raises(DatasetError, match="is a file, but a folder is expected"):
+        prepare_sample(tmp_path / "data", system_dir=put_sample(tmp_path / "system"))
+
+
+# Other processes. The package's __init__ imports Lightning, which takes seconds and is not needed here.
+PRELUDE = """
+import os, sys, types
+from pathlib import Path
+package = types.ModuleType("datamodules")
+package.__path__ = ["datamodules"]
+sys.modules["datamodules"] = package
+from datamodules.fashion_mnist_files import DatasetError, load, prepare
+
+def attempt(data_dir, *mirrors, system_dir="/nonexistent", **kwargs):
+    try:
+        kwargs.setdefault("use_apt", False)
+        return prepare(Path(data_dir), data_set="sample", mirrors=mirrors, system_dir=Path(system_dir), **kwargs)
+    except DatasetError as error:
+        return f"DatasetError: {error}"
+
+"""
+
+
+def python(code: str, *arguments: object, **kwargs) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", PRELUDE + code, *map(str, arguments)]
+    kwargs = {"stderr": subprocess.PIPE, **kwargs}
+    return subprocess.run(command, cwd=REPO, env=environment, stdout=subprocess.PIPE, text=True, timeout=120, **kwargs)
+
+
+def test_four_processes_prepare_one_folder_at_once(tmp_path, server):
+    folder = tmp_path / "data"
+    put_sample(folder)
+    for name in GZ_NAMES:
+        (folder / name).write_bytes(b"bad")
+    code = """
+children = []
+for _ in range(4):
+    child = os.fork()
+    if not child:
+        result = attempt(*sys.argv[1:])
+        load(result, "train"), load(result, "test")
+        os.write(1, f"{result}\\n".encode())
+        os._exit(0)
+    children.append(child)
+for child in children:
+    os.waitpid(child, 0)
+"""
+    done = python(code, folder, server.mirror("late"))
+    assert done.stdout.splitlines() == [str(folder)] * 4, done.stderr
+    assert server.requests == dict.fromkeys(GZ_NAMES, 1)
+    assert done.stderr.count("set aside") == 4
+    assert names_in(folder) == sorted([*GZ_NAMES, *(f"{name}.corrupt" for name in GZ_NAMES)])
+
+
+@pytest.fixture
+def open_tmp_path():
+    """A temporary folder that another user may enter, which pytest's is not."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def test_read_only_folder(open_tmp_path):
+    good, bad, system = (put_sample(open_tmp_path / name) for name in ("good", "bad", "system"))
+    (bad / GZ_NAMES[0]).write_bytes(b"bad")
+    for folder in (good, bad):
+        folder.chmod(0o555)
+    code = """
+if os.geteuid() == 0:  # no mode keeps root from writing
+    os.setgroups([]), os.setgid(65534), os.setuid(65534)
+good, bad, system = sys.argv[1:]
+print(attempt(good))
+print(len(load(good, "train")[1]))
+print(attempt(bad, system_dir=system))
+print(attempt(bad))
+print(attempt(bad + "/new"))
+"""
+    done = python(code, good, bad, system)
+    outcomes = done.stdout.splitlines()
+    assert outcomes[:3] == [str(good), "1500", str(system)], done.stderr
+    for outcome, folder in zip(outcomes[3:], (bad, bad / "new"), strict=True):
+        assert outcome.startswith(f"DatasetError: Fashion-MNIST cannot be stored in {folder} (Permission denied): ")
+    warning = f"{bad / GZ_NAMES[0]} holds 3 bytes instead of 47,040,016; it cannot be set aside (Permission denied)"
+    assert done.stderr.splitlines() == [warning] * 2
+    assert sorted(path.name for path in good.iterdir()) == sorted(GZ_NAMES)
+
+
+def test_file_that_another_process_has_just_replaced_is_not_set_aside(tmp_path, caplog):
+    folder = put_sample(tmp_path)
+    (folder / GZ_NAMES[0]).write_bytes(b"bad")
+    with FileLock(folder / LOCK):
+        waiting = threading.Thread(target=prepare_sample, args=(folder,))
+        waiting.start()
+        time.sleep(0.3)  # it has seen the bad file and waits for the lock
+        put_sample(folder)
+    waiting.join()
+    assert caplog.records == []
+    assert names_in(folder) == sorted(GZ_NAMES)
+
+
+def test_process_killed_while_writing_leaves_no_file_under_its_final_name(tmp_path, server):
+    code = """
+import resource, signal
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # kills in the midst of a write
+attempt(*sys.argv[1:])
+"""
+    assert python(code, tmp_path, server.mirror("healthy")).returncode == -signal.SIGXFSZ
+    [leftover] = names_in(tmp_path)
+    assert leftover.startswith(f".{GZ_NAMES[0]}.")
+    assert prepare_sample(tmp_path, server.mirror("healthy")) == tmp_path
+    check_sample(tmp_path)
+
+
+def test_full_disk(tmp_path, server):
+    # A limit on the size of files makes a write fail half-way, just as a full disk does.
+    code = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+print(attempt(*sys.argv[1:]))
+"""
+    done = python(code, tmp_path, server.mirror("healthy"))
+    assert done.stdout.startswith(f"DatasetError: Fashion-MNIST cannot be stored in {tmp_path} (File too large): ")
+    assert done.stdout.count("\n") == 1
+    assert names_in(tmp_path) == []
+
+
+def test_progress_bar_on_a_terminal(tmp_path, server):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))  # a terminal of 24 lines, 120 columns
+    done = python("attempt(*sys.argv[1:])", tmp_path, server.mirror("healthy"), stderr=theirs)
+    os.close(theirs)
+    shown = os.read(ours, 100_000).decode()
+    os.close(ours)
+    assert done.returncode == 0
+    for name in GZ_NAMES:
+        assert f"{name}: 100%" in shown
+
+
+# apt
+
+
+@pytest.fixture
+def apt():
+    """The environment of a working apt-get: it knows the package, and its server answers."""
+    if not shutil.which("apt-get"):
+        pytest.skip("there is no apt-get")
+    command = ["apt-get", "download", "--print-uris", "dataset-fashion-mnist"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"apt-get does not know the package: {done.stderr.strip()}")
+    request = urllib.request.Request(done.stdout.split("'")[1], method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=5).close()
+    except OSError as error:
+        pytest.skip(f"apt's server cannot be reached: {error}")
+
+
+@pytest.mark.slow  # 31 MB through the network each
+@pytest.mark.parametrize("lists", ["with package lists", "without package lists"])
+def test_apt(tmp_path, monkeypatch, apt, lists):
+    if lists == "without package lists":
+        (tmp_path / "apt.conf").write_text(f'Dir::State::lists "{tmp_path}/no-lists";')
+        monkeypatch.setenv("APT_CONFIG", str(tmp_path / "apt.conf"))
+    folder = tmp_path / "data"
+    assert prepare(folder, system_dir=tmp_path / "empty", mirrors=()) == folder
+    assert names_in(folder) == sorted(GZ_NAMES)
+    assert not is_sample(load(folder, "train")[0])
+    assert not is_sample(load(folder, "test")[0])
+
+
+@pytest.fixture
+def apt_from(tmp_path, monkeypatch):
+    """Makes apt use one source only, and no lists."""
+    if not shutil.which("apt-get"):
+        pytest.skip("there is no apt-get")
+
+    def use(source: str):
+        (tmp_path / "sources.list").write_text(source)
+        (tmp_path / "apt.conf").write_text(
+            f'Dir::State::lists "{tmp_path}/no-lists"; Dir::Etc::sourcelist "{tmp_path}/sources.list"; '
+            'Dir::Etc::sourceparts "-"; Acquire::http::Proxy "DIRECT";'
+        )
+        monkeypatch.setenv("APT_CONFIG", str(tmp_path / "apt.conf"))
+
+    return use
+
+
+def test_apt_without_the_package_is_one_more_line(tmp_path, apt_from):
+    apt_from("")
+    with pytest.raises(DatasetError, match="\n  apt-get download dataset-fashion-mnist: E: "):
+        prepare_sample(tmp_path / "data", timeout=0.5, use_apt=True)
+
+
+def test_apt_with_a_stalled_server_is_given_up(apt_from, server, monkeypatch):
+    apt_from(f"deb [trusted=yes] {server.mirror('stalled')} stable main")
+    monkeypatch.setattr(fashion_mnist_download, "APT_TIMEOUT", 2.0)
+    with pytest.raises(DownloadError, match="took longer than 2 s"):
+        debian_package_files(GZ_NAMES)
+    assert server.requests
+
+
+def test_system_without_apt(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(
+        DatasetError, match="\n  apt-get download dataset-fashion-mnist: there is no apt on this system"
+    ):
+        prepare_sample(tmp_path / "data", timeout=0.5, use_apt=True)
