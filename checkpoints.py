@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if path.stat().st_size == 0:
         raise UserError(f"the checkpoint {path} is empty")
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch does not hold the content against its checksums
+        if damaged:
+            raise UserError(f"{path} is damaged: {damaged} in it does not match its checksum")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path} holds objects that a checkpoint of this project never holds; not loaded") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError):
+    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, OSError, NotImplementedError):
         raise UserError(f"{path} is damaged or is not a checkpoint") from None
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"{path} is not a checkpoint of a training run: it holds no state_dict")

@@ -1,10 +1,19 @@
 """LightningCLI with this project's defaults: logger, callbacks, precision, and checkpoints that describe themselves."""
 
+import errno
 import importlib
 import inspect
 import logging
+import multiprocessing
+import os
+import re
+import shlex
+import signal
 import sys
 import warnings
+from argparse import ArgumentError
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +24,47 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from callbacks.confusion import Confusion
+from callbacks.divergence_guard import DivergenceGuard
+from callbacks.exact_resume import ExactResume
+from callbacks.graceful_stop import GracefulStop
 from callbacks.model_table import ModelTable, stages, table
+from callbacks.no_profiler import NoProfiler
 from callbacks.prediction_writer import PredictionWriter
+from callbacks.processes import Processes
 from callbacks.progress import progress_callback
 from callbacks.run_record import RunRecord
 from callbacks.speed import Speed
+from callbacks.temperature import Temperature
+from callbacks.tensorboard_pictures import TensorBoardPictures
+from checkpoint_io import AtomicCheckpointIO
 from checkpoints import read_checkpoint, stored_config
 from command_line import Command, load_yaml
 from datamodules import CLASS_NAMES, DatasetError, FashionMNISTDataModule
-from errors import UserError
+from errors import RunError, UserError
 from lit_modules import LitClassifier
+from memory import advice as memory_advice
+from memory import is_out_of_memory, largest_batch_size
+from parser_errors import explain, one_line
 
+LARGEST_SEED = 2**32 - 1  # that NumPy accepts
+# Errors that lie with the disk, not with the program.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
+LARGEST_BATCH = 8192  # larger ones leave too few steps in an epoch
+FOUND_BATCH_SIZE = "CLASSIC_CNNS_BATCH_SIZE"
+LOST_CONNECTION = r"(?i)gloo|nccl|connection (closed|reset|refused)|broken pipe"
 # What a continued run may change: how it runs, not what it computes.
-FREE_ON_RESUME = ("data.data_dir", "data.num_workers", "data.eval_batch_size", "model.compile", "model.channels_last")
+FREE_ON_RESUME = (
+    "data.data_dir",
+    "data.num_workers",
+    "data.dataset_on_device",
+    "data.eval_batch_size",
+    "model.compile",
+    "model.channels_last",
+)
 
 
 def run(command: Command) -> None:
@@ -39,24 +74,56 @@ def run(command: Command) -> None:
         UserError: For every mistake of the user's.
     """
     _quiet()
+    if not torch.cuda.is_available():
+        # Lightning has PyTorch ask NVIDIA's library for GPUs; where there is none, each optimiser step looks for it.
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
     sys.path.append(str(Path.cwd()))  # where networks of the user's own lie
+    processes = Processes()
     try:
-        ClassifierCLI(command)
+        _run(command, processes)
+    except BaseException as error:
+        if re.search(LOST_CONNECTION, str(error)):
+            processes.await_loss()
+        processes.kill_children()
+        raise
+    finally:
+        _end_workers()
+
+
+def _end_workers() -> None:
+    """End what a run that was broken off left of its loaders' workers, which ignore the signals that stop a run."""
+    if workers := multiprocessing.active_children():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else PyTorch reports their end as an error
+        for worker in workers:
+            worker.kill()
+
+
+def _run(command: Command, processes: Processes) -> None:
+    try:
+        ClassifierCLI(command, processes)
     except DatasetError as error:
         raise UserError(str(error)) from None
-    except MisconfigurationException as error:
-        raise UserError(_one_line(str(error))) from None
+    except (MisconfigurationException, ArgumentError) as error:
+        raise UserError(one_line(str(error))) from None
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise RunError(f"{error.filename or 'a file of the run'} can't be written: {error.strerror}") from None
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning turns into exit code 1
+            raise KeyboardInterrupt from None
+        raise
 
 
 class OneLineParser(LightningArgumentParser):
-    """An argument parser whose errors are one line, and which accepts no abbreviated flags."""
+    """An argument parser that raises its errors, and accepts no abbreviated flags."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Raise `UserError` instead of printing the usage."""
-        raise UserError(_one_line(message)) from None
+        """Raise `ArgumentError` instead of printing the usage."""
+        raise ArgumentError(None, message) from ex
 
 
 class SaveConfig(SaveConfigCallback):
@@ -74,7 +141,11 @@ class SaveConfig(SaveConfigCallback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint tell how it was trained."""
         checkpoint["recipe"] = self.recipe
-        checkpoint["config"] = self.parser.dump(self.config, skip_none=False, skip_link_targets=False)
+        checkpoint["config"] = self._text
+
+    @cached_property
+    def _text(self) -> str:
+        return self.parser.dump(self.config, skip_none=False, skip_link_targets=False)
 
 
 class ClassifierCLI(LightningCLI):
@@ -82,30 +153,47 @@ class ClassifierCLI(LightningCLI):
 
     Args:
         command: The checked command line.
+        processes: The callback that watches the run's other processes.
 
     Raises:
         UserError: If the configuration is not valid, or contradicts the checkpoint.
     """
 
-    def __init__(self, command: Command) -> None:
+    def __init__(self, command: Command, processes: Processes) -> None:
         self.command = command
+        self.processes = processes
         self.stored: dict[str, Any] = {}
-        self.recipe = command.recipe
+        self.stored_shapes: dict[str, tuple[int, ...]] = {}
+        self.recipe = command.recipe or ""
         if command.ckpt_path:
-            self._read_checkpoint(command.ckpt_path)
+            self._read_checkpoint()
         self.recipe = self.recipe or "unnamed"
         self.speed = Speed()
-        super().__init__(
-            LitClassifier,
-            FashionMNISTDataModule,
-            save_config_callback=SaveConfig if command.subcommand == "fit" else None,
-            save_config_kwargs={"recipe": self.recipe, "overwrite": True},
-            seed_everything_default=0,
-            trainer_defaults={"num_sanity_val_steps": 0, "use_distributed_sampler": False},
-            parser_class=OneLineParser,
-            args=self._arguments(),
-            auto_configure_optimizers=False,
-        )
+        try:
+            super().__init__(
+                LitClassifier,
+                FashionMNISTDataModule,
+                save_config_callback=SaveConfig if command.subcommand == "fit" else None,
+                save_config_kwargs={"recipe": self.recipe, "overwrite": True},
+                seed_everything_default=0,
+                trainer_defaults={"num_sanity_val_steps": 0, "use_distributed_sampler": False},
+                parser_class=OneLineParser,
+                args=self._arguments(),
+                auto_configure_optimizers=False,
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            data = self.config[command.subcommand].data
+            training = command.subcommand == "fit"
+            size, flag = data.batch_size, "--batch_size"
+            if not training:
+                size, flag = data.eval_batch_size or size, "--data.eval_batch_size"
+            raise RunError(memory_advice(size, data.image_size, flag)) from None
+
+    def __deepcopy__(self, memo: dict) -> "ClassifierCLI":
+        """Weight averaging copies the model, whose optimiser's factory refers to this object: that is no part of it."""
+        return self
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Only the subcommand in use: building the parsers of all four takes a second."""
@@ -120,54 +208,98 @@ class ClassifierCLI(LightningCLI):
             default=None,
             help="Stop after this many epochs without a better validation accuracy.",
         )
+        parser.add_argument(
+            "--histograms",
+            type=bool,
+            default=False,
+            help="Log histograms of weights and gradient norms to TensorBoard; costs time.",
+        )
+        parser.add_argument(
+            "--stop_at_chance",
+            type=bool,
+            default=False,
+            help="Stop if the loss of the first 500 batches is that of guessing, instead of only saying so.",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and explain what is wrong in one line."""
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            actions = self._parser(self.command.subcommand)._actions
+            known = [flag[2:] for action in actions for flag in action.option_strings if not flag.endswith(".help")]
+            raise UserError(explain(str(error), self._given(), known)) from None
+        seed = self.config[self.command.subcommand].seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed <= LARGEST_SEED:
+            raise UserError(f"seed_everything={seed} must lie between 0 and {LARGEST_SEED}")
 
     def before_instantiate_classes(self) -> None:
-        """Fill in what depends on other settings, then hold the result against the checkpoint."""
+        """Fill in what depends on other settings, then hold the result against machine and checkpoint."""
         config = self.config[self.subcommand]
+        self._check_accelerator(config.trainer.accelerator)
+        self._check_learning_rate(config.model.scheduler)
         net = config.model.net
-        module, _, name = net.class_path.rpartition(".")
-        if "image_size" in inspect.signature(getattr(importlib.import_module(module), name)).parameters:
+        if "image_size" in inspect.signature(_imported(net.class_path)).parameters:
             net.init_args.image_size = config.data.image_size
         if config.trainer.precision is None and config.trainer.accelerator in ("auto", "gpu", "cuda"):
             config.trainer.precision = _gpu_precision()
         if self.stored:
             self._check_against_checkpoint()
+        if self.command.find_batch_size:
+            config.data.batch_size = self._find_batch_size(config)
 
     def instantiate_classes(self) -> None:
         """Build network, data module and Trainer; try the network on the shape of one image."""
         try:
             super().instantiate_classes()
         except ValueError as error:
-            raise UserError(_one_line(str(error))) from None
+            raise UserError(one_line(str(error))) from None
         shape = self.datamodule.input_shape
         if self.command.print_model:
             print(table(self.model.net, shape))
             sys.exit(0)
         _check_fit(self.model.net, shape, self.model.hparams["num_classes"])
+        self._check_weights()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with this project's logger and callbacks beside the user's own."""
         config = self.config_init[self.subcommand]
         callbacks = config.trainer.callbacks or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        logger = False
+        logger: Any = False
         if self.subcommand == "fit":
             logger = config.trainer.logger
             if logger in (None, True):
                 logger = self._tensorboard(config.log_dir)
-            callbacks += self._fit_callbacks(logger is not False)
-        elif self.subcommand == "predict":
+            callbacks += self._fit_callbacks(logger)
+        elif self.subcommand == "predict" and not self.command.images:
             self.predictions = PredictionWriter(self._run_folder() / "predictions.csv", CLASS_NAMES)
             callbacks.append(self.predictions)
         if config.trainer.enable_progress_bar is not False:
             callbacks.append(progress_callback(self.speed))
-        kwargs |= {"logger": logger, "callbacks": callbacks, "enable_model_summary": False}
+        # Last, so that they see what the others have done.
+        callbacks += [self.processes, ExactResume(), GracefulStop(self.processes, self._how_to_continue)]
+        plugins = config.trainer.plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AtomicCheckpointIO())
+        kwargs |= {"logger": logger, "callbacks": callbacks, "plugins": plugins, "enable_model_summary": False}
         if torch.cuda.is_available() and config.trainer.benchmark is None:
             kwargs["benchmark"] = True
-        return super().instantiate_trainer(**kwargs)
+        if config.trainer.profiler is None:
+            kwargs["profiler"] = NoProfiler()
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (TypeError, ImportError) as error:  # of --trainer.devices abc, of an accelerator's missing package
+            raise UserError(one_line(str(error))) from None
 
     def before_fit(self) -> None:
-        """Say what is about to run, where."""
+        """Load the data, so that nothing is written if that fails; then say what is about to run, where."""
+        self.datamodule.setup("fit")
+        try:
+            Path(self.config[self.subcommand].log_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"runs can't be written to {error.filename}: {error.strerror}; set --log_dir") from None
         if self.trainer.is_global_zero:
             where = f"{self.trainer.world_size} x {self.trainer.strategy.root_device.type}"
             print(f"Training {self.recipe} on {where}, precision {self.trainer.precision}", flush=True)
@@ -175,8 +307,9 @@ class ClassifierCLI(LightningCLI):
     def after_fit(self) -> None:
         """Test the best checkpoint and print the summary, where no subcommand was given."""
         if self.command.then_test:
-            best = self.trainer.checkpoint_callback.best_model_path if self.trainer.checkpoint_callback else ""
-            self.trainer.test(self.model, self.datamodule, best or None, verbose=False, weights_only=True)
+            self.trainer.test(
+                self.model, self.datamodule, self._best_checkpoint() or None, verbose=False, weights_only=True
+            )
         if self.trainer.is_global_zero:
             print(self._summary(), flush=True)
 
@@ -190,8 +323,27 @@ class ClassifierCLI(LightningCLI):
 
     def predict(self, **kwargs: Any) -> None:
         """Run, keep no probabilities in memory, and say where the file is."""
+        if self.command.images:
+            self._predict_pictures()
+            return
         self.trainer.predict(**{**kwargs, "return_predictions": False})
         print(f"Wrote the class probabilities of {self.predictions.images:,} images to {self.predictions.path}")
+
+    def _predict_pictures(self) -> None:
+        from pictures.predict import predict_pictures  # here, not above: only this needs it
+
+        predict_pictures(
+            self.trainer,
+            self.model,
+            self.datamodule,
+            CLASS_NAMES,
+            ckpt_path=str(self.command.ckpt_path),
+            images=self.command.images,
+            invert=self.command.invert,
+            output=self.command.output,
+            gradcam=self.command.gradcam,
+            folder=self._run_folder(),
+        )
 
     def _parse_ckpt_path(self) -> None:
         """Not needed: the checkpoint's configuration is part of the arguments."""
@@ -218,22 +370,101 @@ class ClassifierCLI(LightningCLI):
         arguments += [f"--config={path}" for path in command.configs]
         if command.ckpt_path:
             arguments.append(f"--ckpt_path={command.ckpt_path}")
-        return [*arguments, "--weights_only=true", *command.overrides]
+        arguments += ["--weights_only=true", *command.overrides]
+        if command.images:
+            # A few pictures are worth neither processes nor a bar nor compiling, and Grad-CAM hooks into plain modules.
+            arguments += ["--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.enable_progress_bar=false"]
+            arguments.append("--model.compile=false")
+        return arguments
 
-    def _read_checkpoint(self, path: str) -> None:
-        checkpoint = read_checkpoint(Path(path))
-        self.recipe = self.recipe or checkpoint.get("recipe")
+    def _read_checkpoint(self) -> None:
+        checkpoint = self._newest_valid()
+        path = str(self.command.ckpt_path)
+        if self.command.subcommand == "fit" and "optimizer_states" not in checkpoint:
+            raise UserError(
+                f"{path} holds weights alone, without the optimiser's state: training can't continue from it"
+            )
+        self.stored_shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
+        self.recipe = self.recipe or str(checkpoint.get("recipe") or "")
         if "config" in checkpoint or not self.command.configs:
             # The classes that a recipe of the user's own names are trusted: the user named them.
             trust = self.command.trust_checkpoint or bool(self.command.configs)
             self.stored = stored_config(checkpoint, path, trust)
 
+    def _newest_valid(self) -> dict[str, Any]:
+        """The checkpoint to start from; with `--ckpt_path last`, an older one if that is damaged."""
+        damages = []
+        for path in (str(self.command.ckpt_path), *self.command.fallbacks):
+            try:
+                checkpoint = read_checkpoint(Path(path))
+            except UserError as error:
+                damages.append(error)
+                continue
+            if damages and os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"train.py: warning: {damages[0]}; starting from {path}", file=sys.stderr, flush=True)
+            self.command.ckpt_path = path
+            return checkpoint
+        raise damages[0]
+
+    def _how_to_continue(self, path: Path) -> str:
+        """The same command line with the checkpoint in it."""
+        arguments = list(self.command.arguments)
+        for position, token in reversed([*enumerate(arguments)]):
+            if token.split("=")[0] == "--ckpt_path":
+                del arguments[position : position + (1 if "=" in token else 2)]
+        if self.command.find_batch_size:
+            position = next(n for n, token in enumerate(arguments) if token.startswith("--batch_size"))
+            del arguments[position : position + (1 if "=" in arguments[position] else 2)]
+            arguments.append(f"--batch_size={self.config[self.subcommand].data.batch_size}")
+        named = any(token.split("=")[0] == "--model" for token in arguments)
+        return shlex.join(["python", "train.py", *arguments, "--ckpt_path", "last" if named else _shown(path)])
+
+    def _given(self) -> dict[str, str]:
+        """Each setting that the user made, flags first, and the file that holds it."""
+        given = {token.lstrip("-").partition("=")[0]: "" for token in self.command.overrides if token.startswith("--")}
+        for path in reversed((*self.command.outer_configs, *self.command.configs)):  # a later file wins
+            for name in _dotted(load_yaml(path)):
+                given.setdefault(name.removeprefix(f"{self.command.subcommand}."), str(path))
+        return given
+
+    def _check_accelerator(self, accelerator: Any) -> None:
+        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+        if {"gpu": cuda or mps, "cuda": cuda, "mps": mps}.get(accelerator, True):
+            return
+        raise UserError(
+            f"accelerator={accelerator}: PyTorch finds no such device on this machine; use --accelerator cpu or auto"
+        )
+
+    def _find_batch_size(self, config: Any) -> int:
+        """Try with a network of its own, so that this one is initialised as with any other batch size."""
+        if FOUND_BATCH_SIZE not in os.environ:  # where the first process leaves it for the others
+            on_gpu = torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda")
+            dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(config.trainer.precision))
+            shape = (config.data.channels, config.data.image_size, config.data.image_size)
+            with torch.random.fork_rng():
+                model = self.parser.instantiate_classes(self.config)[self.subcommand].model
+                device = torch.device("cuda" if on_gpu else "cpu")
+                size = largest_batch_size(model.net, model.optimizer, shape, device, dtype, LARGEST_BATCH)
+            print(f"Batch size {size}: the largest power of two that fits, up to {LARGEST_BATCH}", flush=True)
+            os.environ[FOUND_BATCH_SIZE] = str(size)
+        return int(os.environ[FOUND_BATCH_SIZE])
+
+    def _check_learning_rate(self, scheduler: Any) -> None:
+        """Refuse a learning rate that the schedule would ignore."""
+        lr = any(re.match(r"--model\.optimizer\.(init_args\.)?lr\b", token) for token in self.command.overrides)
+        names = inspect.signature(_imported(scheduler.class_path)).parameters if scheduler and lr else ()
+        for own in {"max_lr", "base_lr"} & set(names):
+            raise UserError(
+                f"{scheduler.class_path} sets the learning rate itself, so --lr would change nothing; "
+                f"set --model.scheduler.init_args.{own}"
+            )
+
     def _check_against_checkpoint(self) -> None:
         """Refuse what the checkpoint would override in silence."""
         wanted = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False))
-        keys = (
-            ("model", "data", "seed_everything", "trainer.accumulate") if self.subcommand == "fit" else ("model.net",)
-        )
+        keys: tuple[str, ...] = ("model.net",)
+        if self.subcommand == "fit":
+            keys = ("model", "data", "seed_everything", "trainer.accumulate")
         if self.subcommand == "fit" and wanted["model"]["scheduler"]:
             keys += ("trainer.max_epochs", "trainer.max_steps")  # the schedule is as long as the run
         for name, (then, now) in _differences(self.stored, wanted).items():
@@ -241,6 +472,17 @@ class ClassifierCLI(LightningCLI):
                 raise UserError(
                     f"the checkpoint was made with {name}={then}, not {now}; "
                     "a checkpoint keeps its settings: leave that setting as it was, or start anew without --ckpt_path"
+                )
+
+    def _check_weights(self) -> None:
+        """Refuse a checkpoint whose tensors are not those of the model."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+        for name in (shapes | self.stored_shapes) if self.stored_shapes else ():
+            stored, own = self.stored_shapes.get(name, "missing"), shapes.get(name, "missing")
+            if stored != own:
+                raise UserError(
+                    f"{self.command.ckpt_path} holds another network's weights: {name} is {stored} there, {own} in "
+                    f"{type(self.model.net).__name__}; give the --model that it was trained with"
                 )
 
     def _tensorboard(self, log_dir: str) -> Logger:
@@ -254,30 +496,42 @@ class ClassifierCLI(LightningCLI):
         parent = Path(self.command.ckpt_path or "").parent
         return parent.parent if parent.name == "checkpoints" else Path()
 
-    def _fit_callbacks(self, logs: bool) -> list[Callback]:
+    def _fit_callbacks(self, logger: Any) -> list[Callback]:
         config = self.config[self.subcommand]
         text = self._parser(self.subcommand).dump(config, skip_none=False)
+        confusion = Confusion(CLASS_NAMES)
         callbacks = [
             self.speed,
-            RunRecord(self.recipe, yaml.safe_load(text), text, self.speed),
+            confusion,
+            RunRecord(self.recipe, yaml.safe_load(text), text, self.speed, confusion),
             ModelTable(self.datamodule.input_shape),
+            Temperature(),
         ]
-        if logs:
+        if logger is not False:
             callbacks.append(LearningRateMonitor())
+        if isinstance(logger, TensorBoardLogger):
+            callbacks.append(TensorBoardPictures(confusion, config.histograms))
         validates = config.data.val_size > 0
         if config.trainer.enable_checkpointing is not False:
             best = {"filename": "best", "monitor": "val/accuracy", "mode": "max", "save_last": True}
             last_only = {"filename": "last"}
             callbacks.append(ModelCheckpoint(**(best if validates else last_only), enable_version_counter=False))
+        stop = config.stop_at_chance
+        callbacks.append(DivergenceGuard(self.processes, self.model.hparams["num_classes"], stop_at_chance=stop))
         if config.patience:
             if not validates:
                 raise UserError("--patience needs validation images: set --val_size above 0")
             callbacks.append(EarlyStopping("val/accuracy", mode="max", patience=config.patience))
         return callbacks
 
+    def _best_checkpoint(self) -> str:
+        """Its path; empty where nothing was saved."""
+        callback = self.trainer.checkpoint_callback
+        return callback.best_model_path if isinstance(callback, ModelCheckpoint) else ""
+
     def _summary(self) -> str:
         trainer = self.trainer
-        record = next(callback.record for callback in trainer.callbacks if isinstance(callback, RunRecord))
+        record = next(callback.record for callback in trainer.callbacks if isinstance(callback, RunRecord))  # type: ignore[attr-defined]
         lines = [""]
         if test := record.get("test"):
             lines.append(f"Test on {test['images']:,} images: accuracy {test['accuracy']:.4f}, loss {test['loss']:.4f}")
@@ -289,8 +543,7 @@ class ClassifierCLI(LightningCLI):
                 f"Training: {len(record['epochs'])} epochs in {record['fit_seconds']:.1f} s, "
                 f"{record['images_per_second']:,.0f} images/s{best}"
             )
-        checkpoint = trainer.checkpoint_callback.best_model_path if trainer.checkpoint_callback else ""
-        if checkpoint:
+        if checkpoint := self._best_checkpoint():
             path = _shown(checkpoint)
             lines.append(f"Checkpoint: {path}")
         if isinstance(trainer.logger, TensorBoardLogger):
@@ -315,6 +568,9 @@ def _quiet() -> None:
         "Checkpoint directory .* exists and is not empty",  # a continued run goes on in its own folder
         "You are using a custom batch sampler `EvalBatches`",  # which returns every image
         ".*LeafSpec.* is deprecated",  # inside Lightning
+        "torch.distributed.nn.functional.all_gather is deprecated",  # inside Lightning
+        "Total length of `.*` across ranks is zero",  # no validation images are wanted
+        "You're resuming from a checkpoint that ended before the epoch",  # TrainBatches goes on where it ended
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -336,12 +592,24 @@ def _check_fit(net: torch.nn.Module, shape: tuple[int, int, int], num_classes: i
     except (RuntimeError, ValueError) as error:
         size = "x".join(map(str, shape))
         raise UserError(
-            f"{name} can't take images of {size} (channels x height x width): {_one_line(str(error))}"
+            f"{name} can't take images of {size} (channels x height x width): {one_line(str(error))}"
         ) from None
     if total.shape != (num_classes,):
         raise UserError(
             f"{name} gives outputs of shape {total.shape} for one image; {num_classes} logits were expected"
         )
+
+
+def _imported(class_path: str) -> Any:
+    module, _, name = class_path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _dotted(mapping: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in mapping.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
 
 
 def _differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -360,7 +628,3 @@ def _shown(path: str | Path) -> str:
         return str(Path(path).resolve().relative_to(Path.cwd()))
     except ValueError:
         return str(path)
-
-
-def _one_line(message: str) -> str:
-    return " ".join(message.split())

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
@@ -22,17 +22,36 @@ SUBCOMMANDS = {
     "fit": "train only",
     "validate": "measure a checkpoint on the validation images",
     "test": "measure a checkpoint on the 10,000 test images",
-    "predict": "class probabilities of the test images as CSV",
+    "predict": "class probabilities of the test images as CSV, or of --images",
 }
 
 
-def _integer(least: int) -> Callable[[str], str]:
+def _integer(least: int, most: float = math.inf) -> Callable[[str], str]:
     def check(text: str) -> str:
-        if not re.fullmatch(r"[+-]?\d+", text) or int(text) < least:
-            raise ValueError(f"an integer of at least {least}")
+        if not re.fullmatch(r"[+-]?\d+", text) or not least <= int(text) <= most:
+            raise ValueError(f"an integer {f'of at least {least}' if most == math.inf else f'from {least} to {most}'}")
         return text
 
     return check
+
+
+def _one_of(*names: str) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if text not in names:
+            raise ValueError(f"one of {', '.join(names)}")
+        return text
+
+    return check
+
+
+_accelerator = _one_of("auto", "cpu", "gpu", "cuda", "mps", "tpu")
+_precision = _one_of("32", "bf16", "16", "64", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
+
+
+def _devices(text: str) -> str:
+    if not re.fullmatch(r"auto|-1|[1-9]\d*|\d+(,\d+)*,?", text) or text == "0":
+        raise ValueError("a number of at least 1, the devices' numbers like 0,1, or auto")
+    return text
 
 
 def _positive_number(text: str) -> str:
@@ -45,6 +64,10 @@ def _positive_number(text: str) -> str:
     return text
 
 
+def _batch_size(text: str) -> str:
+    return text if text == "auto" else _integer(1)(text)
+
+
 def _epochs(text: str) -> str:
     return text if text == "-1" else _integer(1)(text)
 
@@ -52,6 +75,12 @@ def _epochs(text: str) -> str:
 def _text(text: str) -> str:
     if not text:
         raise ValueError("a value")
+    return text
+
+
+def _output(text: str) -> str:
+    if not text.endswith((".csv", ".json", ".png")):
+        raise ValueError("a file name that ends in .csv, .json or .png")
     return text
 
 
@@ -66,25 +95,41 @@ class Flag(NamedTuple):
 
 FLAGS = {
     "--model": Flag("", _text, "RECIPE", "recipe to train (list below), or a path to a YAML file"),
-    "--accelerator": Flag("--trainer.accelerator", _text, "NAME", "cpu, gpu, mps or auto (default: auto)"),
-    "--devices": Flag("--trainer.devices", _text, "N", "number of devices or processes, or auto"),
+    "--accelerator": Flag("--trainer.accelerator", _accelerator, "NAME", "cpu, gpu, mps or auto (default: auto)"),
+    "--devices": Flag("--trainer.devices", _devices, "N", "number of devices or processes, or auto"),
     "--num_nodes": Flag("--trainer.num_nodes", _integer(1), "N", "number of machines"),
-    "--precision": Flag("--trainer.precision", _text, "P", "32, bf16-mixed, 16-mixed, ... (GPUs: bf16-mixed)"),
+    "--precision": Flag("--trainer.precision", _precision, "P", "32, bf16-mixed, 16-mixed, ... (GPUs: bf16-mixed)"),
     "--max_epochs": Flag("--trainer.max_epochs", _epochs, "N", "passes over the training images"),
-    "--batch_size": Flag("--data.batch_size", _integer(1), "N", "training images a step, on each device"),
+    "--batch_size": Flag("--data.batch_size", _batch_size, "N", "training images a step, on each device, or auto"),
     "--lr": Flag("--model.optimizer.init_args.lr", _positive_number, "X", "learning rate"),
     "--image_size": Flag("--data.image_size", _integer(1), "N", "height and width of the images, in pixels"),
     "--val_size": Flag("--data.val_size", _integer(0), "N", "training images held out for validation"),
-    "--seed": Flag("--seed_everything", _integer(0), "N", "seed of everything drawn at random"),
+    "--seed": Flag("--seed_everything", _integer(0, 2**32 - 1), "N", "seed of everything drawn at random"),
     "--patience": Flag("--patience", _integer(1), "N", "stop after N epochs without a better validation accuracy"),
     "--data_dir": Flag("--data.data_dir", _text, "DIR", "folder of the data set (default: data)"),
     "--log_dir": Flag("--log_dir", _text, "DIR", "folder of the runs (default: logs)"),
     "--ckpt_path": Flag("--ckpt_path", _text, "PATH", "checkpoint to continue or measure; last: the newest run's"),
     "--config": Flag("", _text, "FILE", "YAML file laid over the recipe"),
+    "--histograms": Flag("--histograms=true", None, "", "histograms of weights and gradients in TensorBoard; slower"),
+    "--stop_at_chance": Flag("--stop_at_chance=true", None, "", "stop a network that learns nothing in 500 batches"),
     "--compile": Flag("--model.compile=true", None, "", "compile the network with torch.compile"),
     "--print_model": Flag("", None, "", "show the network's stages, shapes and cost, and stop"),
     "--trust_checkpoint": Flag("", None, "", "let a checkpoint name classes from outside this project"),
     "--print_config": Flag("--print_config", None, "", "show the resolved configuration, and stop"),
+}
+# Those of `predict` alone. The first and the third take several values.
+PREDICT_FLAGS = {
+    "--images": Flag("", _text, "PATH...", "classify these pictures, and those in these folders, not the test images"),
+    "--invert": Flag(
+        "",
+        _one_of("auto", "always", "never"),
+        "WHEN",
+        "make dark on light light on dark: auto (default), always or never",
+    ),
+    "--output": Flag(
+        "", _output, "FILE...", "files to write: .csv, .json, .png (contact sheet; default: pictures.png)"
+    ),
+    "--gradcam": Flag("", None, "", "write a heat map of what spoke for the likeliest class of each picture"),
 }
 # LightningCLI's own flags, passed through and checked there.
 LONG_GROUPS = ("--trainer", "--model", "--data", "--checkpoint")
@@ -105,9 +150,16 @@ class Command:
         overrides: Long flags, which win over the files.
         outer_configs: YAML files sectioned by subcommand, as LightningCLI takes them before the subcommand.
         ckpt_path: Checkpoint to start from.
+        fallbacks: Older checkpoints to start from if that one is damaged, newest first.
+        arguments: The command line as it was given.
+        find_batch_size: Take the largest batch that fits into memory.
         log_dir: Folder of the runs.
         print_model: Only show the network.
         trust_checkpoint: Let the checkpoint name any class.
+        images: Pictures, and folders of them, to classify instead of the test images.
+        invert: Whether to negate them: auto, always or never.
+        output: Files for their classes.
+        gradcam: Write heat maps of them.
     """
 
     subcommand: str = "fit"
@@ -117,9 +169,16 @@ class Command:
     overrides: list[str] = field(default_factory=list)
     outer_configs: list[Path] = field(default_factory=list)
     ckpt_path: str | None = None
+    fallbacks: list[str] = field(default_factory=list)
+    arguments: list[str] = field(default_factory=list)
+    find_batch_size: bool = False
     log_dir: str = "logs"
     print_model: bool = False
     trust_checkpoint: bool = False
+    images: list[Path] = field(default_factory=list)
+    invert: Literal["auto", "always", "never"] = "auto"
+    output: list[Path] = field(default_factory=list)
+    gradcam: bool = False
 
 
 def recipes() -> dict[str, Path]:
@@ -128,8 +187,15 @@ def recipes() -> dict[str, Path]:
     return {str(path.relative_to(folder).with_suffix("").as_posix()): path for path in sorted(folder.rglob("*.yaml"))}
 
 
-def help_text() -> str:
-    """The screen that `--help` shows."""
+def help_text(predict: bool = False) -> str:
+    """The screen that `--help` shows, or that of `predict --help`."""
+    if predict:
+        shared = ("--ckpt_path", "--trust_checkpoint", "--accelerator", "--devices", "--precision", "--data_dir")
+        flags = PREDICT_FLAGS | {name: FLAGS[name] for name in shared}
+        lines = ["usage: python train.py predict --ckpt_path PATH [--images PATH...] [flags]", ""]
+        lines += ["Writes the class probabilities of the test images, or shows the classes of your own pictures.", ""]
+        lines += [f"  {f'{name} {flag.metavar}':<20} {flag.help}" for name, flag in flags.items()]
+        return "\n".join([*lines, "", "All other flags: python train.py --help and python train.py fit --help"])
     lines = ["usage: python train.py [fit|validate|test|predict] --model RECIPE [flags]", ""]
     lines += ["Trains a classic CNN on Fashion-MNIST, then tests it. With a subcommand it does only that.", ""]
     lines += [f"  {f'{name} {flag.metavar}':<20} {flag.help}" for name, flag in FLAGS.items()]
@@ -140,7 +206,8 @@ def help_text() -> str:
         lines += textwrap.wrap(
             " ".join(inside), 100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
         )
-    lines += ["", "Every other setting (--trainer.*, --model.*, --data.*): python train.py fit --help"]
+    lines += ["", "Your own pictures (--images PATH...): python train.py predict --help"]
+    lines += ["Every other setting (--trainer.*, --model.*, --data.*): python train.py fit --help"]
     return "\n".join(lines)
 
 
@@ -153,7 +220,7 @@ def parse_command_line(arguments: list[str]) -> Command | None:
     Raises:
         UserError: For any mistake that can be seen without importing torch.
     """
-    command = Command()
+    command = Command(arguments=list(arguments))
     tokens = list(arguments)
     position = 0
     help_wanted = False
@@ -173,7 +240,7 @@ def parse_command_line(arguments: list[str]) -> Command | None:
             continue
         if name in LINKED:
             raise UserError(f"{name} always follows the size of the images; set {LINKED[name]} instead")
-        flag = FLAGS.get(name)
+        flag = FLAGS.get(name) or PREDICT_FLAGS.get(name)
         if flag is None:
             _known_long_flag(name)
             command.overrides.append(token)
@@ -189,25 +256,33 @@ def parse_command_line(arguments: list[str]) -> Command | None:
             else:
                 setattr(command, name.lstrip("-"), True)
             continue
+        values = [value]
         if not has_value:
             if position == len(tokens) or not _is_value(tokens[position]):
                 raise UserError(f"{name} needs a value: {name} {flag.metavar} ({flag.help})")
-            value = tokens[position]
+            values = [tokens[position]]
             position += 1
-        try:
-            value = flag.check(value)
-        except ValueError as expected:
-            raise UserError(f"{name} must be {expected}, got {value!r}") from None
-        _apply(command, name, flag, value)
+        while flag.metavar.endswith("...") and position < len(tokens) and _is_value(tokens[position]):
+            values.append(tokens[position])
+            position += 1
+        for value in values:
+            try:
+                value = flag.check(value)
+            except ValueError as expected:
+                raise UserError(f"{name} must be {expected}, got {value!r}") from None
+            _apply(command, name, flag, value)
 
     if help_wanted:
-        if command.then_test:
+        if command.then_test or command.subcommand == "predict":
             return None
         command.overrides.append("--help")
         return command
+    _check_predict_flags(command, tokens)
     _check_configs(command)
+    if command.find_batch_size and (command.ckpt_path or command.subcommand != "fit"):
+        raise UserError("--batch_size auto is for new runs: a checkpoint keeps its batch size, and only training has one")
     if command.ckpt_path == "last":
-        command.ckpt_path = str(_newest_checkpoint(command))
+        command.ckpt_path, *command.fallbacks = _newest_checkpoints(command)
     return command
 
 
@@ -267,6 +342,12 @@ def _apply(command: Command, name: str, flag: Flag, value: str) -> None:
         (command.outer_configs if sectioned else command.configs).append(path)
     elif name == "--ckpt_path":
         command.ckpt_path = value
+    elif name == "--batch_size" and value == "auto":
+        command.find_batch_size = True
+    elif name in ("--images", "--output"):
+        getattr(command, name.lstrip("-")).append(Path(value))
+    elif name == "--invert":
+        command.invert = value  # type: ignore[assignment]  # checked
     else:
         if name == "--log_dir":
             command.log_dir = value
@@ -286,12 +367,22 @@ def _recipe_path(value: str) -> Path:
     raise UserError(f"unknown recipe {value!r}{hint}")
 
 
+def _check_predict_flags(command: Command, tokens: list[str]) -> None:
+    given = [name for name in PREDICT_FLAGS if any(token.partition("=")[0] == name for token in tokens)]
+    if given and command.subcommand != "predict":
+        raise UserError(f"{given[0]} belongs to predict: python train.py predict --ckpt_path PATH --images PATH...")
+    if given and not command.images:
+        raise UserError(f"{given[0]} needs pictures: add --images PATH...")
+
+
 def _check_configs(command: Command) -> None:
     names_a_net = any(token.startswith("--model.net") for token in command.overrides)
     from_checkpoint = command.ckpt_path not in (None, "last")
     if not command.configs and not command.outer_configs and not names_a_net and not from_checkpoint:
-        needed = "--model RECIPE" if command.subcommand == "fit" else "--ckpt_path PATH"
-        raise UserError(f"nothing to {command.subcommand}: give {needed} (python train.py --help lists the recipes)")
+        if command.subcommand == "fit":
+            raise UserError("nothing to fit: give --model RECIPE (python train.py --help lists the recipes)")
+    if command.subcommand != "fit" and command.ckpt_path is None and not command.outer_configs:
+        raise UserError(f"nothing to {command.subcommand}: a network needs trained weights; give --ckpt_path PATH (or last)")
     for path in command.configs:
         load_yaml(path)
     if command.recipe is None and command.configs:
@@ -299,17 +390,16 @@ def _check_configs(command: Command) -> None:
         command.recipe = by_path.get(command.configs[0].resolve(), command.configs[0].stem)
 
 
-def _newest_checkpoint(command: Command) -> Path:
+def _newest_checkpoints(command: Command) -> list[str]:
     if command.recipe is None:
         raise UserError("--ckpt_path last needs to know the recipe: add --model RECIPE")
     runs = Path(command.log_dir) / command.recipe
-    found = runs.glob("version_*/checkpoints/last.ckpt")
-    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
-    if newest is None:
+    found = sorted(runs.glob("version_*/checkpoints/*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.stem))
+    if not found:
         raise UserError(
             f"there is no run of {command.recipe} to continue in {runs}; leave out --ckpt_path to start one"
         )
-    return newest
+    return [str(path) for path in reversed(found)]
 
 
 def _known_long_flag(name: str) -> None:

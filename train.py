@@ -6,23 +6,36 @@ Only light modules are imported here, so that `--help` and plain mistakes answer
 import sys
 
 from command_line import help_text, parse_command_line
-from errors import UserError
+from errors import Stopped, UserError
 
 
 def main(arguments: list[str]) -> int:
-    """Run one command line; returns the exit code."""
+    """Run one command line.
+
+    Returns:
+        The exit code: 0, or 1 if the run failed, 2 for a mistake in the command, 3 if training diverged, 130 after
+        Ctrl-C and 143 after another signal that asked to stop.
+    """
     try:
         command = parse_command_line(arguments)
         if command is None:
-            print(help_text())
+            print(help_text(predict="predict" in arguments))
             return 0
         import cli  # here, not above: torch and Lightning take seconds to import
 
         cli.run(command)
         return 0
     except UserError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
+        if str(error):  # else the first process says it
+            print(f"train.py: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except Stopped as stopped:
+        if str(stopped):
+            print(f"\n{stopped}", file=sys.stderr)
+        return stopped.exit_code
+    except KeyboardInterrupt:
+        print("\nStopped by Ctrl-C.", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -39,12 +39,7 @@ def stages(net: nn.Module, input_shape: tuple[int, int, int]) -> tuple[list[Stag
     Raises:
         Exception: Whatever the network raises for an image of that shape.
     """
-    names: dict[nn.Module, str] = {}
-    for name, child in net.named_children():
-        if type(child) is nn.Sequential:
-            names |= {inner: f"{name}.{inner_name}" for inner_name, inner in child.named_children()}
-        else:
-            names[child] = name
+    names = stage_modules(net)
     shapes: list[tuple[nn.Module, tuple[int, ...]]] = []
 
     def note_shape(module: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -68,6 +63,17 @@ def stages(net: nn.Module, input_shape: tuple[int, int, int]) -> tuple[list[Stag
         for module, shape in shapes
     ]
     return rows, Stage("", type(net).__name__, tuple(output.shape[1:]), _parameters(net), counter.get_total_flops())
+
+
+def stage_modules(net: nn.Module) -> dict[nn.Module, str]:
+    """Module to name of a network's stages: its children, where a Sequential counts as its members."""
+    names: dict[nn.Module, str] = {}
+    for name, child in net.named_children():
+        if type(child) is nn.Sequential:
+            names |= {inner: f"{name}.{inner_name}" for inner_name, inner in child.named_children()}
+        else:
+            names[child] = name
+    return names
 
 
 def table(net: nn.Module, input_shape: tuple[int, int, int]) -> str:

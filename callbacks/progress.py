@@ -1,12 +1,16 @@
 """A Rich bar on a terminal, one line an epoch elsewhere."""
 
 import sys
+import time
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 
 from callbacks.speed import Speed
+
+_DRAWINGS_A_SECOND = 10  # of Lightning's 100, each holds up the training for milliseconds
 
 
 def progress_callback(speed: Speed) -> Callback:
@@ -22,8 +26,9 @@ class EpochBars(RichProgressBar):
     """
 
     def __init__(self, speed: Speed) -> None:
-        super().__init__(leave=True, theme=RichProgressBarTheme(metrics_format=".4f"))
+        super().__init__(_DRAWINGS_A_SECOND, leave=True, theme=RichProgressBarTheme(metrics_format=".4f"))
         self._speed = speed
+        self._drawn = 0.0
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, int | str | float | dict]:
         """The logged metrics, and the images a second of the epoch that ended last."""
@@ -32,6 +37,15 @@ class EpochBars(RichProgressBar):
         if self._speed.images_per_second:
             metrics["images/s"] = f"{self._speed.images_per_second:,.0f}"
         return metrics
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Update the bar when it is due: doing so at every step would slow small networks down."""
+        now = time.monotonic()
+        if trainer.is_last_batch or now - self._drawn >= 1 / _DRAWINGS_A_SECOND:
+            self._drawn = now
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def _get_train_description(self, current_epoch: int) -> str:
         return f"Epoch {current_epoch + 1}/{self.trainer.max_epochs}".ljust(len(self.validation_description))

@@ -16,8 +16,11 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
+from callbacks.confusion import Confusion
+from callbacks.model_table import stages
 from callbacks.speed import Speed
 
 try:
@@ -25,6 +28,8 @@ try:
 except ImportError:  # on Windows
     resource = None  # type: ignore[assignment]
 
+# What TensorBoard's HParams tab shows without a click.
+FIRST_HPARAMS = ("recipe", "model.optimizer.lr", "data.batch_size", "max_epochs", "seed")
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics")
 
 
@@ -36,15 +41,20 @@ class RunRecord(Callback):
         config: The resolved configuration, as nested mappings.
         config_text: The same as YAML, for its hash.
         speed: The callback that measures the epochs; it must stand before this one.
+        confusion: The callback that counts what is taken for what.
     """
 
-    def __init__(self, recipe: str, config: dict[str, Any], config_text: str, speed: Speed) -> None:
+    def __init__(
+        self, recipe: str, config: dict[str, Any], config_text: str, speed: Speed, confusion: Confusion
+    ) -> None:
         self._config = config
         self._speed = speed
+        self._confusion = confusion
         self._start = time.perf_counter()
         self._folder: str | None = None
         self.record: dict[str, Any] = {
             "recipe": recipe,
+            "config": config,
             "config_sha256": hashlib.sha256(config_text.encode()).hexdigest(),
             "commit": _commit(),
             "seed": config.get("seed_everything"),
@@ -57,27 +67,36 @@ class RunRecord(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         device = trainer.strategy.root_device
         self._folder = trainer.log_dir  # asked for here, where all processes are: it is broadcast
-        self._continue_record(trainer)
         self.record |= {
             "machine": _machine(device),
             "devices": trainer.world_size,
             "precision": trainer.precision,
-            "parameters": sum(parameter.numel() for parameter in pl_module.net.parameters()),  # type: ignore[union-attr]
+            "parameters": sum(parameter.numel() for parameter in pl_module.net.parameters()),  # type: ignore[union-attr, misc]
             "train_images": len(data.train_set),
             "val_images": len(data.val_set),
             "batch_size": data.batch_size * trainer.world_size,
             "image_size": data.image_size,
             "max_epochs": trainer.max_epochs,
         }
+        if (flops := _flops(pl_module.net, data.input_shape)) is not None:
+            self.record["flops"] = flops
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         self._start = time.perf_counter()
         if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
             # Only names the metrics; their values are the scalars of the same tags.
-            metrics = {"best/val_accuracy": 0, "test/accuracy": 0, "test/loss": 0}
+            metrics = {"test/accuracy": 0, "test/loss": 0, "best/val_accuracy": 0}
+            mine = {key: self.record[key] for key in ("recipe", "seed", "max_epochs")}
+            values = _flat(mine | {key: self._config[key] for key in ("model", "data")})
+            summaries = hparams(values, metrics)
+            _put_first(summaries[0], FIRST_HPARAMS)
             writer = trainer.logger.experiment.file_writer
-            for summary in hparams(_flat({key: self._config[key] for key in ("model", "data")}), metrics):
+            for summary in summaries:
                 writer.add_summary(summary)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep what an earlier part of the run recorded; only here is the epoch restored at which it goes on."""
+        self._continue_record(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add the epoch's line."""
@@ -116,6 +135,7 @@ class RunRecord(Callback):
             "accuracy": trainer.callback_metrics["test/accuracy"].item(),
             "loss": trainer.callback_metrics["test/loss"].item(),
             "images": len(data.test_set),
+            "class_accuracy": self._confusion.class_accuracy,
         }
         self._write(trainer)
 
@@ -124,13 +144,15 @@ class RunRecord(Callback):
         if self._folder and trainer.ckpt_path and (path := Path(self._folder) / "record.json").is_file():
             epochs = json.loads(path.read_text(encoding="utf-8")).get("epochs", [])
             self.record["epochs"] = [epoch for epoch in epochs if epoch["epoch"] <= trainer.current_epoch]
+            if self.record["epochs"]:  # times go on where they stood
+                self._start -= self.record["epochs"][-1]["elapsed_seconds"]
 
     def _write(self, trainer: pl.Trainer) -> None:
         if trainer.is_global_zero and self._folder and self.record["epochs"]:
             target = Path(self._folder) / "record.json"
             partial = target.with_suffix(".json.partial")
             partial.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
-            os.replace(partial, target)
+            partial.replace(target)
 
 
 def _flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
@@ -148,6 +170,23 @@ def _flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, str | int | fl
         else:
             flat[name] = str(value)
     return flat
+
+
+def _put_first(experiment: Any, names: tuple[str, ...]) -> None:
+    """Let TensorBoard list these hyperparameters first: it prefers those marked as differing between the runs."""
+    plugin_data = experiment.value[0].metadata.plugin_data
+    content = HParamsPluginData.FromString(plugin_data.content)
+    for info in content.experiment.hparam_infos:
+        info.differs = info.name in names
+    plugin_data.content = content.SerializeToString()
+
+
+def _flops(net: Any, input_shape: tuple[int, int, int]) -> int | None:
+    """Floating-point operations of one image's forward pass; None where they can't be counted without data."""
+    try:
+        return stages(net, input_shape)[1].flops
+    except NotImplementedError:
+        return None
 
 
 def _commit() -> str | None:

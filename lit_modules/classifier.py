@@ -3,7 +3,8 @@
 import hashlib
 import math
 import os
-from typing import Any, Literal
+import warnings
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -53,24 +54,31 @@ class LitClassifier(pl.LightningModule):
     ) -> None:
         super().__init__()
         # Kept whole, network included, so that load_from_checkpoint(path) rebuilds it without arguments.
-        self.save_hyperparameters(logger=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Attribute 'net' is an instance of `nn.Module`")
+            self.save_hyperparameters(logger=False)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing={label_smoothing} must lie in [0, 1)")
         _check_optimizer(optimizer)
         self.net = net
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self.temperature = 1.0  # fitted by callbacks/temperature.py
         if initialization == "he":
             net.apply(_he_initialization)
         if channels_last:
-            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            net.to(memory_format=torch.channels_last)
         if compile:
             net.compile()  # in place, so that checkpoints keep the plain parameter names
-        self.metrics = nn.ModuleDict({stage: _metrics(num_classes) for stage in ("train_", "val", "test")})
+        metrics = nn.ModuleDict({stage: _metrics(num_classes) for stage in ("train_", "val", "test")})
+        self.metrics = cast("dict[str, MetricCollection]", metrics)
         self._since_last_log: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W), scaled and resized as in training, to logits (N, num_classes)."""
+        if self.hparams["compile"]:
+            # One compilation serves all batch sizes: an epoch's last batch, and evaluation.
+            torch._dynamo.maybe_mark_dynamic(images, 0)
         return self.net(images)
 
     def setup(self, stage: str) -> None:
@@ -86,18 +94,19 @@ class LitClassifier(pl.LightningModule):
         random generator need be stored.
         """
         if self.trainer.training:
-            torch.manual_seed(
-                step_seed(self.trainer.current_epoch, self.trainer.fit_loop.batch_idx + 1, self.global_rank)
+            _seed_device(
+                self.trainer.strategy.root_device,
+                step_seed(self.trainer.current_epoch, self.trainer.fit_loop.batch_idx + 1, self.global_rank),
             )
         return batch
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Cross entropy of one batch; the metrics are updated only every `log_every_n_steps` batches."""
         images, labels = batch
-        logits = self.net(images)
+        logits = self(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.hparams["label_smoothing"])
         self._since_last_log.append((loss.detach(), logits.detach(), labels))
-        if len(self._since_last_log) >= self.trainer.log_every_n_steps:
+        if len(self._since_last_log) >= self.trainer.log_every_n_steps:  # type: ignore[attr-defined]  # set by its logger connector
             self.log("train/loss_step", self._update_train_metrics(), prog_bar=True)
         return loss
 
@@ -107,25 +116,51 @@ class LitClassifier(pl.LightningModule):
             self._update_train_metrics()
             self._log_metrics("train_")
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Update the validation metrics."""
-        self._evaluation_step(batch, "val")
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Update the validation metrics; returns the logits (N, num_classes), for callbacks."""
+        return self._evaluation_step(batch, "val")
 
     def on_validation_epoch_end(self) -> None:
         """Log validation loss and accuracy."""
         self._log_metrics("val")
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Update the test metrics."""
-        self._evaluation_step(batch, "test")
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Update the test metrics; returns the logits (N, num_classes), for callbacks."""
+        return self._evaluation_step(batch, "test")
 
     def on_test_epoch_end(self) -> None:
         """Log test loss and accuracy."""
         self._log_metrics("test")
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Class probabilities (N, num_classes) of one batch."""
-        return self.net(batch[0]).float().softmax(dim=1)
+        """Calibrated class probabilities (N, num_classes) of one batch."""
+        return self(batch[0]).float().div(self.temperature).softmax(dim=1)
+
+    @torch.no_grad()
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Calibrated class probabilities, without a Trainer and whatever mode the network is in.
+
+        Args:
+            images: What the data module's `preprocess` returns, (N, C, H, W), on any device.
+
+        Returns:
+            Probabilities (N, num_classes) float32.
+        """
+        training = self.net.training
+        self.net.eval()
+        try:
+            return self.predict_step((images.to(self.device), images), 0)
+        finally:
+            self.net.train(training)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the temperature."""
+        checkpoint["temperature"] = self.temperature
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the temperature over; a checkpoint from elsewhere has none."""
+        stored = checkpoint.get("temperature")
+        self.temperature = stored if isinstance(stored, float) and 0 < stored < math.inf else 1.0
 
     def configure_optimizers(self) -> Any:
         """The optimiser, and the scheduler with the run's length worked out."""
@@ -139,14 +174,15 @@ class LitClassifier(pl.LightningModule):
         schedule = {"scheduler": self.scheduler(optimizer, **lengths), "interval": interval, "monitor": "val/loss"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
-    def _evaluation_step(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
+    def _evaluation_step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         images, labels = batch
-        logits = self.net(images).float()
+        logits = self(images).float()
         counted = (labels != IGNORED_LABEL).sum()
         loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED_LABEL)
         metrics = self.metrics[stage]
         metrics["loss"].update(loss, counted)
         metrics["accuracy"].update(logits, labels)
+        return logits
 
     def _update_train_metrics(self) -> Tensor | float:
         """Move what was kept since the last call into the metrics; returns its mean loss."""
@@ -170,6 +206,13 @@ def step_seed(epoch: int, batch_idx: int, rank: int) -> int:
     run_seed = os.environ.get("PL_GLOBAL_SEED", "0")  # where seed_everything leaves it
     digest = hashlib.sha256(f"{run_seed} {epoch} {batch_idx} {rank}".encode()).digest()
     return int.from_bytes(digest[:7], "big")
+
+
+def _seed_device(device: torch.device, seed: int) -> None:
+    # Not torch.manual_seed, which at each step would format a stack trace for every kind of accelerator that is absent.
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
 
 
 def _metrics(num_classes: int) -> MetricCollection:

@@ -1,0 +1,118 @@
+"""Which classes are taken for which, and the most confident mistakes, of each validation and test."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+
+class Mistake(NamedTuple):
+    """An image of which the network was wrongly sure.
+
+    Attributes:
+        image: Place of the image in its evaluation set.
+        label: Its true class.
+        guess: The class that the network took it for.
+        probability: How sure the network was, 0 to 1.
+    """
+
+    image: int
+    label: int
+    guess: int
+    probability: float
+
+
+class Confusion(Callback):
+    """Keeps the logits of an evaluation on the device and counts them once, at its end.
+
+    Args:
+        class_names: Names of the classes, in order.
+        mistakes: How many mistakes to keep.
+
+    Attributes:
+        matrix: Images (C, C) of the last evaluation, of all processes; rows are true classes, columns guesses.
+        mistakes: The most confident ones of the last evaluation, the worst first.
+    """
+
+    def __init__(self, class_names: Sequence[str], mistakes: int = 16) -> None:
+        self.class_names = class_names
+        self.matrix = torch.zeros(len(class_names), len(class_names), dtype=torch.long)
+        self.mistakes: list[Mistake] = []
+        self._count = mistakes
+        self._batches: list[tuple[int, Tensor, Tensor]] = []
+
+    @property
+    def class_accuracy(self) -> dict[str, float]:
+        """Share of each class's images that the last evaluation got right; without the classes that had no image."""
+        counts = zip(self.class_names, self.matrix.diagonal().tolist(), self.matrix.sum(dim=1).tolist(), strict=True)
+        return {name: right / images for name, right, images in counts if images}
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: tuple[Tensor, Tensor],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep a batch's logits."""
+        self._keep(trainer, outputs, batch[1], batch_idx)
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: tuple[Tensor, Tensor],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep a batch's logits."""
+        self._keep(trainer, outputs, batch[1], batch_idx)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count; all processes take part."""
+        self._count_up(pl_module)
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count; all processes take part."""
+        self._count_up(pl_module)
+
+    def _keep(self, trainer: pl.Trainer, logits: Tensor, labels: Tensor, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self._batches.clear()  # of an evaluation that was broken off
+        # Batches are dealt out in turn: this one is the (batch_idx * world_size + rank)-th of the whole set.
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        first = (batch_idx * trainer.world_size + trainer.global_rank) * data.eval_batch_size
+        self._batches.append((first, logits.detach(), labels))
+
+    def _count_up(self, pl_module: pl.LightningModule) -> None:
+        logits = torch.cat([logits for _, logits, _ in self._batches]).float()
+        labels = torch.cat([labels for _, _, labels in self._batches])
+        first = torch.cat([torch.arange(len(labels)) + first for first, _, labels in self._batches]).to(labels.device)
+        self._batches.clear()
+        counted = labels >= 0  # a batch that only fills up a process's share has negative ones
+        logits, labels, indices = logits[counted], labels[counted], first[counted]
+        matrix = MulticlassConfusionMatrix(len(self.class_names), validate_args=False).to(labels.device)
+        matrix.update(logits, labels)
+        self.matrix = matrix.compute().cpu()
+
+        probability, guesses = logits.softmax(dim=1).max(dim=1)
+        rows = torch.stack([probability.nan_to_num(0.0), indices, labels, guesses], dim=1)[guesses != labels]
+        rows = rows[rows[:, 0].argsort(descending=True, stable=True)][: self._count]
+        # All processes must bring the same number of rows.
+        padded = torch.full((self._count, 4), -1.0, device=rows.device)
+        padded[: len(rows)] = rows
+        everyones: Any = pl_module.all_gather(padded)
+        everyones = everyones.reshape(-1, 4).cpu()
+        everyones = everyones[everyones[:, 0].argsort(descending=True, stable=True)][: self._count]
+        self.mistakes = [
+            Mistake(int(index), int(label), int(guess), probability)
+            for probability, index, label, guess in everyones.tolist()
+            if probability >= 0
+        ]

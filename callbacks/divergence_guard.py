@@ -1,0 +1,101 @@
+"""Ends training that has gone wrong: a loss that is not finite, a network that does not leave chance."""
+
+import math
+import sys
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from callbacks.processes import Processes
+from errors import Diverged
+
+ADVICE = "try a lower --lr, --trainer.gradient_clip_val 1, or --precision 32"
+# The mean loss counts as chance within these factors of ln(number of classes).
+CHANCE = (0.98, 1.1)
+
+
+class DivergenceGuard(Callback):
+    """Raises `Diverged` at a loss that is not finite, and reports a network that is stuck at chance.
+
+    On the CPU each batch's loss is looked at before its optimiser step, so the weights stay those of the last good
+    batch. On other devices a look at every step would make the CPU wait for the device, so the guard looks every
+    `log_every_n_steps` batches and before each checkpoint: the weights in memory may be lost by then (they were before
+    the step that made the loss infinite or NaN, as a rule), but no checkpoint is ever written with them, and the last
+    good one stays.
+
+    A network is stuck at chance if its mean loss over `chance_steps` batches is that of guessing, ln(`num_classes`).
+    Some initialisations of NiN and GoogLeNet never leave it (a few runs in a hundred in d2l's published executions).
+
+    Args:
+        processes: The callback that lets the processes agree.
+        num_classes: Number of classes.
+        chance_steps: Number of batches, from the first of the run, after which the mean loss is looked at.
+        stop_at_chance: Raise instead of only saying so.
+    """
+
+    def __init__(
+        self, processes: Processes, num_classes: int = 10, chance_steps: int = 500, stop_at_chance: bool = False
+    ) -> None:
+        self._processes = processes
+        self._chance = math.log(num_classes)
+        self._chance_steps = chance_steps
+        self._stop_at_chance = stop_at_chance
+        self._steps = 0
+        self._sum: Tensor | None = None  # of the losses of all steps, on the device
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Look at the loss where that is free."""
+        if _is_free(trainer):
+            self._end_unless_finite(trainer, loss)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add up the losses, which makes nothing wait for the device; look at the sum now and then."""
+        loss = outputs["loss"].detach().float() * trainer.accumulate_grad_batches
+        self._sum = loss if self._sum is None else self._sum + loss
+        self._steps += 1
+        if self._steps % trainer.log_every_n_steps == 0 and not _is_free(trainer):
+            self._end_unless_finite(trainer, self._sum)
+        if self._steps == self._chance_steps:
+            self._check_chance(trainer)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        """No checkpoint with spoilt weights."""
+        if self._sum is not None:
+            self._end_unless_finite(trainer, self._sum)
+
+    def _end_unless_finite(self, trainer: pl.Trainer, losses: Tensor) -> None:
+        # Infinity and NaN stay in a sum, whichever step they came from.
+        if self._processes.largest(int(not torch.isfinite(losses).item())):
+            self._end(
+                trainer,
+                f"the loss is not finite in epoch {trainer.current_epoch + 1}, batch {trainer.fit_loop.batch_idx + 1}; "
+                f"the checkpoints saved before are kept; {ADVICE}",
+            )
+
+    def _check_chance(self, trainer: pl.Trainer) -> None:
+        assert self._sum is not None
+        mean = self._sum.item() / self._steps
+        stuck = CHANCE[0] * self._chance <= mean <= CHANCE[1] * self._chance
+        if not self._processes.largest(int(stuck)):
+            return
+        message = (
+            f"the network has not left chance: mean loss {mean:.3f} over {self._steps} batches, "
+            f"guessing gives {self._chance:.3f}; try another --seed, a lower --lr or --model.initialization he"
+        )
+        if self._stop_at_chance:
+            self._end(trainer, message)
+        if trainer.is_global_zero:
+            print(f"train.py: warning: {message}", file=sys.stderr, flush=True)
+
+    def _end(self, trainer: pl.Trainer, message: str) -> None:
+        self._processes.ignore_ends()
+        raise Diverged(message if trainer.is_global_zero else "")
+
+
+def _is_free(trainer: pl.Trainer) -> bool:
+    return trainer.strategy.root_device.type == "cpu"

@@ -1,0 +1,157 @@
+"""SIGTERM, Ctrl-C and SIGUSR1 end training with a checkpoint from which it goes on as if nothing had happened."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.trainer.states import TrainerFn
+
+from callbacks.processes import Processes
+from errors import Stopped
+
+# A second Ctrl-C within this time is the first: `timeout` and terminals may send it to the group and to the process.
+SAME_CTRL_C_SECONDS = 0.5
+SIGNALS = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+
+
+class GracefulStop(Callback):
+    """Saves `last.ckpt` after the batch in work and raises `Stopped`; a second Ctrl-C ends the process at once.
+
+    The handlers only take a note, and after each batch the processes agree on whether one of them was told to stop.
+    So it does not matter which processes get the signal. Batches that are still being accumulated are finished first.
+    Outside of training there is nothing to save: testing ends at once.
+
+    Under SLURM, Lightning's own handler then saves and requeues the job on SIGUSR1 (or the signal that the
+    `SLURMEnvironment` was made with).
+
+    Args:
+        processes: The callback that lets the processes agree.
+        how_to_continue: From the path of the checkpoint to the command that continues from it.
+    """
+
+    def __init__(self, processes: Processes, how_to_continue: Callable[[Path], str]) -> None:
+        self._processes = processes
+        self._how_to_continue = how_to_continue
+        self._handlers_before: dict[int, Any] = {}
+        self._requeue: Any = None  # Lightning's handler, and its signal
+        self._requeue_signal: int | None = None
+        self._signal = 0
+        self._since = 0.0
+        self._tell = True
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take the signals over; outside of training there is nothing to save, and they end the process at once."""
+        self._tell = trainer.is_global_zero
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            self._requeue_signal = environment.requeue_signal
+        self._handle(self._take_note if stage == TrainerFn.FITTING else self._raise_at_once)
+        # Its own handler talks to the other processes, which may be anywhere: that hangs.
+        trainer._signal_connector._sigterm_notifier_fn = (  # type: ignore[method-assign]
+            self._take_note if stage == TrainerFn.FITTING else self._raise_at_once
+        )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the signals over again from Lightning, which has set its own handlers for SLURM."""
+        if self._requeue_signal:
+            self._requeue = signal.getsignal(self._requeue_signal)
+        self._handle(self._take_note)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        for signum, handler in self._handlers_before.items():
+            signal.signal(signum, handler)
+        self._handlers_before = {}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop if asked to; last of the callbacks, so that what they keep is saved as of this batch."""
+        if not trainer.fit_loop._should_accumulate():
+            self._stop_if_asked(trainer, f"epoch {trainer.current_epoch + 1}, batch {batch_idx + 1}")
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Stop if asked to; the validation is then done again, whole."""
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or not self._processes.largest(self._signal):
+            return
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, WeightAveraging):  # put the training weights back, which validation swaps out
+                callback.on_validation_epoch_end(trainer, pl_module)
+        self._stop_if_asked(trainer, f"the validation of epoch {trainer.current_epoch + 1}")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A signal after the last check is not lost."""
+        if signum := self._processes.largest(self._signal):
+            self._stop(trainer, signum, "Training is complete, and was stopped before testing.", self._last(trainer))
+
+    def _handle(self, handler: Callable[[int, Any], None]) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for signum in {*SIGNALS, self._requeue_signal} - {None}:
+            if signum == self._requeue_signal and self._requeue is None:
+                continue  # Lightning sets its handler only where there is none
+            before = signal.signal(signum, handler)
+            self._handlers_before.setdefault(signum, before)
+
+    def _take_note(self, signum: int, frame: Any) -> None:
+        now = time.monotonic()
+        if self._signal and signum == signal.SIGINT and now - self._since > SAME_CTRL_C_SECONDS:
+            if self._tell:
+                os.write(2, b"\nStopped at once: nothing was saved since the last checkpoint.\n")
+            self._processes.kill_children()
+            os._exit(130)
+        if not self._signal:
+            self._signal, self._since = signum, now
+            if self._tell and signum == signal.SIGINT:
+                os.write(2, b"\nSaving a checkpoint after this batch; press Ctrl-C again to stop at once.\n")
+
+    def _raise_at_once(self, signum: int, frame: Any) -> None:
+        self._processes.ignore_ends()
+        raise Stopped(f"Stopped by {_name(signum)}." if self._tell else "", _exit_code(signum))
+
+    def _stop_if_asked(self, trainer: pl.Trainer, where: str) -> None:
+        signum = self._processes.largest(self._signal)
+        if not signum:
+            return
+        path = self._last(trainer)
+        if path:
+            trainer.save_checkpoint(path)
+        saved = f"Saved: {path}" if path else "Nothing was saved: checkpoints are switched off."
+        self._stop(trainer, signum, f"Stopped by {_name(signum)} in {where}. {saved}", path)
+
+    def _stop(self, trainer: pl.Trainer, signum: int, message: str, path: Path | None) -> None:
+        if signum == self._requeue_signal and callable(self._requeue):
+            self._requeue(signum, None)
+            message += " The job was requeued."
+        elif path:
+            message += f"\nContinue with: {self._how_to_continue(path)}"
+        self._processes.ignore_ends()
+        raise Stopped(message if trainer.is_global_zero else "", _exit_code(signum))
+
+    @staticmethod
+    def _last(trainer: pl.Trainer) -> Path | None:
+        folder = getattr(trainer.checkpoint_callback, "dirpath", None)
+        return Path(folder) / "last.ckpt" if folder and not trainer.fast_dev_run else None  # type: ignore[attr-defined]
+
+
+def _name(signum: int) -> str:
+    return "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+
+
+def _exit_code(signum: int) -> int:
+    return 130 if signum == signal.SIGINT else 143

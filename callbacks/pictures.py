@@ -1,0 +1,204 @@
+"""Pictures drawn with Pillow alone, which torchvision brings along: no plotting library is needed to train."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.nn import functional as F
+
+INK, GREY, PAPER, GAP = (40, 40, 40), (110, 110, 110), (255, 255, 255), 2
+# Both ends of the ramps of the confusion matrix: right answers, wrong ones.
+RIGHT = ((247, 251, 255), (8, 81, 156))
+WRONG = ((255, 255, 255), (217, 72, 1))
+# Eight colours of viridis (https://bids.github.io/colormap), which is even in lightness; the rest is interpolated.
+_VIRIDIS = np.array(
+    [
+        (68, 1, 84),
+        (70, 50, 127),
+        (54, 92, 141),
+        (39, 127, 142),
+        (31, 161, 135),
+        (74, 194, 109),
+        (159, 218, 58),
+        (253, 231, 37),
+    ]
+)
+
+
+def grid(tiles: Tensor, columns: int, scale: int = 1, background: int = 255) -> Image.Image:
+    """Tiles side by side, `GAP` pixels between them.
+
+    Args:
+        tiles: Grey values (N, H, W) uint8, or colours (N, H, W, 3) uint8.
+        columns: Tiles in a row.
+        scale: Each pixel becomes a square of this many.
+        background: Grey value between the tiles.
+    """
+    count, height, width = tiles.shape[:3]
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    down, right = height * scale + GAP, width * scale + GAP
+    canvas = np.full((rows * down - GAP, columns * right - GAP, *tiles.shape[3:]), background, dtype=np.uint8)
+    enlarged = tiles.numpy().repeat(scale, axis=1).repeat(scale, axis=2)
+    for index, tile in enumerate(enlarged):
+        top, left = index // columns * down, index % columns * right
+        canvas[top : top + height * scale, left : left + width * scale] = tile
+    return Image.fromarray(canvas)
+
+
+def captioned_grid(tiles: Tensor, captions: Sequence[Sequence[tuple[str, tuple[int, int, int]]]]) -> Image.Image:
+    """Tiles four in a row, each above its own lines of text.
+
+    Args:
+        tiles: Grey values (N, H, W) uint8, H and W at least 100.
+        captions: For each tile its lines: text and colour.
+    """
+    count, height, width = tiles.shape
+    line = 16
+    columns = min(4, count)
+    down, right = height + line * max(map(len, captions)) + 10, width + 10
+    canvas = Image.new("RGB", (columns * right, -(-count // columns) * down), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    for index, (tile, lines) in enumerate(zip(tiles.numpy(), captions, strict=True)):
+        top, left = index // columns * down, index % columns * right + 5
+        canvas.paste(Image.fromarray(tile), (left, top + 4))
+        for number, (text, colour) in enumerate(lines):
+            draw.text((left, top + height + 5 + number * line), text, colour, _font(14))
+    return canvas
+
+
+def confusion_matrix(matrix: Tensor, class_names: Sequence[str]) -> Image.Image:
+    """Table of the numbers of images: a row for each true class, a column for each guess, and the row's accuracy.
+
+    Right answers are blue and wrong ones orange, darker the larger their share of the row.
+
+    Args:
+        matrix: Images (C, C), rows are true classes.
+        class_names: Names of the classes, in order.
+    """
+    cell, left, head = 36, 86, 84
+    classes = len(class_names)
+    canvas = Image.new("RGB", (left + (classes + 1) * cell + 14, head + classes * cell), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((2, 2), "predicted", GREY, _font(13))
+    draw.text((2, head - 18), "true", GREY, _font(13))
+    for column, name in enumerate([*class_names, "accuracy"]):
+        text = Image.new("L", (head, 18))
+        ImageDraw.Draw(text).text((2, 1), name, 255, _font(14))
+        place = (left + column * cell + (14 if column == classes else 0) + cell // 2 - 9, 0)
+        canvas.paste(Image.new("RGB", (18, head), INK), place, text.rotate(90, expand=True))
+    totals = matrix.sum(dim=1).clamp(min=1)
+    shares = (matrix / totals[:, None]).tolist()
+    for row, (name, counts) in enumerate(zip(class_names, matrix.tolist(), strict=True)):
+        top = head + row * cell
+        middle = top + cell // 2
+        draw.text((left - 6, middle), name, INK, _font(14), anchor="rm")
+        for column, count in enumerate(counts):
+            x = left + column * cell
+            share = shares[row][column]
+            colour = _between(*RIGHT, share) if row == column else _between(*WRONG, min(1.0, share * 3))
+            draw.rectangle((x, top, x + cell - 2, top + cell - 2), colour)
+            if count:
+                ink = PAPER if sum(colour) < 380 else INK
+                draw.text((x + cell // 2 - 1, middle), str(count), ink, _font(13), anchor="mm")
+        accuracy = f"{100 * shares[row][row]:.1f}%"
+        draw.text((left + (classes + 1) * cell + 10, middle), accuracy, INK, _font(13), anchor="rm")
+    return canvas
+
+
+def filters(weight: Tensor) -> Image.Image:
+    """The filters of a convolution, at most 12 in a row: grey is zero, each scaled by its own largest weight.
+
+    Args:
+        weight: Weights (filters, channels, H, W); three channels show as colours, others by their mean.
+    """
+    weight = weight.float() if weight.shape[1] in (1, 3) else weight.float().mean(dim=1, keepdim=True)
+    largest = weight.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)
+    tiles = (weight / largest * 127.5 + 127.5).nan_to_num(0.0).round().byte()
+    tiles = tiles[:, 0] if tiles.shape[1] == 1 else tiles.permute(0, 2, 3, 1)
+    columns = min(12, _columns(len(tiles)))
+    return grid(tiles, columns, scale=max(1, 440 // (columns * tiles.shape[1])))
+
+
+def feature_maps(maps: Tensor, most: int = 64) -> Image.Image:
+    """Feature maps side by side, dark blue at each map's lowest value and yellow at its highest.
+
+    Args:
+        maps: Activations (C, H, W).
+        most: Only the first `most` maps are drawn.
+    """
+    maps = maps[:most].float()
+    low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
+    levels = ((maps - low) / (high - low).clamp(min=1e-12) * 254).nan_to_num(0.0).round().byte()
+    columns = _columns(len(levels))
+    size = levels.shape[-1]
+    picture = grid(levels, columns, scale=max(1, 440 // (columns * size)))
+    picture.putpalette(_palette())
+    return picture
+
+
+def inputs(images: Tensor, captions: Sequence[str]) -> Image.Image:
+    """Images as the network sees them, normalised or not, four in a row above their captions.
+
+    Args:
+        images: Pixels (N, C, H, W) on any scale; the lowest of all becomes black, the highest white.
+        captions: One for each image.
+    """
+    pixels = images.float().mean(dim=1)
+    low, high = pixels.min(), pixels.max()
+    tiles = ((pixels - low) / (high - low).clamp(min=1e-12) * 255).round().byte()
+    return captioned_grid(enlarge(tiles), [[(caption, INK)] for caption in captions])
+
+
+def enlarge(tiles: Tensor) -> Tensor:
+    """Tiles (N, H, W) uint8 to about 112 pixels: small ones enlarged without smoothing, large ones averaged down."""
+    size = tiles.shape[-1]
+    if size <= 112:
+        scale = -(-112 // size)
+        return tiles.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
+    return F.interpolate(tiles[:, None].float(), (112, 112), mode="area")[:, 0].round().byte()
+
+
+def mistakes(tiles: Tensor, labels: Sequence[str], guesses: Sequence[str], sure: Sequence[float]) -> Image.Image:
+    """Images that the network got wrong, each with its true class, and the guess and its probability.
+
+    Args:
+        tiles: Grey values (N, H, W) uint8.
+        labels: Name of each image's true class.
+        guesses: Name of the class it was taken for.
+        sure: Probability of that class, 0 to 1.
+    """
+    if len(tiles) == 0:
+        picture = Image.new("RGB", (240, 40), PAPER)
+        ImageDraw.Draw(picture).text((8, 12), "no mistakes", INK, _font(15))
+        return picture
+    captions = [
+        [(f"is {label}", RIGHT[1]), (f"{guess} {probability:.1%}", WRONG[1])]
+        for label, guess, probability in zip(labels, guesses, sure, strict=True)
+    ]
+    return captioned_grid(enlarge(tiles), captions)
+
+
+def _columns(count: int) -> int:
+    """The number of columns, a power of two, that makes a grid of `count` tiles about square."""
+    return 1 << max(0, (count - 1).bit_length() + 1) // 2
+
+
+def _between(low: tuple[int, int, int], high: tuple[int, int, int], share: float) -> tuple[int, int, int]:
+    red, green, blue = (round(a + (b - a) * share) for a, b in zip(low, high, strict=True))
+    return red, green, blue
+
+
+@lru_cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+@lru_cache
+def _palette() -> bytes:
+    """Viridis at the levels 0 to 254; 255, the gap between the maps, is white."""
+    levels = np.linspace(0, len(_VIRIDIS) - 1, 255)
+    colours = np.stack([np.interp(levels, np.arange(len(_VIRIDIS)), channel) for channel in _VIRIDIS.T], axis=1)
+    return np.concatenate([colours.round(), [[255, 255, 255]]]).astype(np.uint8).tobytes()

@@ -1,0 +1,118 @@
+"""The processes of one run: what they agree on, and what happens when one of them is gone."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.callbacks import Callback
+
+POLL_SECONDS = 0.5
+# How long a process whose connection broke waits to be told, or to see, which process was lost.
+GRACE_SECONDS = 20.0
+
+
+class Processes(Callback):
+    """Watches the other processes that `--devices` started on this machine, and ends this one when they are gone.
+
+    Lightning's own observer ends them without a word. (Processes that torchrun or SLURM started are watched by them.)
+    """
+
+    def __init__(self) -> None:
+        self._children: list[subprocess.Popen] = []
+        self._watching = threading.Event()
+        self._group: dist.ProcessGroup | None = None
+        self.is_child = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Start to watch."""
+        if trainer.world_size == 1:
+            return
+        if self._group is None and dist.is_available() and dist.is_initialized():
+            self._group = dist.new_group(backend="gloo")  # so that agreeing does not wait for a GPU
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if not isinstance(environment, LightningEnvironment) or self._watching.is_set():
+            return
+        self.is_child = environment.local_rank() > 0
+        self._watching.set()
+        if self.is_child:
+            self._start(self._watch_parent, os.getppid(), trainer.local_rank, trainer.global_rank)
+        elif procs := getattr(trainer.strategy.launcher, "procs", None):
+            self._children = [*self._children, *procs]
+            procs.clear()  # the observer has nothing left to observe
+            self._start(self._watch_children, trainer.global_rank)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Stop watching: the processes end in any order."""
+        self.ignore_ends()
+
+    def ignore_ends(self) -> None:
+        """Stop watching."""
+        self._watching.clear()
+
+    def largest(self, value: int) -> int:
+        """The largest of the processes' values; all must ask at the same moment."""
+        if self._group is None:
+            return value
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, self._group)
+        return int(tensor)
+
+    def kill_children(self) -> None:
+        """End the processes that this one started, at once."""
+        self.ignore_ends()
+        for child in self._children:
+            if child.poll() is None:
+                with suppress(OSError):
+                    child.kill()
+
+    def await_loss(self) -> None:
+        """Called when a connection broke: wait for the watch to end this process with its line."""
+        if self._watching.is_set():
+            time.sleep(GRACE_SECONDS)
+
+    def _start(self, watch: Callable, *args: int) -> None:
+        threading.Thread(target=watch, args=args, daemon=True, name="process-watch").start()
+
+    def _watch_children(self, rank: int) -> None:
+        while self._watching.is_set():
+            for number, child in enumerate(self._children, rank + 1):
+                if child.poll() and self._watching.is_set():
+                    how = _ending(child.returncode)
+                    self.kill_children()
+                    _end_with_line(f"process {number} {how}; the others were ended")
+            time.sleep(POLL_SECONDS)
+
+    def _watch_parent(self, parent: int, local_rank: int, rank: int) -> None:
+        while self._watching.is_set():
+            if os.getppid() != parent and self._watching.is_set():
+                if local_rank > 1:
+                    os._exit(1)  # one line is enough
+                _end_with_line(f"process {rank - local_rank} is gone; the others were ended")
+            time.sleep(POLL_SECONDS)
+
+
+def _ending(code: int) -> str:
+    if code > 0:
+        return f"ended with exit code {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"
+
+
+def _end_with_line(message: str) -> None:
+    print(
+        f"train.py: error: {message}; continue from the last checkpoint with --ckpt_path last",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)  # the main thread may hang in a collective call

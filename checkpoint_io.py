@@ -1,0 +1,78 @@
+"""Writing checkpoints so that a crash at any moment leaves the last good one in place."""
+
+import os
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+
+from errors import RunError
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where a file that is open can't be deleted in any case
+    fcntl = None  # type: ignore[assignment]
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes into a temporary file in the target folder, waits until it is on the disk, and renames it.
+
+    (Lightning writes into the system's temporary folder and moves the file, which between file systems is a copy that
+    can be cut short.) The file gets the permissions that the umask gives any file. What killed processes left behind
+    is removed; a process that still writes holds a lock on its file.
+
+    Loading never unpickles anything but tensors and plain types.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write one checkpoint.
+
+        Raises:
+            RunError: If it can't be written; an older file of the same name is then untouched.
+        """
+        path = Path(path)
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_stale(path.parent)
+            with partial.open("xb") as file:
+                if fcntl:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+                partial.replace(path)
+            _sync_folder(path.parent)
+        except OSError as error:
+            kept = "the checkpoint saved before it is untouched" if path.exists() else "nothing was saved before"
+            raise RunError(f"the checkpoint {path} can't be written: {error.strerror}; {kept}") from None
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Callable | None = None, weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Read one checkpoint, whatever `weights_only` says as tensors and plain types alone."""
+        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+
+
+def _remove_stale(folder: Path) -> None:
+    for partial in folder.glob("*.ckpt.*.partial"):
+        with suppress(OSError), partial.open("rb") as file:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where a living process writes
+            partial.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the renaming last through a power failure."""
+    with suppress(OSError, AttributeError):  # where folders can't be opened
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

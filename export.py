@@ -1,0 +1,70 @@
+"""A checkpoint as one file for other programs: ONNX or torch.export, held against the checkpoint before it is kept.
+
+Only light modules are imported here, so that `--help` and plain mistakes answer at once.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from errors import UserError
+
+SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2"}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `UserError` instead of printing the usage."""
+        raise UserError(f"{message} (python export.py --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = OneLineParser(
+        prog="python export.py",
+        usage="python export.py --ckpt_path PATH --format onnx|torch_export [--output FILE]",
+        allow_abbrev=False,
+        description="Exports a checkpoint with its preprocessing: uint8 images (N, 28, 28) in, grey, light on dark; "
+        "calibrated class probabilities (N, 10) out; N is free. The names of the classes are in the file's metadata. "
+        "The file is checked against the checkpoint on 1,000 test images before it is kept.",
+    )
+    parser.add_argument("--ckpt_path", type=Path, required=True, metavar="PATH", help="checkpoint of a run")
+    parser.add_argument("--format", choices=SUFFIXES, required=True, help="kind of file")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="file to write (default: beside the checkpoint, .onnx or .pt2)"
+    )
+    parser.add_argument(
+        "--data_dir", type=Path, metavar="DIR", help="folder of the data set (default: the one of the training run)"
+    )
+    parser.add_argument(
+        "--trust_checkpoint", action="store_true", help="let the checkpoint name classes from outside this project"
+    )
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command line; returns the exit code: 0, 1 if the file can't be made, 2 for a mistake in the command."""
+    try:
+        options: Any = parser().parse_args(arguments)
+        output = options.output or options.ckpt_path.with_suffix(SUFFIXES[options.format])
+        if output.suffix != SUFFIXES[options.format]:
+            raise UserError(
+                f"--output {output}: a file of the format {options.format} ends in {SUFFIXES[options.format]}"
+            )
+        import exporting  # here, not above: torch and Lightning take seconds to import
+
+        print(exporting.export(options.ckpt_path, options.format, output, options.data_dir, options.trust_checkpoint))
+        return 0
+    except UserError as error:
+        print(f"export.py: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nStopped by Ctrl-C.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,112 @@
+"""What to do when a batch does not fit into memory, and the largest that does."""
+
+import re
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None  # type: ignore[assignment]
+
+# Share of the free memory that the batch size found by trial may take: data, metrics and other programs need some.
+SHARE = {"cuda": 0.9, "cpu": 0.5}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device or the machine has no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    pattern = r"can't allocate memory|not enough memory|out of memory|CUDNN_STATUS_(ALLOC_FAILED|NOT_SUPPORTED)"
+    return isinstance(error, RuntimeError) and re.search(pattern, str(error)) is not None
+
+
+def advice(batch_size: int, image_size: int, flag: str = "--batch_size") -> str:
+    """One line that names what did not fit and the next smaller things to try."""
+    tries = [f"{flag} {batch_size // 2}"] if batch_size > 1 else []
+    if image_size > 28:
+        # Three quarters, in steps that the networks' pooling divides.
+        tries.append(f"--image_size {max(28, image_size * 3 // 4 // 32 * 32)}")
+    tries.append("a smaller network")
+    return (
+        f"out of memory with batches of {batch_size} images of {image_size}x{image_size}; "
+        f"try {', or '.join(tries)}"
+    )
+
+
+def largest_batch_size(
+    net: nn.Module,
+    make_optimizer: Callable,
+    input_shape: tuple[int, int, int],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    most: int,
+) -> int:
+    """The largest power of two whose training step fits, found by doubling.
+
+    On the CPU half of the free memory is the limit, and the size is not tried but worked out from the memory of the
+    size before: a system that runs out of memory ends programs instead of refusing.
+
+    Args:
+        net: A network to spend: it is trained on noise.
+        make_optimizer: From its parameters to the optimiser.
+        input_shape: Shape (C, H, W) of one image.
+        device: Where to try.
+        dtype: Type of autocast, or None.
+        most: Never more than this.
+
+    Raises:
+        RuntimeError: If not even one image fits.
+    """
+    net = net.to(device).train()
+    optimizer = make_optimizer(net.parameters())
+    fits, size = 0, 2  # two: batch normalisation can't do with one
+    while True:
+        before = _used(device)
+        try:
+            cast = torch.autocast(device.type, dtype) if dtype else nullcontext()
+            with cast:
+                logits = net(torch.rand(size, *input_shape, device=device))
+                loss = F.cross_entropy(logits, torch.zeros(size, dtype=torch.long, device=device))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            del logits, loss
+        except RuntimeError as error:
+            if not fits or not is_out_of_memory(error):
+                raise
+            break
+        if device.type == "cuda" and _used(device) > SHARE["cuda"] * _free(device):
+            break
+        fits = size
+        size *= 2
+        growth = _used(device) - before
+        if size > most or (device.type == "cpu" and 2 * growth > SHARE["cpu"] * _free(device)):
+            break
+    if device.type == "cuda":
+        del net, optimizer
+        torch.cuda.empty_cache()
+    return min(max(fits, 1), most)
+
+
+def _used(device: torch.device) -> int:
+    """Peak memory so far, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if resource else 0
+
+
+def _free(device: torch.device) -> int:
+    """Memory that this process may use, in bytes; on the GPU with what it uses already."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="utf-8")
+        return int(re.search(r"MemAvailable:\s+(\d+)", text)[1]) * 1024  # type: ignore[index]
+    except (OSError, TypeError):
+        return 4 << 30  # not known: as if there were 4 GiB

@@ -1,0 +1,242 @@
+"""`python train.py predict --images`: the three likeliest classes of one's own pictures."""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from datamodules import FashionMNISTDataModule
+from errors import UserError
+from lit_modules import LitClassifier
+from pictures.cleaning import Invert, as_fashion_mnist
+from pictures.contact_sheet import Tile, contact_sheet, thumbnail
+from pictures.grad_cam import check_captum, grad_cam, overlay
+from pictures.reading import PictureError, find_pictures, read_picture
+
+TOP = 3
+CAM_BATCH = 8  # their gradients take memory
+ON_SHEET = 150  # pictures; more would make a sheet that few programs open
+
+
+@dataclass
+class Pictures:
+    """Pictures that were read, in the order of `paths`, and those that were not.
+
+    Attributes:
+        paths: Their files.
+        images: What the network sees of them, (28, 28) uint8 each.
+        thumbnails: Of the first `ON_SHEET`.
+        skipped: Files that can't be used, and why.
+    """
+
+    paths: list[Path] = field(default_factory=list)
+    images: list[np.ndarray] = field(default_factory=list)
+    thumbnails: list[Any] = field(default_factory=list)
+    skipped: list[tuple[Path, str]] = field(default_factory=list)
+
+
+def read_pictures(paths: Sequence[Path], invert: Invert) -> Pictures:
+    """Read files and folders; what can't be read is named and left out.
+
+    Raises:
+        UserError: If nothing could be read.
+    """
+    pictures = Pictures()
+    for path in find_pictures(paths):
+        try:
+            picture = read_picture(path)
+            image = as_fashion_mnist(picture, invert)
+        except (PictureError, ValueError) as error:
+            pictures.skipped.append((path, str(error)))
+            continue
+        pictures.paths.append(path)
+        pictures.images.append(image)
+        if len(pictures.paths) <= ON_SHEET:
+            pictures.thumbnails.append(thumbnail(picture))
+    if not pictures.paths:
+        reasons = "; ".join(f"{printable(path)} {reason}" for path, reason in pictures.skipped[:3])
+        folders = ", ".join(printable(path) for path in paths)
+        raise UserError(f"no picture could be read: {reasons or f'{folders} holds none'}")
+    for path, reason in pictures.skipped:
+        print(f"train.py: warning: skipped: {printable(path)} {' '.join(reason.split())}", file=sys.stderr)
+    return pictures
+
+
+def predict_pictures(
+    trainer: Trainer,
+    model: LitClassifier,
+    data: FashionMNISTDataModule,
+    class_names: Sequence[str],
+    *,
+    ckpt_path: str,
+    images: Sequence[Path],
+    invert: Invert,
+    output: Sequence[Path],
+    gradcam: bool,
+    folder: Path,
+) -> None:
+    """Print the table and write the files.
+
+    Args:
+        trainer: Of one device.
+        model: The classifier; its weights come from the checkpoint.
+        data: Tells how the network wants its images; the data set itself is not needed.
+        class_names: Names of the classes, in order.
+        ckpt_path: The checkpoint.
+        images: Pictures and folders of pictures.
+        invert: As for `as_fashion_mnist`.
+        output: Files to write: .csv, .json, and .png for the contact sheet.
+        gradcam: Also write a Grad-CAM overlay of each picture.
+        folder: Where the contact sheet goes if `output` names none, and the overlays.
+
+    Raises:
+        UserError: If no picture could be read, or a file can't be written.
+    """
+    if gradcam:
+        check_captum()
+    pictures = read_pictures(images, invert)
+    batches = DataLoader(_Batches(pictures.images, data), batch_size=None)
+    outputs: Any = trainer.predict(model, batches, ckpt_path=ckpt_path, weights_only=True)
+    probabilities = torch.cat(outputs).float().cpu()
+    top = [_top(row, class_names) for row in probabilities]
+    _print_table(pictures.paths, top)
+    written = []
+    for path in output if any(path.suffix == ".png" for path in output) else [*output, folder / "pictures.png"]:
+        _write(path, pictures, probabilities, top, class_names)
+        written.append(path)
+    if gradcam:
+        written += _write_overlays(trainer, model, data, pictures, top, class_names, folder / "gradcam")
+    print(f"Wrote {', '.join(printable(path) for path in written)}")
+    if len(pictures.paths) > ON_SHEET:
+        print(f"(The contact sheet shows the first {ON_SHEET} of {len(pictures.paths):,} pictures.)")
+
+
+def printable(path: Path) -> str:
+    """The path without characters that would command a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in str(path))
+
+
+class _Batches(IterableDataset):
+    """The images in batches, as the network sees them; each is prepared when its turn comes."""
+
+    def __init__(self, images: Sequence[np.ndarray], data: FashionMNISTDataModule) -> None:
+        self.images = images
+        self.data = data
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        for first in range(0, len(self.images), self.data.eval_batch_size):
+            yield [
+                self.data.preprocess(torch.from_numpy(np.stack(self.images[first : first + self.data.eval_batch_size])))
+            ]
+
+
+def _top(probabilities: Tensor, class_names: Sequence[str]) -> list[tuple[str, float]]:
+    values, classes = probabilities.topk(min(TOP, len(probabilities)))
+    return [(class_names[index], value) for value, index in zip(values.tolist(), classes.tolist(), strict=True)]
+
+
+def _print_table(paths: Sequence[Path], top: Sequence[Sequence[tuple[str, float]]]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("#", justify="right", style="dim")
+    table.add_column("picture", overflow="fold")
+    for title in ("likeliest class", "second", "third"):
+        table.add_column(title, no_wrap=True)
+    for number, (path, guesses) in enumerate(zip(paths, top, strict=True), start=1):
+        cells = [Text(f"{name} {probability:.1%}") for name, probability in guesses]
+        table.add_row(str(number), Text(printable(path)), *cells)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=Console(width=10_000).measure(table).maximum)  # one line a picture
+    console.print(table)
+
+
+def _write(
+    path: Path,
+    pictures: Pictures,
+    probabilities: Tensor,
+    top: Sequence[Sequence[tuple[str, float]]],
+    class_names: Sequence[str],
+) -> None:
+    if path.suffix == ".csv":
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        ranks = [f"{what}_{rank}" for rank in range(1, len(top[0]) + 1) for what in ("class", "probability")]
+        writer.writerow(["picture", *ranks, *class_names])
+        for picture, guesses, row in zip(pictures.paths, top, probabilities.tolist(), strict=True):
+            cells = [cell for name, probability in guesses for cell in (name, f"{probability:.6f}")]
+            writer.writerow([_text(picture), *cells, *(f"{value:.6f}" for value in row)])
+        content = text.getvalue().encode()
+    elif path.suffix == ".json":
+        rows = [
+            {
+                "picture": _text(picture),
+                "top": [{"class": name, "probability": probability} for name, probability in guesses],
+                "probabilities": dict(zip(class_names, row, strict=True)),
+            }
+            for picture, guesses, row in zip(pictures.paths, top, probabilities.tolist(), strict=True)
+        ]
+        skipped = [{"picture": _text(picture), "reason": reason} for picture, reason in pictures.skipped]
+        content = (json.dumps({"pictures": rows, "skipped": skipped}, indent=1, ensure_ascii=False) + "\n").encode()
+    else:
+        tiles = [
+            Tile(printable(Path(path.name)), small, image, guesses)
+            for path, small, image, guesses in zip(
+                pictures.paths, pictures.thumbnails, pictures.images, top, strict=False
+            )
+        ]
+        png = io.BytesIO()
+        contact_sheet(tiles).save(png, "PNG", optimize=True)
+        content = png.getvalue()
+    _write_bytes(path, content)
+
+
+def _write_overlays(
+    trainer: Trainer,
+    model: LitClassifier,
+    data: FashionMNISTDataModule,
+    pictures: Pictures,
+    top: Sequence[Sequence[tuple[str, float]]],
+    class_names: Sequence[str],
+    folder: Path,
+) -> list[Path]:
+    device = trainer.strategy.root_device
+    net = model.to(device).eval().net
+    width = len(str(len(pictures.paths)))
+    numbers = iter(range(1, len(pictures.paths) + 1))
+    for first in range(0, len(pictures.paths), CAM_BATCH):
+        images = pictures.images[first : first + CAM_BATCH]
+        batch = data.preprocess(torch.from_numpy(np.stack(images)).to(device))
+        guesses = torch.tensor([class_names.index(row[0][0]) for row in top[first : first + CAM_BATCH]], device=device)
+        for image, cam in zip(images, grad_cam(net, batch, guesses), strict=True):
+            number = next(numbers)
+            path, (name, probability) = pictures.paths[number - 1], top[number - 1][0]
+            png = io.BytesIO()
+            overlay(image, cam, f"{printable(Path(path.name))}: {name} {probability:.1%}").save(png, "PNG")
+            _write_bytes(folder / f"{number:0{width}}-{path.stem}.png", png.getvalue())
+    return [folder]
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise UserError(f"{printable(path)} can't be written: {error.strerror}") from None
+
+
+def _text(path: Path) -> str:
+    """The path as text that can be encoded, whatever bytes a file's name has."""
+    return str(path).encode(errors="surrogateescape").decode(errors="replace")

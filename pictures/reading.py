@@ -1,0 +1,90 @@
+"""Reading picture files of any kind, without trusting them."""
+
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# Pillow knows more formats, but some of them run other programs (EPS starts Ghostscript) and few hold photographs.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+# Named where a folder holds them, since one would expect them to be read.
+UNREADABLE_SUFFIXES = {".heic", ".heif", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw"}
+LONGEST_EDGE = 1024  # pixels that are kept; the network sees 28
+
+
+class PictureError(Exception):
+    """A file that is not read; the message says why, and fits behind the file's name."""
+
+
+def find_pictures(paths: Iterable[Path]) -> list[Path]:
+    """The files among `paths` as they stand, and the picture files in the folders among them, sub-folders included."""
+    Image.init()
+    suffixes = {suffix for suffix, name in Image.EXTENSION.items() if name in FORMATS} | UNREADABLE_SUFFIXES
+    found = []
+    for path in paths:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        for folder, folders, names in os.walk(path):
+            folders.sort()
+            found += [Path(folder, name) for name in sorted(names) if Path(name).suffix.lower() in suffixes]
+    return found
+
+
+def read_picture(path: Path) -> Image.Image:
+    """The first frame of a file, upright, in mode RGB or RGBA.
+
+    Raises:
+        PictureError: If the file can't be read as a picture.
+    """
+    if not path.exists():
+        raise PictureError("does not exist")
+    if not path.is_file():
+        raise PictureError("is not a file")
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=formats) as file:
+                file.draft(None, (LONGEST_EDGE, LONGEST_EDGE))  # JPEG files are decoded at a fraction of their size
+                file.load()
+                return _upright(_eight_bits(file))
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise PictureError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller") from None
+    except Image.UnidentifiedImageError:
+        raise PictureError(f"is not a picture that can be read ({', '.join(formats)})") from None
+    except MemoryError:
+        raise PictureError("does not fit into memory; make it smaller") from None
+    except OSError as error:
+        raise PictureError(f"can't be read: {error.strerror or error}") from None
+    except Exception as error:  # decoders raise anything for a broken file
+        raise PictureError(f"is broken: {error or type(error).__name__}") from None
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Mode RGB, or RGBA where anything is transparent; 16-bit and floating-point greys are scaled, not clipped."""
+    if picture.mode[0] in "IF":
+        values = np.nan_to_num(np.asarray(picture, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+        largest = values.max(initial=0.0)
+        if picture.mode[0] == "I":
+            white = 65535.0 if largest > 255 or ";16" in picture.mode else 255.0
+        else:
+            white = 1.0 if largest <= 1 else 255.0
+        scaled = (values / max(white, largest) * 255).clip(0, 255).round().astype(np.uint8)
+        eight_bits = Image.fromarray(scaled)
+        eight_bits.info |= picture.info
+        return eight_bits.convert("RGB")
+    return picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Turned as its EXIF data says, if they can be understood."""
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # the pixels are sound, whatever a camera has written beside them
+        return picture

@@ -1,0 +1,70 @@
+"""Runs train.py as a user does: as a process of its own, with its own standard output, errors and working folder."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import NamedTuple
+
+REPO = Path(__file__).parents[1]
+DATA = REPO / "tests" / "data"
+# Two cores at most are free on a small machine, and idle OpenMP threads spin.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+class Answer(NamedTuple):
+    """What a command left: exit code, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run(*arguments: str, folder: Path, timeout: float = 120) -> Answer:
+    """`python train.py ARGUMENTS` in a folder."""
+    command = [sys.executable, str(REPO / "train.py"), *arguments]
+    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
+    return Answer(done.returncode, done.stdout, done.stderr)
+
+
+def run_forked(*arguments: str, folder: Path, timeout: float = 120) -> Answer:
+    """The same, in a process that is forked from one that has imported torch and Lightning: seconds less."""
+    context = multiprocessing.get_context("forkserver")
+    with tempfile.TemporaryDirectory() as streams:
+        process = context.Process(target=_child, args=(arguments, folder, streams))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            raise TimeoutError(f"train.py {' '.join(arguments)} ran for more than {timeout} s")
+        out, err = (Path(streams, name).read_text(encoding="utf-8") for name in ("out", "err"))
+    return Answer(process.exitcode or 0, out, err)
+
+
+def start_server() -> None:
+    """Start the process that the others are forked from."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cli"])
+    kept = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
+    os.environ |= {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name, value in kept.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _child(arguments: tuple[str, ...], folder: Path, streams: str) -> None:
+    os.chdir(folder)
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(Path(streams, name), os.O_WRONLY | os.O_CREAT), descriptor)
+    sys.argv = [str(REPO / "train.py"), *arguments]
+    import train
+
+    sys.exit(train.main(list(arguments)))

@@ -1,0 +1,329 @@
+"""LitClassifier in real Trainer runs on the sample: losses, metrics, optimisers, schedules, checkpoints."""
+
+from functools import partial
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from commands import DATA
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import lr_scheduler
+
+from datamodules import FashionMNISTDataModule
+from lit_modules import LitClassifier
+from lit_modules.mean_loss import MeanLoss
+from lit_modules.schedules import WarmupDecay
+from models import LeNet
+
+
+class Watch(Callback):
+    """Notes learning rate and momentum of every step, the logged values of every epoch."""
+
+    def __init__(self):
+        self.rates, self.metrics = [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.metrics.append({name: value.item() for name, value in trainer.callback_metrics.items()})
+
+
+class Plateau(lr_scheduler.ReduceLROnPlateau):
+    """Notes what it is given."""
+
+    seen: ClassVar[list[float]] = []
+
+    def step(self, metrics, epoch=None):  # type: ignore[override]  # as torch's own class does
+        self.seen.append(float(metrics))
+        super().step(metrics, epoch)
+
+
+def data_module(**settings):
+    return FashionMNISTDataModule(str(DATA), **{"val_size": 200, "batch_size": 100, **settings})
+
+
+def trainer(folder, *callbacks, **settings):
+    defaults: dict[str, Any] = {"max_epochs": 2, "limit_train_batches": 5, "limit_val_batches": 1, "logger": False}
+    defaults |= {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    defaults |= {"accelerator": "cpu", "devices": 1, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
+    return pl.Trainer(callbacks=list(callbacks), default_root_dir=folder, **(defaults | settings))
+
+
+def linear(inputs=784):
+    """The smallest network that learns: logistic regression."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, 10))
+
+
+def rates(folder, scheduler, interval, **settings):
+    watch = Watch()
+    lit = LitClassifier(linear(), partial(torch.optim.SGD, lr=0.1), scheduler, interval)
+    trainer(folder, watch, **settings).fit(lit, data_module())
+    return watch.rates
+
+
+# --- optimisers and schedules ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        torch.optim.Adam,
+        partial(torch.optim.Adam, lr=1e-2, fused=True),
+        partial(torch.optim.AdamW, lr=1e-2),
+        partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True),
+        partial(torch.optim.RMSprop, lr=1e-3),
+        partial(torch.optim.Adagrad, lr=0.1),
+    ],
+)
+def test_any_optimizer_learns(optimizer, tmp_path):
+    torch.manual_seed(0)
+    watch = Watch()
+    trainer(tmp_path, watch, limit_train_batches=None, max_epochs=3).fit(
+        LitClassifier(linear(), optimizer), data_module(mean=0.286, std=0.353)
+    )
+    assert watch.metrics[-1]["train/loss"] < watch.metrics[0]["train/loss"]
+    assert watch.metrics[-1]["val/accuracy"] > 0.5
+
+
+def test_without_a_schedule_the_rate_stays(tmp_path):
+    assert rates(tmp_path, None, "epoch") == [0.1] * 10
+
+
+def test_cosine_by_step_takes_the_length_of_the_run(tmp_path):
+    found = rates(tmp_path, partial(lr_scheduler.CosineAnnealingLR, T_max=-1), "step")
+    assert found == pytest.approx(
+        [0.05 * (1 + torch.cos(torch.tensor(torch.pi * step / 10)).item()) for step in range(10)]
+    )
+
+
+def test_cosine_by_epoch_takes_the_number_of_epochs(tmp_path):
+    found = rates(tmp_path, partial(lr_scheduler.CosineAnnealingLR, T_max=-1), "epoch", max_epochs=4)
+    assert found[::5] == pytest.approx([0.1, 0.05 * (1 + 2**-0.5), 0.05, 0.05 * (1 - 2**-0.5)])
+    assert found[::5] == found[4::5]
+
+
+def test_a_given_length_is_kept(tmp_path):
+    found = rates(tmp_path, partial(lr_scheduler.CosineAnnealingLR, T_max=20), "step")
+    assert found[-1] == pytest.approx(0.05 * (1 + torch.cos(torch.tensor(torch.pi * 9 / 20)).item()))
+
+
+def test_one_cycle_takes_the_length_of_the_run(tmp_path):
+    found = rates(tmp_path, partial(lr_scheduler.OneCycleLR, max_lr=1.0, total_steps=None, pct_start=0.4), "step")
+    assert found[0] == pytest.approx(1 / 25)
+    assert found[3] == max(found) == pytest.approx(1.0)
+    assert found[-1] == pytest.approx(1 / 25 / 1e4)
+
+
+def test_linear_by_step_takes_the_length_of_the_run(tmp_path):
+    scheduler = partial(lr_scheduler.LinearLR, start_factor=1.0, end_factor=0.5, total_iters=-1)
+    found = rates(tmp_path, scheduler, "step")
+    assert found == pytest.approx([0.1 - 0.005 * step for step in range(10)])
+
+
+def test_step_lr_needs_no_length(tmp_path):
+    found = rates(tmp_path, partial(lr_scheduler.StepLR, step_size=1, gamma=0.1), "epoch")
+    assert found == pytest.approx([0.1] * 5 + [0.01] * 5)
+
+
+def test_reduce_on_plateau_watches_the_validation_loss(tmp_path):
+    watch = Watch()
+    lit = LitClassifier(linear(), partial(torch.optim.SGD, lr=0.1), Plateau)
+    trainer(tmp_path, watch).fit(lit, data_module())
+    assert Plateau.seen == pytest.approx([epoch["val/loss"] for epoch in watch.metrics])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_warmup_decay_spans_the_optimizer_steps(accumulate, tmp_path):
+    schedule = partial(WarmupDecay, total_steps=-1, warmup=0.4, shape="linear")
+    found = rates(tmp_path, schedule, "step", limit_train_batches=10, max_epochs=1, accumulate_grad_batches=accumulate)
+    steps = 10 // accumulate
+    up = round(0.4 * steps)
+    expected = [0.1 * (step + 1) / up for step in range(up)]
+    expected += [0.1 * (1 - (step - up) / (steps - up)) for step in range(up, steps)]
+    assert found == pytest.approx([rate for rate in expected for _ in range(accumulate)])
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear"])
+@pytest.mark.parametrize("warmup", [0.0, 0.3, 1.0])
+def test_warmup_decay(shape, warmup):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = WarmupDecay(optimizer, 20, warmup, shape, final=0.1)
+    found = []
+    for _ in range(20):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    peak = round(20 * warmup)
+    assert max(found) == pytest.approx(2.0)
+    assert found[:peak] == pytest.approx([2.0 * (step + 1) / peak for step in range(peak)])
+    assert found[peak:] == sorted(found[peak:], reverse=True)
+    if warmup < 1:
+        half = (peak + 20) / 2  # half way down both shapes are half way between peak and end
+        assert found[int(half)] == pytest.approx(2.0 * 0.55, abs=0.25)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.2)
+    assert min(found) > 0
+
+
+@pytest.mark.parametrize("settings", [{"warmup": 1.1}, {"warmup": -0.1}, {"final": 2.0}, {"warmup": float("nan")}])
+def test_warmup_decay_refuses(settings):
+    with pytest.raises(ValueError, match="must lie between 0 and 1"):
+        WarmupDecay(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), 10, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": -1.0}, "learning rate: -1.0"),
+        ({"lr": float("nan")}, "nan"),
+        ({"lr": float("inf")}, "inf"),
+        ({"weight_decay": -0.1}, "weight_decay value: -0.1"),
+        ({"weight_decay": float("nan")}, "nan"),
+        ({"eps": float("inf")}, "inf"),
+        ({"betas": (1.5, 0.9)}, "beta"),
+        ({"betas": (float("nan"), 0.9)}, "nan"),
+    ],
+)
+def test_settings_of_the_optimizer_are_checked_at_once(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LitClassifier(linear(), partial(torch.optim.Adam, **settings))
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0, float("nan")])
+def test_label_smoothing_out_of_range(smoothing):
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\)"):
+        LitClassifier(linear(), label_smoothing=smoothing)
+
+
+# --- loss, metrics, initialisation -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_loss_and_accuracy_are_those_of_all_images(smoothing, tmp_path):
+    """With a rate of 0 the network stands still, so the epoch's training metrics are those of one pass over the set."""
+    watch, data = Watch(), data_module(batch_size=64)  # 1,300 = 20 x 64 + 20, 200 = 3 x 64 + 8
+    torch.manual_seed(0)
+    net = linear()
+    lit = LitClassifier(net, partial(torch.optim.SGD, lr=0.0), label_smoothing=smoothing)
+    trainer(tmp_path, watch, max_epochs=1, limit_train_batches=None, limit_val_batches=None).fit(lit, data)
+    for stage, images, share in (("train", data.train_set, smoothing), ("val", data.val_set, 0.0)):
+        logits = net(images.images / 255).detach()
+        loss = F.cross_entropy(logits, images.labels, label_smoothing=share)
+        accuracy = (logits.argmax(dim=1) == images.labels).double().mean()
+        assert watch.metrics[0][f"{stage}/loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert watch.metrics[0][f"{stage}/accuracy"] == pytest.approx(accuracy.item(), rel=1e-6)
+
+
+def test_mean_loss_weighs_by_images():
+    metric = MeanLoss()
+    metric.update(torch.tensor(6.0), torch.tensor(3))
+    metric.update(torch.tensor([1.0, 1.0]), torch.tensor([1, 4]))
+    assert metric.compute() == 1.0
+    metric.reset()
+    with pytest.warns(UserWarning, match="called before"):
+        assert metric.compute().isnan()
+
+
+def test_an_ignored_label_counts_nowhere():
+    torch.manual_seed(0)
+    lit = LitClassifier(linear())
+    images, labels = torch.rand(6, 1, 28, 28), torch.tensor([0, 1, 2, 3, -100, -100])
+    lit.test_step((images, labels), 0)
+    logits = lit.net(images[:4])
+    assert lit.metrics["test"]["loss"].compute() == pytest.approx(F.cross_entropy(logits, labels[:4]).item())
+    assert lit.metrics["test"]["accuracy"].compute() == (logits.argmax(dim=1) == labels[:4]).float().mean()
+
+
+def test_he_initialization():
+    torch.manual_seed(0)
+    convolution, norm, linear_layer = nn.Conv2d(64, 128, 5), nn.BatchNorm2d(128), nn.Linear(2000, 500)
+    before = norm.weight.clone()
+    LitClassifier(nn.Sequential(convolution, norm, linear_layer, nn.Linear(9, 9, bias=False)), initialization="he")
+    for layer, fan_in in ((convolution, 64 * 25), (linear_layer, 2000)):
+        weight = layer.weight.detach().flatten()
+        assert weight.mean().abs() < 4 * (2 / fan_in / len(weight)) ** 0.5
+        assert weight.std() == pytest.approx((2 / fan_in) ** 0.5, rel=0.01)
+        assert (weight.abs() > 3 * weight.std()).float().mean() > 0.001  # normal, not uniform
+        assert torch.equal(layer.get_parameter("bias"), torch.zeros(len(layer.weight)))
+    assert torch.equal(norm.weight, before)
+
+
+def test_default_initialization_is_pytorchs():
+    torch.manual_seed(3)
+    expected = LeNet().state_dict()
+    torch.manual_seed(3)
+    found = LitClassifier(LeNet()).net.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_channels_last(wanted):
+    net = LeNet()
+    LitClassifier(net, channels_last=wanted)
+    weight = net.get_parameter("features.3.weight")
+    assert weight.is_contiguous(memory_format=torch.channels_last) == wanted
+
+
+def test_predictions_are_probabilities():
+    torch.manual_seed(0)
+    lit = LitClassifier(linear())
+    images = torch.rand(5, 1, 28, 28)
+    probabilities = lit.predict_step((images, torch.zeros(5)), 0)
+    torch.testing.assert_close(probabilities, lit(images).softmax(dim=1))
+
+
+def test_a_step_draws_from_seed_epoch_batch_and_rank_alone(tmp_path):
+    """Dropout of step n does not depend on what was drawn before it."""
+
+    class Draws(Callback):
+        def __init__(self, disturb):
+            self.disturb, self.drawn = disturb, []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.drawn.append(torch.rand(1).item())
+            if self.disturb:
+                torch.rand(100)
+
+    runs = []
+    for disturb in (False, True):
+        pl.seed_everything(1, verbose=False)
+        draws = Draws(disturb)
+        trainer(tmp_path, draws).fit(LitClassifier(linear()), data_module())
+        runs.append(draws.drawn)
+    assert runs[0] == runs[1]
+    assert len(set(runs[0])) == 10
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_alone_rebuilds_the_network(trained):
+    content = torch.load(trained.best, weights_only=True)
+    loaded = LitClassifier.load_from_checkpoint(trained.best, weights_only=True)
+    assert isinstance(loaded.net, LeNet)
+    assert loaded.hparams["scheduler_interval"] == "step"
+    assert isinstance(loaded.optimizer([nn.Parameter(torch.zeros(1))]), torch.optim.AdamW)
+    assert all(torch.equal(value, content["state_dict"][name]) for name, value in loaded.state_dict().items())
+
+
+def test_compiling_keeps_the_names_in_checkpoints(tmp_path):
+    torch.manual_seed(0)
+    plain = linear()
+    lit = LitClassifier(linear(), partial(torch.optim.SGD, lr=0.1), compile=True)
+    assert lit.net._compiled_call_impl is not None
+    calls = []
+
+    def backend(graph, inputs):
+        calls.append(graph)
+        return graph.forward
+
+    lit.net.compile(backend=backend)  # the default one needs a C++ compiler and a minute
+    run = trainer(tmp_path, limit_train_batches=1, max_epochs=1)
+    run.fit(lit, data_module())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    assert calls
+    names = torch.load(tmp_path / "run.ckpt", weights_only=False)["state_dict"].keys()  # made just above
+    assert set(names) == {f"net.{name}" for name in plain.state_dict()}

@@ -1,0 +1,243 @@
+"""The light layer: short flags and recipe names become LightningCLI's long form."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from command_line import FLAGS, SUBCOMMANDS, help_text, load_yaml, parse_command_line, recipes
+from errors import UserError
+
+REPO = Path(__file__).parents[1]
+
+
+def parse(line):
+    command = parse_command_line(line.split())
+    assert command is not None
+    return command
+
+
+def refusal(line):
+    with pytest.raises(UserError) as caught:
+        parse(line)
+    return str(caught.value)
+
+
+def test_a_recipe_alone_is_fit_followed_by_test():
+    command = parse("--model alexnet")
+    assert (command.subcommand, command.then_test, command.recipe) == ("fit", True, "alexnet")
+    assert command.configs == [REPO / "configs" / "alexnet.yaml"]
+    assert command.overrides == []
+
+
+@pytest.mark.parametrize("subcommand", SUBCOMMANDS)
+def test_a_subcommand_does_only_that(subcommand):
+    command = parse(f"{subcommand} --model lenet --ckpt_path some.ckpt")
+    assert (command.subcommand, command.then_test) == (subcommand, False)
+
+
+@pytest.mark.parametrize("subcommand", [name for name in SUBCOMMANDS if name != "fit"])
+def test_untrained_weights_are_not_measured(subcommand):
+    with pytest.raises(UserError, match=f"^nothing to {subcommand}.*--ckpt_path"):
+        parse(f"{subcommand} --model lenet")
+
+
+VALUES = {
+    "--accelerator": "gpu",
+    "--devices": "2",
+    "--num_nodes": "2",
+    "--precision": "bf16-mixed",
+    "--max_epochs": "7",
+    "--batch_size": "31",
+    "--lr": "0.25",
+    "--image_size": "40",
+    "--val_size": "0",
+    "--seed": "3",
+    "--patience": "2",
+    "--data_dir": "somewhere",
+    "--log_dir": "elsewhere",
+}
+
+
+def test_every_flag_with_a_long_form_is_tried_below():
+    translated = {name for name, flag in FLAGS.items() if flag.target and flag.check and name != "--ckpt_path"}
+    assert translated == set(VALUES)
+
+
+@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("separator", ["=", " "])
+def test_a_short_flag_becomes_its_long_form(name, separator):
+    assert parse(f"--model lenet {name}{separator}{VALUES[name]}").overrides == [f"{FLAGS[name].target}={VALUES[name]}"]
+
+
+def test_short_flags_mean_what_their_names_say():
+    line = "--model lenet --lr 1 --batch_size 2 --image_size 32 --max_epochs 3 --seed 4 --devices 2 --compile"
+    assert parse(line).overrides == [
+        "--model.optimizer.init_args.lr=1",
+        "--data.batch_size=2",
+        "--data.image_size=32",
+        "--trainer.max_epochs=3",
+        "--seed_everything=4",
+        "--trainer.devices=2",
+        "--model.compile=true",
+    ]
+
+
+def test_the_order_of_words_does_not_matter():
+    words = ["fit", "--model lenet", "--lr 0.1", "--trainer.max_epochs 3"]
+    commands = [parse(" ".join(order)) for order in itertools.permutations(words)]
+    for command in commands:
+        assert (command.subcommand, command.then_test, command.recipe) == ("fit", False, "lenet")
+        assert command.configs == [recipes()["lenet"]]
+        flags = set(" ".join(command.overrides).split(" --"))
+        assert {flag.lstrip("-") for flag in flags} == {"model.optimizer.init_args.lr=0.1", "trainer.max_epochs 3"}
+
+
+def test_the_last_of_two_values_comes_last():
+    assert parse("--model lenet --lr 1 --lr 2").overrides[-1] == "--model.optimizer.init_args.lr=2"
+
+
+def test_files_are_laid_over_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("one.yaml").write_text("data: {batch_size: 3}")
+    Path("two.yaml").write_text("data: {batch_size: 4}")
+    command = parse("--config one.yaml --model lenet --config two.yaml")
+    assert command.configs == [recipes()["lenet"], Path("one.yaml"), Path("two.yaml")]
+
+
+def test_a_file_by_subcommand_is_kept_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("all.yaml").write_text("fit: {data: {batch_size: 3}}")
+    command = parse("--config all.yaml fit")
+    assert (command.outer_configs, command.configs) == ([Path("all.yaml")], [])
+
+
+def test_a_recipe_may_be_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own.yaml").write_text("model: {}")
+    command = parse("--model own.yaml")
+    assert (command.recipe, command.configs) == ("own", [Path("own.yaml")])
+
+
+def test_a_config_of_this_project_gives_the_run_its_name():
+    assert parse(f"fit --config {REPO / 'configs' / 'nin.yaml'}").recipe == "nin"
+
+
+def test_long_flags_pass_through_with_their_values():
+    overrides = parse("--model lenet --trainer.max_epochs 3 --model.net.padding=0 --data.mean -0.5").overrides
+    assert overrides == ["--trainer.max_epochs", "3", "--model.net.padding=0", "--data.mean", "-0.5"]
+
+
+@pytest.mark.parametrize("line", ["--help", "-h", "--model lenet --help"])
+def test_help_is_asked_for(line):
+    assert parse_command_line(line.split()) is None
+
+
+def test_help_of_a_subcommand_is_lightning_clis():
+    assert parse("fit --help").overrides == ["--help"]
+
+
+def test_help_fits_a_screen_and_names_everything():
+    lines = help_text().splitlines()
+    assert len(lines) <= 50
+    assert max(map(len, lines)) <= 110
+    text = "\n".join(lines)
+    for name in (*FLAGS, *SUBCOMMANDS):
+        assert name in text
+    words = text.partition("recipes:")[2].split()
+    assert set(recipes()) <= set(words)
+    assert "fit --help" in lines[-1]
+
+
+def test_help_does_not_import_torch():
+    code = "import sys, train; train.main(['--help']); print(*{'torch', 'lightning'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.splitlines()[-1] == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("--model alexnett", "alexnet"),
+        ("--model vgg_11", "vgg11"),
+        ("--model GoogLeNet", "googlenet"),
+        ("--model lenet --epoch 3", "--max_epochs"),
+        ("--model lenet --epochs 3", "--max_epochs"),
+        ("--model lenet --bath_size 3", "--batch_size"),
+        ("--model lenet --batchsize 3", "--batch_size"),
+        ("--model lenet --acelerator cpu", "--accelerator"),
+        ("--model lenet --device 2", "--devices"),
+        ("--model lenet --checkpoint_path x", "--ckpt_path"),
+        ("tets --model lenet", "test"),
+        ("lenet", "--model lenet"),
+    ],
+)
+def test_did_you_mean(line, meant):
+    assert f"did you mean {meant}?" in refusal(line)
+
+
+def test_an_unlike_name_is_answered_with_the_list():
+    message = refusal("--model qqqqqq")
+    assert all(name in message for name in ("alexnet", "vgg11", "nin", "googlenet", "lenet"))
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "x", "", "nan", "1e3"])
+def test_a_batch_size_is_a_positive_integer(value):
+    assert refusal(f"--model lenet --batch_size={value}").startswith(
+        "--batch_size must be an integer of at least 1, got"
+    )
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "-inf", "1e400", "x", ""])
+def test_a_learning_rate_is_a_positive_number(value):
+    assert refusal(f"--model lenet --lr={value}") == f"--lr must be a positive number, got {value!r}"
+
+
+@pytest.mark.parametrize("value", ["auto", "1", "8", "-1", "0,1", "3,"])
+def test_devices_that_lightning_takes(value):
+    assert parse(f"--model lenet --devices={value}").overrides == [f"--trainer.devices={value}"]
+
+
+@pytest.mark.parametrize("value", ["abc", "0", "-2", "1.5", "0;1"])
+def test_devices_that_nobody_has(value):
+    assert refusal(f"--model lenet --devices={value}").startswith("--devices must be")
+
+
+@pytest.mark.parametrize("value", ["-1", "1"])
+def test_epochs(value):
+    assert parse(f"--model lenet --max_epochs {value}").overrides == [f"--trainer.max_epochs={value}"]
+
+
+def test_a_negative_number_is_a_value_not_a_flag():
+    assert refusal("--model lenet --lr -1") == "--lr must be a positive number, got '-1'"
+
+
+def test_a_flag_is_not_a_value():
+    assert refusal("--model lenet --lr --compile").startswith("--lr needs a value")
+
+
+def test_duplicate_keys_are_named_with_their_line(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("data:\n  batch_size: 1\n  batch_size: 2\n")
+    with pytest.raises(UserError, match=r"'batch_size' stands twice, the second time in line 3"):
+        load_yaml(path)
+
+
+def test_the_same_key_in_two_mappings_is_no_duplicate(tmp_path):
+    path = tmp_path / "fine.yaml"
+    path.write_text("a: {lr: 1}\nb: {lr: 2}\n")
+    assert load_yaml(path) == {"a": {"lr": 1}, "b": {"lr": 2}}
+
+
+@pytest.mark.parametrize("flag", ["--ckpt_path last", "--ckpt_path=last"])
+def test_the_newest_run_is_continued(tmp_path, flag):
+    assert "there is no run of lenet" in refusal(f"--model lenet --log_dir {tmp_path} {flag}")
+    paths = [tmp_path / "lenet" / f"version_{number}" / "checkpoints" / "last.ckpt" for number in (9, 10)]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    assert parse(f"{flag} --model lenet --log_dir {tmp_path}").ckpt_path == str(paths[1])

@@ -1,0 +1,300 @@
+"""compare.py on real records, and on runs that it trains itself."""
+
+import copy
+import csv
+import gzip
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import DATA, ENVIRONMENT, REPO, Answer
+from conftest import Run
+from PIL import Image
+
+import compare
+import report
+from datamodules import CLASS_NAMES
+from errors import UserError
+from runs import find_runs, fold, wilson
+
+TRAIN = ("--train", "lenet", "--max_epochs", "2", f"--data_dir={DATA}", "--val_size", "200", "--accelerator", "cpu")
+
+
+def compare_py(*arguments: str, folder: Path, timeout: float = 200) -> Answer:
+    command = [sys.executable, str(REPO / "compare.py"), *arguments]
+    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
+    return Answer(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def logs(trained: Run, tmp_path: Path) -> Path:
+    """Records of lenet with seeds 0 to 2, of lenet with another learning rate, and of nin."""
+    record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
+    for seed, accuracy in enumerate((0.80, 0.82, 0.87)):
+        write(tmp_path / f"lenet/version_{seed}", record, seed=seed, accuracy=accuracy)
+    other = copy.deepcopy(record)
+    other["config"]["model"]["optimizer"]["init_args"]["lr"] = 0.5
+    write(tmp_path / "lenet/version_3", other, accuracy=0.1)
+    write(tmp_path / "nin/version_0", record | {"recipe": "nin", "flops": 1_525_000_000}, accuracy=0.85)
+    return tmp_path
+
+
+def write(folder: Path, record: dict[str, Any], seed: int = 0, accuracy: float | None = None) -> None:
+    record = copy.deepcopy(record) | {"seed": seed}
+    record["config"]["seed_everything"] = seed
+    if accuracy is None:
+        del record["test"]
+    else:
+        record["test"]["accuracy"] = accuracy
+    folder.mkdir(parents=True)
+    (folder / "record.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "images", "low", "high"),
+    [(0.5, 100, 0.4038, 0.5962), (1.0, 10, 0.7225, 1.0), (0.0, 10, 0.0, 0.2775), (0.9, 10_000, 0.8940, 0.9057)],
+)
+def test_wilson_interval(accuracy: float, images: int, low: float, high: float) -> None:
+    assert wilson(accuracy, images) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_seeds_are_folded_and_other_settings_are_not(logs: Path) -> None:
+    groups = fold(find_runs([logs]))
+    assert [group.name for group in groups] == ["nin", "lenet (lr 0.005)", "lenet (lr 0.5)"]
+    lenet = groups[1]
+    assert [run.seed for run in lenet.runs] == [0, 1, 2]
+    assert lenet.accuracy == pytest.approx(0.83)
+    assert lenet.deviation == pytest.approx(statistics.stdev((0.80, 0.82, 0.87)))
+    assert lenet.interval == pytest.approx(wilson(0.83, 500))
+    assert groups[0].deviation is None
+
+
+def test_where_a_run_lies_and_reads_its_data_does_not_part_it(logs: Path, trained: Run) -> None:
+    record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
+    record["config"]["data"] |= {"data_dir": "elsewhere", "num_workers": 3}
+    record["config"]["log_dir"] = "there"
+    write(logs / "moved", record, seed=3, accuracy=0.9)
+    (group,) = (group for group in fold(find_runs([logs])) if group.name == "lenet (lr 0.005)")
+    assert [run.seed for run in group.runs] == [0, 1, 2, 3]
+
+
+def test_of_one_seed_the_newer_run_counts(logs: Path, trained: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
+    write(logs / "again", record, seed=0, accuracy=0.81)
+    os.utime(logs / "again" / "record.json", (time.time() + 60,) * 2)
+    groups = fold(find_runs([logs]))
+    assert sorted(run.accuracy for group in groups for run in group.runs) == [0.1, 0.81, 0.82, 0.85, 0.87]
+    assert compare.main([str(logs)]) == 0
+    assert "1 older run of the same seed left out" in capsys.readouterr().out
+
+
+def test_unfinished_runs_are_left_out_and_counted(logs: Path, trained: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    write(logs / "stopped", json.loads((trained.folder / "record.json").read_text(encoding="utf-8")), seed=9)
+    assert compare.main([str(logs)]) == 0
+    out = capsys.readouterr().out
+    assert "1 unfinished run left out" in out
+    assert "0.8300 ± 0.0361" in out
+
+
+def test_table_of_a_real_run(trained: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
+    assert compare.main([str(trained.folder)]) == 0
+    header, _, line = capsys.readouterr().out.strip().splitlines()[:3]
+    assert [name.strip() for name in header.split("  ") if name.strip()] == list(report.COLUMNS)
+    cells = [cell.strip() for cell in line.split("  ") if cell.strip()]
+    low, high = wilson(record["test"]["accuracy"], 500)
+    seconds = statistics.median(epoch["seconds"] for epoch in record["epochs"])
+    assert cells == [
+        "lenet",
+        "0",
+        f"{record['test']['accuracy']:.4f}",
+        f"{low:.4f} to {high:.4f}",
+        "61.71 k",
+        "833 k",
+        f"{record['images_per_second']:,.0f}",
+        f"{seconds:.1f} s",
+        f"{record['peak_memory_bytes'] / 2**20:,.0f} MiB",
+        "3",
+    ]
+
+
+def test_record_holds_class_accuracies_of_the_test(trained: Run) -> None:
+    test = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))["test"]
+    assert list(test["class_accuracy"]) == list(CLASS_NAMES)
+    labels = gzip.decompress((DATA / "t10k-labels-idx1-ubyte.gz").read_bytes())[8:]  # a byte each
+    right = sum(share * labels.count(index) for index, share in enumerate(test["class_accuracy"].values()))
+    assert right / 500 == pytest.approx(test["accuracy"])
+
+
+def test_report(logs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "out" / "deep"
+    assert compare.main([str(logs), "--output", str(folder)]) == 0
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    table = [line for line in text.splitlines() if line.startswith("| lenet (lr 0.005)")]
+    assert len(table) == 1
+    assert "0.8300 ± 0.0361" in table[0]
+    for name in ("accuracy_time.png", "accuracy_flops.png", "curves.png", "class_accuracy.png"):
+        assert f"]({name})" in text
+        picture = Image.open(folder / name).convert("RGB")
+        assert picture.width > 600
+        assert len(picture.getcolors(1 << 24) or []) > 50, f"{name} is blank"
+    with (folder / "runs.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["network"], row["seed"], float(row["test_accuracy"])) for row in rows] == [
+        ("nin", "0", 0.85),
+        ("lenet (lr 0.005)", "0", 0.80),
+        ("lenet (lr 0.005)", "1", 0.82),
+        ("lenet (lr 0.005)", "2", 0.87),
+        ("lenet (lr 0.5)", "0", 0.1),
+    ]
+    assert float(rows[0]["flops"]) == 1_525_000_000
+    assert 0 <= float(rows[1]["accuracy of Ankle boot"]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments", "message"),
+    [
+        ("matplotlib.figure", ["--output", "out"], "the plots need the package matplotlib"),
+        ("rich.console", [], "the table needs the package rich: pip install rich"),
+    ],
+)
+def test_missing_package_is_named_in_one_line(
+    logs: Path,
+    package: str,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.chdir(logs)
+    assert compare.main([".", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "there are no runs in logs"),
+        (["nowhere"], "nowhere does not exist"),
+        (["empty"], "there is no finished run in empty"),
+        (["damaged"], "record.json is damaged"),
+        (["--outptu", "x"], "did you mean --output"),
+        (["--max_epochs", "3"], "--max_epochs goes with --train"),
+        (["--seeds", "3"], "--seeds goes with --train"),
+        (["--output"], "--output needs a value"),
+        (["--train"], "--train needs the names of recipes"),
+        (["--train", "lenett"], "did you mean lenet"),
+        (["--train", "lenet", "--seeds", "0"], "--seeds must be an integer of at least 1, got '0'"),
+        (["--train", "lenet", "--seed", "1"], "give their number with --seeds"),
+        (["--train", "lenet", "--model", "nin"], "name the recipes behind --train"),
+        (["--train", "lenet", "--max_epochs", "none"], "--max_epochs must be"),
+        (["--train", "lenet", "--model.no_such_key", "1"], "no_such_key"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "record.json").write_text('{"recipe": ', encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert compare.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.startswith("compare.py: error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_arguments_of_train_py_are_told_from_runs() -> None:
+    request = compare.parse(["--train", "lenet", "nin", "--compile", "--max_epochs", "2", "--seeds=3", "--lr=1e-3"])
+    assert request is not None
+    assert request.recipes == ["lenet", "nin"]
+    assert request.seeds == 3
+    assert request.flags == ["--compile", "--max_epochs", "2", "--lr=1e-3"]
+    with pytest.raises(UserError, match="leave out some/run"):
+        compare.parse(["some/run", "--train", "lenet"])
+
+
+def test_help_and_the_table_need_no_torch(logs: Path) -> None:
+    code = (
+        f"import sys, compare; compare.main(['--help']); compare.main([{str(logs)!r}]); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("usage: python compare.py")
+    assert "0.8300" in done.stdout
+    assert done.stdout.strip().endswith("False"), done.stderr
+
+
+@pytest.mark.slow
+def test_train_runs_what_is_missing_and_only_that(tmp_path: Path) -> None:
+    answer = compare_py(*TRAIN, folder=tmp_path)
+    assert answer.code == 0, answer.err
+    assert "lenet, seed 0: starting" in answer.out
+    first = (tmp_path / "logs/lenet/version_0/record.json").read_bytes()
+    again = compare_py(*TRAIN, "--seeds", "2", "--output", "out", folder=tmp_path)
+    assert again.code == 0, again.err
+    assert "lenet, seed 0: finished" in again.out
+    assert "lenet, seed 1: starting" in again.out
+    assert (tmp_path / "logs/lenet/version_0/record.json").read_bytes() == first
+    assert [run.seed for run in find_runs([tmp_path / "logs"])] == [0, 1]
+    assert "±" in again.out
+    longer = ("--max_epochs", "1")
+    other = compare_py(*TRAIN, *longer, folder=tmp_path)  # other settings are another run
+    assert "lenet, seed 0: starting" in other.out
+    assert "(" not in other.out.split("─")[-1].splitlines()[1], "only the runs asked for are compared"
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_in_its_own_folder(tmp_path: Path) -> None:
+    arguments = (*TRAIN, "--batch_size", "8", "--max_epochs", "3")
+    command = [sys.executable, str(REPO / "compare.py"), *arguments]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("epoch 1/"):
+            # The checkpoint of an epoch is written after its line.
+            deadline = time.monotonic() + 60
+            while not list(tmp_path.rglob("last.ckpt")) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            break
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    (before,) = find_runs([tmp_path / "logs"])
+    assert not before.finished
+    answer = compare_py(*arguments, folder=tmp_path)
+    assert answer.code == 0, answer.err
+    assert "lenet, seed 0: going on" in answer.out
+    (after,) = find_runs([tmp_path / "logs"])
+    assert after.finished
+    assert [epoch["epoch"] for epoch in after.record["epochs"]] == [1, 2, 3]
+    elapsed = [epoch["elapsed_seconds"] for epoch in after.record["epochs"]]
+    assert elapsed == sorted(elapsed)
+    assert after.record["fit_seconds"] > elapsed[-1] * 0.99
+
+
+@pytest.mark.slow
+def test_a_failed_recipe_does_not_stop_the_others(tmp_path: Path) -> None:
+    arguments = ("--train", "nin", "lenet", "--image_size", "28", *TRAIN[2:])
+    answer = compare_py(*arguments, folder=tmp_path)
+    assert answer.code == 1
+    assert "nin with seed 0 was not finished" in answer.err
+    assert [run.recipe for run in find_runs([tmp_path / "logs"]) if run.finished] == ["lenet"]

@@ -1,0 +1,34 @@
+"""The full data set: an accuracy that only a working pipeline reaches."""
+
+import json
+
+import pytest
+from commands import REPO, run
+
+from datamodules import DatasetError
+from datamodules.fashion_mnist_files import SYSTEM_DIR, load
+
+
+def full_set():
+    """The folder of the full data set on this machine; None where there is none."""
+    for folder in (REPO / "data", REPO / "data" / "FashionMNIST" / "raw", SYSTEM_DIR):
+        try:
+            if len(load(folder, "train")[1]) == 60_000 and len(load(folder, "test")[1]) == 10_000:
+                return folder
+        except DatasetError:
+            continue
+    return None
+
+
+@pytest.mark.slow
+def test_lenet_learns_fashion_mnist(tmp_path):
+    folder = full_set()
+    if folder is None:
+        pytest.skip(f"the full data set lies neither in data/ nor in {SYSTEM_DIR}")
+    answer = run("--model=lenet", "--max_epochs=2", f"--data_dir={folder}", folder=tmp_path, timeout=600)
+    assert (answer.code, answer.err) == (0, "")
+    found = json.loads((tmp_path / "logs" / "lenet" / "version_0" / "record.json").read_text())
+    assert (found["train_images"], found["val_images"], found["test"]["images"]) == (55_000, 5_000, 10_000)
+    assert found["best_val_accuracy"] > 0.85
+    assert found["test"]["accuracy"] > 0.84
+    assert abs(found["test"]["accuracy"] - found["best_val_accuracy"]) < 0.03  # the split is fair

@@ -1,0 +1,463 @@
+"""One's own pictures: what is read, what the network gets to see, and what it makes of them."""
+
+import csv
+import io
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import DATA, run, run_forked
+from PIL import Image, ImageDraw
+
+from command_line import PREDICT_FLAGS, help_text, parse_command_line
+from datamodules import CLASS_NAMES, FashionMNISTDataModule
+from datamodules.fashion_mnist_files import NAMES, SYSTEM_DIR, load
+from errors import UserError
+from lit_modules import LitClassifier
+from pictures.cleaning import as_fashion_mnist
+from pictures.contact_sheet import COLUMNS, Tile, contact_sheet, fitting, thumbnail
+from pictures.reading import LONGEST_EDGE, PictureError, find_pictures, read_picture
+
+EDGE = 300
+FULL = all((SYSTEM_DIR / f"{name}.gz").exists() for name in NAMES)
+
+
+def shirt(draw, ink):
+    corners = [(110, 50), (134, 62), (166, 62), (190, 50), (264, 97), (240, 140), (207, 120), (207, 260)]
+    draw.polygon([*corners, (93, 260), (93, 120), (60, 140), (36, 97)], fill=ink)
+
+
+def trouser(draw, ink):
+    draw.polygon([(110, 27), (190, 27), (200, 277), (163, 277), (150, 100), (137, 277), (100, 277)], fill=ink)
+
+
+def bag(draw, ink):
+    draw.rounded_rectangle((50, 127, 250, 253), 13, fill=ink)
+    draw.arc((93, 53, 207, 207), 180, 360, fill=ink, width=13)
+
+
+def ankle_boot(draw, ink):
+    corners = [(160, 40), (253, 40), (257, 253), (217, 253), (213, 233), (187, 253), (43, 253), (40, 230)]
+    draw.polygon([*corners, (67, 203), (133, 180), (157, 143)], fill=ink)
+
+
+SENSIBLE = {
+    shirt: {"T-shirt/top", "Shirt"},
+    trouser: {"Trouser"},
+    bag: {"Bag"},
+    ankle_boot: {"Ankle boot"},
+}
+
+
+def drawing(shape, ink="#303040", ground="white", mode="RGB"):
+    picture = Image.new(mode, (EDGE, EDGE), ground)
+    shape(ImageDraw.Draw(picture), ink)
+    return picture
+
+
+def photograph(image, generator):
+    """An image of the data set as a large noisy JPEG, dark on an unevenly lit light ground, off its centre."""
+    scale = int(generator.integers(8, 15))
+    garment = np.asarray(Image.fromarray(image).resize((28 * scale, 28 * scale), Image.Resampling.BICUBIC), float)
+    height, width = 28 * scale + generator.integers(20, 200, 2)
+    top = generator.integers(5, height - 28 * scale - 5)
+    left = generator.integers(5, width - 28 * scale - 5)
+    canvas = np.zeros((height, width))
+    canvas[top : top + 28 * scale, left : left + 28 * scale] = garment
+    light = generator.uniform(225, 245) + np.linspace(-8, 8, width)
+    noisy = light * (1 - canvas / 255) + generator.normal(0, 6, canvas.shape)
+    file = io.BytesIO()
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).convert("RGB").save(file, "JPEG", quality=75)
+    return Image.open(file).convert("RGB")
+
+
+def box(image, threshold=25):
+    """Rows and columns, first and last, of what is not dark."""
+    rows, columns = np.flatnonzero((image > threshold).any(1)), np.flatnonzero((image > threshold).any(0))
+    return rows[0], rows[-1], columns[0], columns[-1]
+
+
+# Reading
+
+
+def test_folders_are_searched_in_order_and_files_taken_as_they_stand(tmp_path):
+    for name in ("b.PNG", "a.jpg", "deep/c.webp", "notes.txt", "record.json", "phone.HEIC"):
+        path = tmp_path / "pictures" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    odd = tmp_path / "no suffix"
+    found = find_pictures([odd, tmp_path / "pictures"])
+    names = [str(path.relative_to(tmp_path)) for path in found]
+    assert names == ["no suffix", "pictures/a.jpg", "pictures/b.PNG", "pictures/phone.HEIC", "pictures/deep/c.webp"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [
+        *((mode, "png") for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")),
+        *((mode, "tiff") for mode in ("CMYK", "F", "I;16", "LA", "RGBA")),
+        *((mode, "jpg") for mode in ("L", "RGB", "CMYK")),
+        ("RGB", "webp"),
+        ("RGB", "gif"),
+        ("RGB", "bmp"),
+        ("RGB", "ppm"),
+    ],
+)
+def test_colours_of_any_kind_are_read(tmp_path, mode, suffix):
+    picture = drawing(trouser, ink="black", ground="#f0f0f0")
+    if mode == "I;16":
+        picture = Image.fromarray(np.asarray(picture.convert("L"), np.uint16) * 257)
+    elif mode == "F":
+        picture = Image.fromarray(np.asarray(picture.convert("L"), np.float32) / 255)
+    else:
+        picture = picture.convert(mode)
+    path = tmp_path / f"picture.{suffix}"
+    picture.save(path)
+    read = read_picture(path)
+    assert read.size == (EDGE, EDGE)
+    assert read.mode in ("RGB", "RGBA")
+    grey = np.asarray(read.convert("RGB"), int).mean(axis=2)
+    assert grey[10, 10] == pytest.approx(240, abs=40)  # the palette of GIF is coarse
+    assert grey[60, 150] < 20
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_cameras_orientation_is_undone(tmp_path, orientation):
+    upright = drawing(ankle_boot)
+    ways = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # how a camera's sensor saw it: flips and turns of Pillow's
+    stored = upright.transpose(Image.Transpose(ways[orientation])) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "photo.png", exif=exif)
+    assert np.array_equal(np.asarray(read_picture(tmp_path / "photo.png")), np.asarray(upright))
+
+
+def test_broken_orientation_does_not_matter(tmp_path):
+    path = tmp_path / "photo.jpg"
+    drawing(bag).save(path, exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff")
+    assert read_picture(path).size == (EDGE, EDGE)
+
+
+def test_large_photographs_are_not_decoded_whole(tmp_path):
+    drawing(bag).resize((6000, 4500)).save(tmp_path / "photo.jpg")
+    width, height = read_picture(tmp_path / "photo.jpg").size
+    assert LONGEST_EDGE <= width < 6000
+    assert width / height == pytest.approx(4 / 3, rel=0.01)
+
+
+def unreadable(folder):
+    """A path of each kind that can't be read, and what is said of it."""
+    paths = {name: folder / name for name in ("gone.png", "text.png", "cut.jpg", "bomb.png", "empty.png", "run.eps")}
+    paths["text.png"].write_text("no picture")
+    paths["empty.png"].touch()
+    drawing(bag).save(paths["cut.jpg"])
+    paths["cut.jpg"].write_bytes(paths["cut.jpg"].read_bytes()[:2000])
+    Image.new("1", (10_000, 10_000)).save(paths["bomb.png"])
+    drawing(bag).save(paths["run.eps"])
+    os.mkfifo(folder / "pipe.png")
+    return {
+        folder / "pipe.png": "is not a file",
+        paths["gone.png"]: "does not exist",
+        paths["text.png"]: "is not a picture that can be read",
+        paths["empty.png"]: "is not a picture that can be read",
+        paths["cut.jpg"]: "can't be read: image file is truncated",
+        paths["bomb.png"]: "has more than 89,478,485 pixels",
+        paths["run.eps"]: "is not a picture that can be read",  # PostScript is a program
+    }
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    for path, reason in unreadable(tmp_path).items():
+        with pytest.raises(PictureError, match=re.escape(reason)):
+            read_picture(path)
+
+
+# What the network sees
+
+
+@pytest.mark.parametrize(("size", "expected"), [((100, 400), (0, 27, 11, 17)), ((400, 100), (11, 17, 0, 27))])
+def test_longest_edge_becomes_28_and_odd_margins_lie_left_and_top(size, expected):
+    picture = Image.new("RGB", (900, 700), "white")
+    picture.paste("black", (250, 37, 250 + size[0], 37 + size[1]))
+    image = as_fashion_mnist(picture)
+    assert image.shape == (28, 28)
+    assert image.dtype == np.uint8
+    assert box(image) == expected
+    assert image.max() > 250
+
+
+@pytest.mark.parametrize(
+    ("ink", "ground", "invert", "light_on_dark"),
+    [
+        ("#202020", "white", "auto", True),
+        ("white", "#202020", "auto", True),
+        ("#a02020", "#e8e0d0", "auto", True),
+        ("#e0e0e0", "#787878", "auto", True),  # a ground that is neither light nor dark
+        ("#202020", "#787878", "auto", True),
+        ("#202020", "white", "always", True),
+        ("white", "#202020", "never", True),
+        ("#202020", "white", "never", False),
+        ("white", "#202020", "always", False),
+    ],
+)
+def test_negated_when_the_ground_is_lighter_or_as_told(ink, ground, invert, light_on_dark):
+    image = as_fashion_mnist(drawing(bag, ink, ground), invert)
+    assert image[0, 0] == 0  # the ground is exactly black
+    assert (image[14:26, 4:24].mean() > 100) == light_on_dark
+
+
+def test_transparent_ground_contrasts_with_the_object():
+    clear = (0, 0, 0, 0)
+    seen = [as_fashion_mnist(drawing(bag, ink, clear, "RGBA")) for ink in ((250, 250, 250, 255), (20, 20, 20, 255))]
+    for image in seen:
+        assert image[20, 14] > 200
+        assert image[0, 0] == 0
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_images_of_the_data_set_stay_as_they_are(negative):
+    for image in load(DATA, "test")[0][:50].numpy():
+        given = 255 - image if negative else image
+        assert np.array_equal(as_fashion_mnist(Image.fromarray(given).convert("RGB")), image)
+
+
+@pytest.mark.parametrize("ground", ["white", "black", "#777777"])
+def test_blank_pictures_are_refused(ground):
+    with pytest.raises(ValueError, match="nothing that stands out"):
+        as_fashion_mnist(Image.new("RGB", (200, 100), ground))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (3, 5), (27, 29)])
+def test_tiny_pictures_are_seen_or_refused(size):
+    picture = Image.new("RGB", size, "white")
+    picture.putpixel((size[0] // 2, size[1] // 2), (0, 0, 0))
+    try:
+        assert as_fashion_mnist(picture).shape == (28, 28)
+    except ValueError as error:
+        assert "stands out" in str(error)
+
+
+def test_noise_and_uneven_light_do_not_move_the_object():
+    generator = np.random.default_rng(0)
+    clean = np.asarray(drawing(trouser, "black"), float)
+    light = np.linspace(0.85, 1, EDGE)[:, None, None]
+    noisy = (clean * light + generator.normal(0, 8, clean.shape)).clip(0, 255).astype(np.uint8)
+    expected, seen = as_fashion_mnist(drawing(trouser, "black")), as_fashion_mnist(Image.fromarray(noisy))
+    assert np.abs(np.array(box(seen)) - box(expected)).max() <= 1
+    assert seen[0, 0] < 25
+
+
+# Accuracy
+
+
+def train(folder, *flags):
+    answer = run("fit", "--model=lenet", "--accelerator=cpu", "--log_dir=logs", *flags, folder=folder, timeout=600)
+    assert answer.code == 0, answer.err
+    return folder / "logs" / "lenet" / "version_0" / "checkpoints" / "best.ckpt"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    flags = f"--data_dir={DATA} --val_size=300 --batch_size=32 --max_epochs=12"
+    return train(tmp_path_factory.mktemp("sample"), *flags.split())
+
+
+@pytest.fixture(scope="module")
+def full_checkpoint(tmp_path_factory):
+    if not FULL:
+        pytest.skip(f"the full data set is not in {SYSTEM_DIR}")
+    return train(tmp_path_factory.mktemp("full"), f"--data_dir={SYSTEM_DIR}", "--max_epochs=3")
+
+
+def classify(path, images):
+    classifier = LitClassifier.load_from_checkpoint(path)
+    data = FashionMNISTDataModule.load_from_checkpoint(path)
+    return classifier.probabilities(data.preprocess(torch.from_numpy(np.stack(images)))).argmax(dim=1)
+
+
+def accuracies(path, images, labels):
+    generator = np.random.default_rng(0)
+    photographs = [as_fashion_mnist(photograph(image, generator)) for image in images]
+    return [float((classify(path, kind) == labels).float().mean()) for kind in (images, photographs)]
+
+
+def test_photographs_of_the_sample_are_recognized_like_the_originals(checkpoint):
+    images, labels = load(DATA, "test")
+    originals, photographs = accuracies(checkpoint, images.numpy(), labels)
+    assert originals > 0.7
+    assert photographs > originals - 0.01
+
+
+@pytest.mark.slow
+def test_photographs_of_the_full_set_are_recognized_like_the_originals(full_checkpoint):
+    images, labels = load(SYSTEM_DIR, "test")
+    originals, photographs = accuracies(full_checkpoint, images[:3000].numpy(), labels[:3000])
+    assert originals > 0.84
+    assert photographs > originals - 0.01
+
+
+@pytest.mark.parametrize(("ink", "ground"), [("#303040", "white"), ("#d8d8d8", "#101010"), ("#803020", "#e8e4dc")])
+def test_silhouettes_are_recognized(checkpoint, ink, ground):
+    images = [as_fashion_mnist(drawing(shape, ink, ground)) for shape in SENSIBLE]
+    for guess, sensible in zip(classify(checkpoint, images), SENSIBLE.values(), strict=True):
+        assert CLASS_NAMES[guess] in sensible
+
+
+# The command
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for shape in SENSIBLE:
+        drawing(shape).save(folder / f"{shape.__name__}.png")
+    return folder
+
+
+def predict(checkpoint, folder, *arguments):
+    flags = ("predict", "--accelerator=cpu", f"--ckpt_path={checkpoint}", "--data_dir=nowhere")
+    return run_forked(*flags, *arguments, folder=folder)
+
+
+def test_flags_take_several_values():
+    line = "predict --images a.jpg b --invert=never --ckpt_path x.ckpt --output a.csv b.png --gradcam --images c"
+    command = parse_command_line(line.split())
+    assert command is not None
+    assert command.images == [Path("a.jpg"), Path("b"), Path("c")]
+    assert command.output == [Path("a.csv"), Path("b.png")]
+    assert (command.invert, command.gradcam, command.ckpt_path) == ("never", True, "x.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--model lenet --images a.jpg", "--images belongs to predict"),
+        ("test --ckpt_path x.ckpt --gradcam", "--gradcam belongs to predict"),
+        ("predict --ckpt_path x.ckpt --invert never", "--invert needs pictures"),
+        ("predict --ckpt_path x.ckpt --images", "--images needs a value"),
+        (
+            "predict --ckpt_path x.ckpt --images a --invert yes",
+            "--invert must be one of auto, always, never, got 'yes'",
+        ),
+        ("predict --ckpt_path x.ckpt --images a --output a.txt", "--output must be a file name that ends in .csv"),
+        ("predict --model lenet --images a", "give --ckpt_path"),
+    ],
+)
+def test_flags_in_the_wrong_place_are_refused(line, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse_command_line(line.split())
+
+
+def test_help_of_predict_fits_a_screen_and_names_the_flags():
+    assert parse_command_line(["predict", "--help"]) is None
+    lines = help_text(predict=True).splitlines()
+    assert len(lines) <= 32
+    assert max(map(len, lines)) <= 110
+    for name in PREDICT_FLAGS:
+        assert any(line.strip().startswith(name) for line in lines)
+    assert any("predict --help" in line for line in help_text().splitlines())
+
+
+def test_table_csv_json_and_contact_sheet_agree(checkpoint, tmp_path, pictures):
+    answer = predict(checkpoint, tmp_path, "--images", "pictures", "--output", "a.csv", "out/b.json", "c.png")
+    assert (answer.code, answer.err) == (0, "")
+    rows = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
+    content = json.loads((tmp_path / "out" / "b.json").read_text())
+    assert content["skipped"] == []
+    assert [row["picture"] for row in rows] == [row["picture"] for row in content["pictures"]]
+    assert [row["picture"] for row in rows] == sorted(f"pictures/{shape.__name__}.png" for shape in SENSIBLE)
+    for row, entry in zip(rows, content["pictures"], strict=True):
+        shape = next(shape for shape in SENSIBLE if shape.__name__ in row["picture"])
+        assert row["class_1"] in SENSIBLE[shape]
+        assert sum(entry["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        ranked = sorted(entry["probabilities"].items(), key=lambda item: -item[1])[:3]
+        assert [(guess["class"], guess["probability"]) for guess in entry["top"]] == ranked
+        assert [row[f"class_{rank}"] for rank in (1, 2, 3)] == [name for name, _ in ranked]
+        assert float(row[ranked[0][0]]) == pytest.approx(ranked[0][1], abs=1e-6)
+        name, probability = ranked[0]
+        assert re.search(rf"{row['picture']} +{name} {probability:.1%}", answer.out)
+    with Image.open(tmp_path / "c.png") as sheet:
+        assert sheet.width > 900
+    assert not (tmp_path / "nowhere").exists()  # the data set is not needed
+
+
+def test_probabilities_are_those_of_three_lines_of_python(checkpoint, tmp_path, pictures):
+    assert predict(checkpoint, tmp_path, "--images", "pictures/bag.png", "--output=a.json").code == 0
+    given = json.loads((tmp_path / "a.json").read_text())["pictures"][0]["probabilities"]
+    image = torch.from_numpy(as_fashion_mnist(read_picture(pictures / "bag.png")))
+    classifier = LitClassifier.load_from_checkpoint(checkpoint)
+    data = FashionMNISTDataModule.load_from_checkpoint(checkpoint)
+    assert list(given.values()) == pytest.approx(classifier.probabilities(data.preprocess(image))[0].tolist(), abs=1e-5)
+
+
+def test_broken_files_are_named_and_the_rest_goes_on(checkpoint, tmp_path, pictures):
+    reasons = unreadable(pictures)
+    evil = pictures / "\x1b[31m[red]Ünï\N{SNOWMAN}.png"
+    drawing(trouser).save(evil)
+    answer = predict(
+        checkpoint, tmp_path, "--images", "pictures", *(str(path) for path in reasons if not path.exists())
+    )
+    assert answer.code == 0
+    for path, reason in reasons.items():
+        if path.suffix != ".eps":  # not searched for
+            assert re.search(rf"skipped: .*{path.name} {re.escape(reason)}", answer.err)
+    assert len(answer.err.splitlines()) == len(reasons) - 1
+    assert "\x1b" not in answer.out
+    assert re.search(r"\?\[31m\[red\]Ünï☃.png +Trouser", answer.out)
+    run_folder = checkpoint.parent.parent
+    assert f"Wrote {run_folder / 'pictures.png'}" in answer.out
+    assert (run_folder / "pictures.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--images", "empty"], "no picture could be read: empty holds none"),
+        (["--images", "none.png"], "no picture could be read: none.png does not exist"),
+        (["--images", "pictures", "--output", "pictures/bag.png/a.csv"], "pictures/bag.png/a.csv can't be written"),
+    ],
+)
+def test_mistakes_answer_with_one_line(checkpoint, tmp_path, pictures, arguments, message):
+    (tmp_path / "empty").mkdir()
+    answer = predict(checkpoint, tmp_path, *arguments)
+    assert answer.code != 0
+    assert answer.err.startswith(f"train.py: error: {message}")
+    assert len(answer.err.splitlines()) == 1
+
+
+def test_grad_cam_overlays(checkpoint, tmp_path, pictures):
+    pytest.importorskip("captum")
+    answer = predict(checkpoint, tmp_path, "--images", "pictures", "--gradcam", "--output", "a.png")
+    assert (answer.code, answer.err) == (0, "")
+    names = [f"{number}-{name}" for number, name in enumerate(sorted(shape.__name__ for shape in SENSIBLE), start=1)]
+    for name in names:
+        with Image.open(checkpoint.parent.parent / "gradcam" / f"{name}.png") as overlay:
+            right = np.asarray(overlay.convert("RGB"), int)[60:280, 320:580]
+            assert (right.max(axis=2) - right.min(axis=2)).max() > 60  # coloured
+
+
+# The contact sheet
+
+
+def test_contact_sheet_has_room_for_all():
+    tile = Tile("picture.png", thumbnail(drawing(bag)), np.zeros((28, 28), np.uint8), [("Bag", 0.9), ("Coat", 0.1)])
+    widths, heights = zip(*(contact_sheet([tile] * count).size for count in (1, COLUMNS, COLUMNS + 1)), strict=True)
+    assert widths[1] == widths[2] == COLUMNS * widths[0]
+    assert heights[1] == heights[0]
+    assert heights[2] == 2 * heights[0]
+
+
+def test_long_names_lose_their_middle():
+    from PIL import ImageFont
+
+    font = ImageFont.load_default(14)
+    text = fitting("a very long name of a picture that somebody took on holiday.png", font, 150)
+    assert font.getlength(text) <= 150
+    assert text.startswith("a very")
+    assert text.endswith("day.png")
+    assert fitting("short.png", font, 150) == "short.png"
