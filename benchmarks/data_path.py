@@ -1,0 +1,114 @@
+"""Speed of the data path alone, from the files' bytes to augmented and resized batches, against PIL with workers.
+
+Ours is the real data module: a shuffled batch of bytes at a time, then shift, flip and resize for the whole batch. The
+other side is torchvision's usual way, one PIL image at a time: RandomCrop, RandomHorizontalFlip, Resize and ToTensor in
+as many workers as there are cores. On a GPU the share of AlexNet's step that the data path takes is measured too.
+
+Command: python -m benchmarks.data_path --data_dir DIR
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+from benchmarks import side_by_side
+from benchmarks.our_turns import StepTurns, command
+from benchmarks.plain_loops import WORKERS, PictureDataset, endless
+from benchmarks.side_by_side import Contestant, Turns, contest, median, print_table, ratios, run_folder
+from datamodules import FashionMNISTDataModule
+
+SIZES = (28, 96, 224)
+PADDING = 2
+TARGETS = {28: 20}  # issue: how many times the images/s of PIL with workers
+ALEXNET_SHARE = 0.05  # issue: of AlexNet's step, on a GPU
+
+
+def ours(options: argparse.Namespace, device: str) -> None:
+    """The data module as the Trainer uses it in training."""
+    data = FashionMNISTDataModule(
+        options.data_dir,
+        options.batch_size,
+        options.size[0],
+        val_size=0,
+        crop_padding=PADDING,
+        horizontal_flip=True,
+    )
+    data.trainer = pl.Trainer(
+        accelerator=options.accelerator, devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    data.trainer.training = True
+    data.prepare_data()
+    data.setup("fit")
+    loader = data.train_dataloader()
+    turns = Turns(device)
+    turns.wait()
+    for batch in endless(loader):
+        images, _ = data.on_after_batch_transfer(data.transfer_batch_to_device(batch, torch.device(device), 0), 0)
+        turns.step(len(images))
+
+
+def pictures(options: argparse.Namespace, device: str) -> None:
+    """One PIL image at a time, in worker processes."""
+    steps = [transforms.RandomCrop(28, padding=PADDING), transforms.RandomHorizontalFlip()]
+    steps += [transforms.Resize(options.size[0])] if options.size[0] != 28 else []
+    data = PictureDataset(Path(options.data_dir), transforms.Compose([*steps, transforms.ToTensor()]))
+    cuda = device == "cuda"
+    loader = DataLoader(data, options.batch_size, shuffle=True, num_workers=WORKERS, pin_memory=cuda)
+    turns = Turns(device)
+    turns.wait()
+    for images, labels in endless(loader):
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        turns.step(len(images))
+
+
+SIDES = {"ours": ours, "PIL": pictures}
+
+
+def main() -> None:
+    """Run one contest for each image size."""
+    parser = side_by_side.arguments(__doc__ or "", budget=60)
+    parser.add_argument("--size", type=int, nargs="+", default=list(SIZES))
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--turn", type=float, default=2.0, help="seconds a turn (default: %(default)g)")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    device = {"cpu": "cpu", "gpu": "cuda"}[options.accelerator]
+    if options.side:
+        SIDES[options.side](options, device)
+        return
+    place = side_by_side.machine(options.accelerator)
+    options.data_dir = str(Path(options.data_dir).resolve())
+    shared = ("--accelerator", options.accelerator, "--data_dir", options.data_dir)
+    results, rows = [], []
+    for size in options.size:
+        sizes = ("--size", str(size), "--batch_size", str(options.batch_size))
+        contestants = {
+            side: partial(Contestant, ["-m", "benchmarks.data_path", "--side", side, *shared, *sizes]) for side in SIDES
+        }
+        with run_folder() as folder:
+            if options.accelerator == "gpu" and size == 224:
+                alexnet = ("--model", "alexnet", "--val_size", "0", "--max_epochs", "1000", "--log_dir", folder)
+                training = command(StepTurns, *alexnet, "--batch_size", str(options.batch_size), *shared)
+                contestants["AlexNet's training"] = partial(Contestant, training)
+            turns, _ = contest(contestants, options.seconds / len(options.size), options.turn)
+        times = ratios(turns["ours"], turns["PIL"])
+        result = {"image_size": size, "turns": turns, "ours_over_pil": times, "target_ratio": TARGETS.get(size)}
+        if "AlexNet's training" in turns:
+            result["share_of_alexnet_step"] = median(turns["AlexNet's training"]) / median(turns["ours"])
+            result["target_share_of_alexnet_step"] = ALEXNET_SHARE
+            print(f"The data path takes {result['share_of_alexnet_step']:.1%} of AlexNet's step.")
+        results.append(result)
+        spread = f"{times['least']:.1f} to {times['greatest']:.1f}"
+        rates = (f"{median(turns[side]):,.0f}" for side in ("ours", "PIL"))
+        rows.append((size, *rates, f"{times['median']:.1f} ({spread})", len(turns["ours"])))
+    print_table(("image size", "ours, images/s", f"PIL, {WORKERS} workers, images/s", "ratio", "rounds"), rows)
+    side_by_side.write_record("data_path", options, place, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Images/s on 1, 2, 4, ... devices, and what is to be expected beyond them.
+
+Measured: train.py with `--devices N` on this machine, each process with the recipe's batch (weak scaling), in turn.
+On N CPU processes the cores are shared, so the efficiency is relative to one process with all of them. Under torchrun
+or SLURM, train.py takes the number of nodes and processes from them; run it there with `--num_nodes`, and read
+images/s in record.json.
+
+Calculated: the gradient bytes of each network, and how long a ring all-reduce of them takes on 8 GPUs and beyond at
+stated link speeds, beside the step that throughput.py has measured. Lightning's DDP overlaps the all-reduce with the
+backward pass, so what is given is the worst case, without any overlap.
+
+Command: python -m benchmarks.scaling --data_dir DIR
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks import side_by_side
+from benchmarks.plain_loops import build
+from benchmarks.side_by_side import PROJECT, print_table, run_folder
+
+# Bytes a second that each GPU sends and receives at once: NVLink 4 of H100 and H200 (900 GB/s both ways), as NVIDIA's
+# data sheets state, and one 400 Gbit/s network port a GPU between nodes.
+LINKS = {"8 GPUs, NVLink 450 GB/s": (8, 450e9), "64 GPUs, 400 Gbit/s network": (64, 50e9)}
+NETWORKS = ("lenet", "alexnet", "vgg11", "vgg19", "nin", "googlenet")
+
+
+def all_reduce_seconds(size: int, devices: int, bytes_a_second: float) -> float:
+    """Of a ring: each device sends and receives 2 (N - 1) / N times the gradient."""
+    return 2 * (devices - 1) / devices * size / bytes_a_second
+
+
+def images_per_second(model: str, devices: int, options: Any) -> dict[str, Any]:
+    """One short run of train.py; the speed is the second epoch's."""
+    with run_folder() as folder:
+        command = [sys.executable, str(PROJECT / "train.py"), "fit", "--model", model, "--devices", str(devices)]
+        command += ["--accelerator", options.accelerator, "--data_dir", options.data_dir, "--log_dir", folder]
+        command += ["--max_epochs", "2", "--val_size", "0", f"--trainer.limit_train_batches={options.steps}"]
+        command += options.flags.split()
+        done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, timeout=options.seconds + 300)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
+        record = json.loads(next(Path(folder).rglob("record.json")).read_text(encoding="utf-8"))
+    return {
+        "images_per_second": record["epochs"][1]["images_per_second"],
+        "seconds": record["epochs"][1]["seconds"],
+        "batch_size": record["batch_size"],
+    }
+
+
+def _step_milliseconds(options: Any) -> dict[str, float]:
+    """Each network's measured step on one device, from throughput.py's record."""
+    path = options.out / f"throughput-{options.accelerator}.json"
+    if not path.exists():
+        return {}
+    results = json.loads(path.read_text(encoding="utf-8"))["results"]
+    return {one["network"]: 1e3 * one["batch_size"] / one["contestants"][0]["images_per_second"] for one in results}
+
+
+def main() -> None:
+    """Measure, then calculate."""
+    parser = side_by_side.arguments(__doc__ or "", budget=75)
+    parser.add_argument("--model", default="lenet", help="recipe that is measured (default: lenet)")
+    parser.add_argument(
+        "--devices", type=int, nargs="+", help="numbers of devices (default: 1, 2, 4, ... as many as are)"
+    )
+    parser.add_argument("--steps", type=int, default=200, help="steps an epoch (default: %(default)s)")
+    parser.add_argument("--flags", default="", help="more flags for train.py, in quotes")
+    options = parser.parse_args()
+    options.data_dir = str(Path(options.data_dir).resolve())
+    place = side_by_side.machine(options.accelerator)
+    most = torch.cuda.device_count() if options.accelerator == "gpu" else min(2, os.cpu_count() or 1)
+    counts = options.devices or [2**power for power in range(most.bit_length()) if 2**power <= most]
+    runs: dict[int, list[dict[str, Any]]] = {count: [] for count in counts}
+    begun, longest = time.monotonic(), 0.0
+    while not all(runs.values()) or time.monotonic() - begun + longest < options.seconds:
+        start = time.monotonic()
+        for count in counts:
+            runs[count].append(images_per_second(options.model, count, options))
+        longest = max(longest, time.monotonic() - start)
+    speeds = {count: median(run["images_per_second"] for run in runs[count]) for count in counts}
+    base = speeds[counts[0]] / (counts[0] if options.accelerator == "gpu" else 1)
+    ideal = {count: base * (count if options.accelerator == "gpu" else 1) for count in counts}
+    rows = [
+        (count, runs[count][0]["batch_size"], f"{speeds[count]:,.0f}", f"{speeds[count] / ideal[count]:.2f}")
+        for count in counts
+    ]
+    print(f"{options.model}, {options.steps} steps an epoch")
+    print_table(("devices", "global batch", "images/s", "efficiency"), rows)
+
+    sizes = {model: 4 * sum(parameter.numel() for parameter in build(model)[0].parameters()) for model in NETWORKS}
+    table = []
+    for model, size in sizes.items():
+        milliseconds = (1e3 * all_reduce_seconds(sent, *link) for sent in (size, size // 2) for link in LINKS.values())
+        table.append((model, f"{size / 1e6:,.1f}", *(f"{value:,.2f}" for value in milliseconds)))
+    steps = _step_milliseconds(options)
+    table = [(*row, f"{steps[row[0]]:,.1f}" if row[0] in steps else "not measured") for row in table]
+    print("\nAll-reduce of the gradient, calculated, in ms a step, beside the measured step of one device")
+    names = list(LINKS)
+    print_table(("network", "gradient, MB", *names, *(f"bf16, {name}" for name in names), "step, ms"), table)
+    results = {
+        "model": options.model,
+        "runs": {str(count): values for count, values in runs.items()},
+        "efficiency": {str(count): speeds[count] / ideal[count] for count in counts},
+        "gradient_bytes": sizes,
+        "all_reduce_seconds": {
+            model: {name: all_reduce_seconds(size, *link) for name, link in LINKS.items()}
+            for model, size in sizes.items()
+        },
+    }
+    side_by_side.write_record("scaling", options, place, results)
+
+
+if __name__ == "__main__":
+    main()

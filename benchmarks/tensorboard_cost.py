@@ -1,0 +1,95 @@
+"""What TensorBoard's pictures cost: LeNet's epochs on the full data, with them and without.
+
+A turn is one epoch with validation, logging and checkpoints. "Without" lacks everything that `TensorBoardPictures` and
+`Confusion` do; scalars are written by both. What is drawn once a run (graph, layout, training images) is timed apart.
+
+Command: python -m benchmarks.tensorboard_cost --data_dir DIR
+"""
+
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import side_by_side
+from benchmarks.our_turns import EpochTurns, command
+from benchmarks.side_by_side import Contestant, contest, median, print_table, ratios, run_folder
+from callbacks import pictures
+from callbacks.network_graph import network_graph
+from datamodules import CLASS_NAMES
+from datamodules.fashion_mnist_files import load, prepare
+from models import LeNet
+
+EPOCHS = 1000  # as long as the contest may last
+TARGET = 1.03  # issue: at most this many times the epoch without
+BATCH_SIZE = 256
+
+
+def without_pictures(arguments: list[str]) -> int:
+    """train.py without the two callbacks."""
+    import cli
+    import train
+    from callbacks.confusion import Confusion
+    from callbacks.tensorboard_pictures import TensorBoardPictures
+
+    class Bare(cli.ClassifierCLI):
+        def _fit_callbacks(self, logger: Any) -> list[Any]:
+            callbacks = super()._fit_callbacks(logger)
+            return [callback for callback in callbacks if not isinstance(callback, Confusion | TensorBoardPictures)]
+
+    cli.ClassifierCLI = Bare  # type: ignore[misc]
+    return train.main(arguments)
+
+
+def once_seconds(data_dir: Path) -> float:
+    """Time of what is drawn once a run."""
+    images, labels = load(prepare(data_dir), "train")
+    net = LeNet()
+    network_graph(net, (1, 28, 28))  # as in a run, where the table of the stages has loaded what this needs
+    start = time.perf_counter()
+    network_graph(net, (1, 28, 28))
+    names = [CLASS_NAMES[label] for label in labels[:16].tolist()]
+    pictures.inputs(images[:16, None] / torch.tensor(255.0), names)
+    return time.perf_counter() - start
+
+
+def main() -> int:
+    """Run the contest."""
+    if sys.argv[1:2] == ["--without"]:
+        return without_pictures(sys.argv[2:])
+    options = side_by_side.arguments(__doc__ or "", budget=160).parse_args()
+    place = side_by_side.machine(options.accelerator)
+    images, _ = load(prepare(Path(options.data_dir)), "train")
+    with run_folder() as folder:
+        ours = command(
+            EpochTurns,
+            *("--model", "lenet", "--batch_size", str(BATCH_SIZE), "--max_epochs", str(EPOCHS)),
+            *("--val_size", str(len(images) // 12), "--log_dir", folder, "--devices", "1"),
+            *("--accelerator", options.accelerator, "--data_dir", options.data_dir),
+        )
+        bare = ["-m", "benchmarks.tensorboard_cost", "--without", *ours[2:]]
+        turns, _ = contest(
+            {"without": partial(Contestant, bare), "with": partial(Contestant, ours)},
+            options.seconds,
+            turn=0.1,
+            least_rounds=5,
+        )
+    times = ratios(turns["without"], turns["with"])  # of rates: how many times the time it takes with pictures
+    count = len(images) - len(images) // 12
+    seconds = {name: count / median(reports) for name, reports in turns.items()}
+    once = once_seconds(Path(options.data_dir))
+    spread = f"{times['least']:.3f} to {times['greatest']:.3f}"
+    rows = [("without", f"{seconds['without']:.3f}", "", "", "")]
+    rows.append(("with", f"{seconds['with']:.3f}", f"{times['median']:.3f}", spread, f"{TARGET:.2f}"))
+    print_table(("pictures", "s an epoch", "ratio", "range", "target"), rows)
+    print(f"Once a run: {once:.3f} s, {once / seconds['without']:.1%} of an epoch")
+    result = {"seconds": seconds, "ratio": times, "target": TARGET, "once_seconds": once, "turns": turns}
+    side_by_side.write_record("tensorboard_cost", options, place, result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

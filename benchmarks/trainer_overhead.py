@@ -1,0 +1,124 @@
+"""What the Trainer costs: LeNet's epochs with everything a user has by default against a bare loop.
+
+Both do the same optimiser steps on the same batches in the same order, and measure the same validation images after
+each epoch; ours also draws its bar, logs, keeps metrics and writes checkpoints. A turn is one epoch, all included.
+
+Command: python -m benchmarks.trainer_overhead --data_dir DIR
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks import side_by_side
+from benchmarks.our_turns import EpochTurns, command
+from benchmarks.side_by_side import Contestant, Turns, contest, median, print_table, ratios, run_folder
+from datamodules.fashion_mnist import TrainBatches
+from datamodules.fashion_mnist_files import load, prepare
+from lit_modules.schedules import WarmupDecay
+from models import LeNet
+
+EPOCHS = 1000  # as long as the contest may last
+TARGETS = {256: 1.05, 64: 1.2}  # issue: at most this many times the bare loop's time
+
+
+def bare_loop(data_dir: Path, batch_size: int, device: str) -> None:
+    """LeNet's recipe as a loop of plain PyTorch, as fast as one would write it; metrics stay on the device."""
+    images, labels = load(prepare(data_dir), "train")
+    val_size = len(labels) // 12
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    train, val = (
+        (images[part][:, None].to(device), labels[part].to(device)) for part in (order[val_size:], order[:val_size])
+    )
+    net = LeNet().to(device).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.005, weight_decay=0.05, fused=True)
+    epochs = iter(range(EPOCHS))
+    batches = TrainBatches(len(train[1]), batch_size, position=lambda: (next(epochs), 0))
+    scheduler = WarmupDecay(optimizer, EPOCHS * len(batches), shape="linear")
+    precision = torch.amp.autocast("cuda", torch.bfloat16, enabled=device == "cuda")
+    turns = Turns(device)
+    turns.wait()
+    while True:
+        net.train()
+        losses, hits = [], []
+        for indices in batches:
+            indices = indices.to(device)
+            inputs, targets = train[0][indices].float().div_(255), train[1][indices]
+            with precision:
+                logits = net(inputs)
+                loss = F.cross_entropy(logits, targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            losses.append(loss.detach())
+            hits.append((logits.detach().argmax(1) == targets).sum())
+        net.eval()
+        with torch.inference_mode(), precision:
+            for inputs, targets in zip(val[0].split(batch_size), val[1].split(batch_size), strict=True):
+                logits = net(inputs.float().div_(255))
+                losses.append(F.cross_entropy(logits, targets))
+                hits.append((logits.argmax(1) == targets).sum())
+        torch.stack(losses).mean().item(), torch.stack(hits).sum().item()
+        turns.step(len(train[1]))
+
+
+def main() -> None:
+    """Run the contest for each batch size."""
+    parser = side_by_side.arguments(__doc__ or "", budget=120)
+    parser.add_argument("--batch_size", type=int, nargs="+", default=list(TARGETS))
+    parser.add_argument("--bare_loop", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    device = {"cpu": "cpu", "gpu": "cuda"}[options.accelerator]
+    if options.bare_loop:
+        bare_loop(options.data_dir, options.batch_size[0], device)
+        return
+    place = side_by_side.machine(options.accelerator)
+    results, rows = [], []
+    images, _ = load(prepare(Path(options.data_dir)), "train")
+    for batch_size in options.batch_size:
+        shared = ("--accelerator", options.accelerator, "--data_dir", options.data_dir, "--batch_size", str(batch_size))
+        with run_folder() as folder:
+            ours = command(
+                EpochTurns,
+                *("--model", "lenet", "--max_epochs", str(EPOCHS), "--val_size", str(len(images) // 12)),
+                *("--log_dir", folder, "--devices", "1", *shared),
+            )
+            turns, _ = contest(
+                {
+                    "bare loop": partial(Contestant, ["-m", "benchmarks.trainer_overhead", "--bare_loop", *shared]),
+                    "ours, bar on a terminal": partial(Contestant, ours, terminal=True),
+                    "ours, lines in a file": partial(Contestant, ours),
+                },
+                options.seconds / len(options.batch_size),
+                turn=0.1,
+                least_rounds=3,
+            )
+        bare = turns["bare loop"]
+        for name, reports in turns.items():
+            times = ratios(bare, reports)  # of rates: how many times the bare loop's time ours takes
+            seconds = (len(images) - len(images) // 12) / median(reports)
+            results.append(
+                {
+                    "batch_size": batch_size,
+                    "contestant": name,
+                    "rounds": len(reports),
+                    "images_per_second": median(reports),
+                    "time_over_bare_loop": times,
+                    "target": TARGETS.get(batch_size),
+                    "turns": reports,
+                }
+            )
+            spread = f"{times['least']:.3f} to {times['greatest']:.3f}"
+            rows.append(
+                (batch_size, name, f"{median(reports):,.0f}", f"{seconds:.2f}", f"{times['median']:.3f}", spread)
+            )
+    print_table(("batch", "contestant", "images/s", "s an epoch", "time / bare loop", "range"), rows)
+    side_by_side.write_record("trainer_overhead", options, place, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Each benchmark runs end to end in a tiny setting and writes a record; what they calculate is checked by hand."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.scaling import all_reduce_seconds
+from benchmarks.side_by_side import Contestant, Missing, contest, median, ratios
+from benchmarks.throughput import training_bytes, training_flops
+
+PROJECT = Path(__file__).parents[1]
+CONTESTANT = """
+import sys, time
+from benchmarks.side_by_side import Turns
+turns = Turns(warm_up=0.01)
+turns.wait()
+while True:
+    with open(sys.argv[2], "a") as log:
+        log.write(sys.argv[1])
+    time.sleep(0.02)
+    turns.step(10)
+"""
+
+
+def contestant(name: str, log: Path) -> Contestant:
+    return Contestant(["-c", CONTESTANT, name, str(log)])
+
+
+def test_contestants_take_turns(tmp_path):
+    log = tmp_path / "log"
+    names = ("A", "B")
+
+    turns, missing = contest({name: lambda name=name: contestant(name, log) for name in names}, 0, 0.05, least_rounds=2)
+
+    assert missing == {}
+    assert [len(turns[name]) for name in names] == [2, 2]
+    in_turn = "".join(
+        name for name, before in zip(log.read_text(), " " + log.read_text(), strict=False) if name != before
+    )
+    assert in_turn in ("ABAB", "ABABAB", "ABABA")  # each begins its next step before it reports the turn's end
+    assert all(0 < turn["rate"] <= 10 / 0.02 for name in names for turn in turns[name])
+
+
+def test_a_contestant_that_can_not_take_part_is_named(tmp_path):
+    absent = "from benchmarks.side_by_side import Turns; Turns().missing('it is not installed')"
+
+    turns, missing = contest(
+        {"A": lambda: contestant("A", tmp_path / "log"), "B": lambda: Contestant(["-c", absent])}, 0, 0.01
+    )
+
+    assert list(turns) == ["A"]
+    assert missing == {"B": "it is not installed"}
+
+
+def test_a_contestant_that_fails_is_an_error():
+    with pytest.raises(RuntimeError, match="has ended early"):
+        Contestant(["-c", "raise SystemExit(1)"])
+    with pytest.raises(Missing, match="why"):
+        Contestant(["-c", "from benchmarks.side_by_side import Turns; Turns().missing('why')"])
+
+
+def test_medians_and_ratios():
+    ours, theirs = ([{"rate": rate} for rate in rates] for rates in ((10, 30, 20), (10, 10, 5)))
+
+    assert median(ours) == 20
+    assert ratios(ours, theirs) == {"median": 3, "least": 1, "greatest": 4}
+
+
+def test_training_flops_are_three_forward_passes_less_the_images_gradient():
+    forward, first_convolution = 833_040, 2 * 6 * 25 * 28 * 28  # of LeNet
+
+    assert training_flops("lenet", 28) == 3 * forward - first_convolution
+
+
+def test_training_bytes_hold_weights_and_activations():
+    first_map = 4 * 6 * 28 * 28
+
+    assert 16 * 61_706 + 8 * first_map < training_bytes("lenet", 8, 28, "cpu") < 16 * 61_706 + 8 * 4 * first_map
+    assert training_bytes("vgg19", 256, 224, "cuda") < 24e9  # the claim of the README
+
+
+def test_all_reduce_of_two_sends_the_gradient_once():
+    assert all_reduce_seconds(100, 2, 100) == 1
+    assert all_reduce_seconds(100, 1, 100) == 0
+
+
+SMALL = "--data_dir tests/data"
+COMMANDS = {
+    "throughput": f"{SMALL} --networks lenet --batch_size 8 --seconds 1 --turn 0.05",
+    "trainer_overhead": f"{SMALL} --batch_size 512 --seconds 1",
+    "data_path": f"{SMALL} --size 32 --batch_size 16 --seconds 1 --turn 0.05",
+    "startup": f"{SMALL} --seconds 0",
+    "speedrun": f"{SMALL} --seeds 1 --entry 10 lenet --flags=--max_epochs=1",
+    "scaling": f"{SMALL} --devices 1 --steps 2 --seconds 0",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_benchmark_writes_a_record(name, tmp_path):
+    command = [sys.executable, "-m", f"benchmarks.{name}", *COMMANDS[name].split(), "--out", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CONTEST_LOG": str(tmp_path / "log")}
+
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=300)
+
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / f"{name}-cpu.json").read_text())
+    assert set(record) == {"benchmark", "command", "date", "commit", "machine", "versions", "results"}
+    assert record["benchmark"] == name
+    assert record["machine"]["cores"] == os.cpu_count()
+    assert record["versions"]["torch"]
+    numbers = list(leaves(record["results"]))
+    assert numbers
+    assert all(math.isfinite(number) and number >= 0 for number in numbers)
+    assert "|" in done.stdout  # the table
+    assert "Record:" in done.stdout
+
+
+def leaves(value):
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            yield from leaves(inner)
+    elif isinstance(value, int | float):
+        yield value
