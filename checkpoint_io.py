@@ -47,11 +47,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
                 partial.replace(path)
             _sync_folder(path.parent)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
+            cause: BaseException | None = error
+            while cause and not isinstance(cause, OSError):  # which torch.save hides behind its own
+                cause = cause.__context__
+            if not isinstance(cause, OSError):
+                raise
             kept = "the checkpoint saved before it is untouched" if path.exists() else "nothing was saved before"
-            raise RunError(f"the checkpoint {path} can't be written: {error.strerror}; {kept}") from None
+            raise RunError(f"the checkpoint {path} can't be written: {cause.strerror}; {kept}") from None
         finally:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):  # renamed, or never there
+                partial.unlink()
 
     def load_checkpoint(
         self, path: str | Path, map_location: Callable | None = None, weights_only: bool | None = True

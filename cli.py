@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import yaml
+from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
@@ -225,17 +226,22 @@ class ClassifierCLI(LightningCLI):
         """Parse, and explain what is wrong in one line."""
         try:
             super().parse_arguments(parser, args)
-        except ArgumentError as error:
+        except (ArgumentError, ValueError) as error:  # the latter from a path with a zero byte
             actions = self._parser(self.command.subcommand)._actions
             known = [flag[2:] for action in actions for flag in action.option_strings if not flag.endswith(".help")]
             raise UserError(explain(str(error), self._given(), known)) from None
         seed = self.config[self.command.subcommand].seed_everything
-        if not isinstance(seed, bool) and not 0 <= seed <= LARGEST_SEED:
+        if not isinstance(seed, bool) and not 0 <= (-1 if seed is None else seed) <= LARGEST_SEED:
             raise UserError(f"seed_everything={seed} must lie between 0 and {LARGEST_SEED}")
 
     def before_instantiate_classes(self) -> None:
         """Fill in what depends on other settings, then hold the result against machine and checkpoint."""
         config = self.config[self.subcommand]
+        for section in ("model", "data", "trainer"):
+            if not isinstance(config[section], Namespace):
+                raise UserError(f"{section} is {config[section]!r}; a mapping of settings was expected")
+        _refuse_nulls(config.model, LitClassifier, "model")
+        _refuse_nulls(config.data, FashionMNISTDataModule, "data")
         self._check_accelerator(config.trainer.accelerator)
         self._check_learning_rate(config.model.scheduler)
         net = config.model.net
@@ -487,9 +493,10 @@ class ClassifierCLI(LightningCLI):
 
     def _tensorboard(self, log_dir: str) -> Logger:
         run = self._run_folder()
-        continued = run.parent == Path(log_dir) / self.recipe and run.name.startswith("version_")
+        root = Path(log_dir).resolve()  # else a run continued from another working folder forgets its best epoch
+        continued = run.resolve().parent == root / self.recipe and run.name.startswith("version_")
         version = int(run.name.removeprefix("version_")) if continued else None
-        return TensorBoardLogger(log_dir, self.recipe, version, default_hp_metric=False)
+        return TensorBoardLogger(root, self.recipe, version, default_hp_metric=False)
 
     def _run_folder(self) -> Path:
         """The folder of the run that the checkpoint belongs to, or the current one."""
@@ -513,9 +520,10 @@ class ClassifierCLI(LightningCLI):
             callbacks.append(TensorBoardPictures(confusion, config.histograms))
         validates = config.data.val_size > 0
         if config.trainer.enable_checkpointing is not False:
-            best = {"filename": "best", "monitor": "val/accuracy", "mode": "max", "save_last": True}
-            last_only = {"filename": "last"}
-            callbacks.append(ModelCheckpoint(**(best if validates else last_only), enable_version_counter=False))
+            # Two callbacks: `save_last` saves only the epochs that are the best so far.
+            best: dict[str, Any] = {"filename": "best", "monitor": "val/accuracy", "mode": "max"}
+            for settings in [*([best] if validates else []), {"filename": "last"}]:
+                callbacks.append(ModelCheckpoint(**settings, enable_version_counter=False))
         stop = config.stop_at_chance
         callbacks.append(DivergenceGuard(self.processes, self.model.hparams["num_classes"], stop_at_chance=stop))
         if config.patience:
@@ -568,6 +576,7 @@ def _quiet() -> None:
         "Checkpoint directory .* exists and is not empty",  # a continued run goes on in its own folder
         "You are using a custom batch sampler `EvalBatches`",  # which returns every image
         ".*LeafSpec.* is deprecated",  # inside Lightning
+        "The dirpath has changed from",  # the folder of the runs was moved, or a test has none
         "torch.distributed.nn.functional.all_gather is deprecated",  # inside Lightning
         "Total length of `.*` across ranks is zero",  # no validation images are wanted
         "You're resuming from a checkpoint that ended before the epoch",  # TrainBatches goes on where it ended
@@ -598,6 +607,19 @@ def _check_fit(net: torch.nn.Module, shape: tuple[int, int, int], num_classes: i
         raise UserError(
             f"{name} gives outputs of shape {total.shape} for one image; {num_classes} logits were expected"
         )
+
+
+def _refuse_nulls(settings: Any, owner: Any, name: str) -> None:
+    """Refuse null where the parameter does not take it, which the parser lets pass for any."""
+    parameters = inspect.signature(owner).parameters
+    for key, value in settings.items(branches=True) if settings else ():
+        if "." in key or key not in parameters:
+            continue
+        needed = parameters[key].default is not None and "None" not in str(parameters[key].annotation)
+        if value is None and needed:
+            raise UserError(f"{name}.{key} is null; give it a value, or leave it out")
+        if hasattr(value, "class_path"):
+            _refuse_nulls(value.get("init_args"), _imported(value.class_path), f"{name}.{key}.init_args")
 
 
 def _imported(class_path: str) -> Any:

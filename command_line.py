@@ -280,7 +280,7 @@ def parse_command_line(arguments: list[str]) -> Command | None:
     _check_predict_flags(command, tokens)
     _check_configs(command)
     if command.find_batch_size and (command.ckpt_path or command.subcommand != "fit"):
-        raise UserError("--batch_size auto is for new runs: a checkpoint keeps its batch size, and only training has one")
+        raise UserError("--batch_size auto is for new runs: a checkpoint keeps its batch size")
     if command.ckpt_path == "last":
         command.ckpt_path, *command.fallbacks = _newest_checkpoints(command)
     return command

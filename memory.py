@@ -33,10 +33,7 @@ def advice(batch_size: int, image_size: int, flag: str = "--batch_size") -> str:
         # Three quarters, in steps that the networks' pooling divides.
         tries.append(f"--image_size {max(28, image_size * 3 // 4 // 32 * 32)}")
     tries.append("a smaller network")
-    return (
-        f"out of memory with batches of {batch_size} images of {image_size}x{image_size}; "
-        f"try {', or '.join(tries)}"
-    )
+    return f"out of memory with batches of {batch_size} images of {image_size}x{image_size}; try {', or '.join(tries)}"
 
 
 def largest_batch_size(

@@ -63,12 +63,20 @@ def print_table(groups: Sequence[Group]) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for number, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number > 0)
-    for number, group in enumerate(groups):
-        table.add_row(*cells(group), style="bold" if number == 0 and len(groups) > 1 else "")
-    console.print(table)
+    rows = [dict(zip(COLUMNS, cells(group), strict=True)) for group in groups]
+
+    def table(columns: Sequence[str]) -> Any:
+        built = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for column in columns:
+            built.add_column(column, justify="left" if column == COLUMNS[0] else "right")
+        for number, row in enumerate(rows):
+            built.add_row(*(row[column] for column in columns), style="bold" if number == 0 and len(rows) > 1 else "")
+        return built
+
+    whole = table(COLUMNS)
+    fits = console.measure(whole, options=console.options.update(max_width=1000)).maximum <= console.width
+    for part in [whole] if fits else [table(COLUMNS[:4]), table((COLUMNS[0], *COLUMNS[4:]))]:
+        console.print(part)
     for line in notes(groups):
         console.print(line, style="dim", highlight=False)
 

@@ -55,10 +55,11 @@ class DivergenceGuard(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add up the losses, which makes nothing wait for the device; look at the sum now and then."""
-        loss = outputs["loss"].detach().float() * trainer.accumulate_grad_batches
+        loss = outputs["loss"].detach().float()
         self._sum = loss if self._sum is None else self._sum + loss
         self._steps += 1
-        if self._steps % trainer.log_every_n_steps == 0 and not _is_free(trainer):
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self._steps % every == 0 and not _is_free(trainer):
             self._end_unless_finite(trainer, self._sum)
         if self._steps == self._chance_steps:
             self._check_chance(trainer)
@@ -79,7 +80,7 @@ class DivergenceGuard(Callback):
 
     def _check_chance(self, trainer: pl.Trainer) -> None:
         assert self._sum is not None
-        mean = self._sum.item() / self._steps
+        mean = self._sum.item() * trainer.accumulate_grad_batches / self._steps  # by which Lightning divides the loss
         stuck = CHANCE[0] * self._chance <= mean <= CHANCE[1] * self._chance
         if not self._processes.largest(int(stuck)):
             return

@@ -33,9 +33,12 @@ class ExactResume(Callback):
             fit_loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
         fit_loop._restarting = True  # until this epoch is over: not to be stepped again
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Say where training stands."""
-        fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+        fit_loop: Any = trainer.fit_loop
+        epoch_loop = fit_loop.epoch_loop
         saved = checkpoint["loops"]["fit_loop"]
         epochs, batches = saved["epoch_progress"], saved["epoch_loop.batch_progress"]
         validation = saved["epoch_loop.val_loop.batch_progress"]

@@ -52,11 +52,11 @@ class GracefulStop(Callback):
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeue_signal = environment.requeue_signal
-        self._handle(self._take_note if stage == TrainerFn.FITTING else self._raise_at_once)
-        # Its own handler talks to the other processes, which may be anywhere: that hangs.
-        trainer._signal_connector._sigterm_notifier_fn = (  # type: ignore[method-assign]
-            self._take_note if stage == TrainerFn.FITTING else self._raise_at_once
-        )
+        handler = self._take_note if stage == TrainerFn.FITTING else self._raise_at_once
+        self._handle(handler)
+        # Lightning's own handler talks to the other processes, which may be anywhere: that hangs.
+        connector: Any = trainer._signal_connector
+        connector._sigterm_notifier_fn = handler
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the signals over again from Lightning, which has set its own handlers for SLURM."""
@@ -87,7 +87,11 @@ class GracefulStop(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Stop if asked to; the validation is then done again, whole."""
-        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or not self._processes.largest(self._signal):
+        if (
+            trainer.state.fn != TrainerFn.FITTING
+            or trainer.sanity_checking
+            or not self._processes.largest(self._signal)
+        ):
             return
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightAveraging):  # put the training weights back, which validation swaps out
@@ -102,10 +106,10 @@ class GracefulStop(Callback):
     def _handle(self, handler: Callable[[int, Any], None]) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
-        for signum in {*SIGNALS, self._requeue_signal} - {None}:
+        for signum in {*SIGNALS, *([self._requeue_signal] if self._requeue_signal else [])}:
             if signum == self._requeue_signal and self._requeue is None:
                 continue  # Lightning sets its handler only where there is none
-            before = signal.signal(signum, handler)
+            before: Any = signal.signal(signum, handler)
             self._handlers_before.setdefault(signum, before)
 
     def _take_note(self, signum: int, frame: Any) -> None:

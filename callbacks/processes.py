@@ -5,9 +5,9 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -28,26 +28,27 @@ class Processes(Callback):
 
     def __init__(self) -> None:
         self._children: list[subprocess.Popen] = []
-        self._watching = threading.Event()
-        self._group: dist.ProcessGroup | None = None
-        self.is_child = False
+        self._watch: threading.Thread | None = None
+        self._stop_watching = threading.Event()
+        self._group: Any = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Start to watch."""
         if trainer.world_size == 1:
             return
         if self._group is None and dist.is_available() and dist.is_initialized():
-            self._group = dist.new_group(backend="gloo")  # so that agreeing does not wait for a GPU
+            # Through gloo, so that agreeing does not wait for a GPU.
+            self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         environment = getattr(trainer.strategy, "cluster_environment", None)
-        if not isinstance(environment, LightningEnvironment) or self._watching.is_set():
+        if not isinstance(environment, LightningEnvironment) or self._watch:
             return
-        self.is_child = environment.local_rank() > 0
-        self._watching.set()
-        if self.is_child:
+        if environment.local_rank() > 0:
             self._start(self._watch_parent, os.getppid(), trainer.local_rank, trainer.global_rank)
-        elif procs := getattr(trainer.strategy.launcher, "procs", None):
-            self._children = [*self._children, *procs]
-            procs.clear()  # the observer has nothing left to observe
+            return
+        procs = getattr(trainer.strategy.launcher, "procs", [])
+        self._children += procs
+        procs.clear()  # the observer has nothing left to observe
+        if self._children:
             self._start(self._watch_children, trainer.global_rank)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -56,7 +57,10 @@ class Processes(Callback):
 
     def ignore_ends(self) -> None:
         """Stop watching."""
-        self._watching.clear()
+        self._stop_watching.set()
+        if self._watch and self._watch is not threading.current_thread():
+            self._watch.join()  # a thread that is alive when Python ends may bring it down
+        self._watch = None
 
     def largest(self, value: int) -> int:
         """The largest of the processes' values; all must ask at the same moment."""
@@ -76,28 +80,27 @@ class Processes(Callback):
 
     def await_loss(self) -> None:
         """Called when a connection broke: wait for the watch to end this process with its line."""
-        if self._watching.is_set():
-            time.sleep(GRACE_SECONDS)
+        if self._watch:
+            self._watch.join(GRACE_SECONDS)
 
     def _start(self, watch: Callable, *args: int) -> None:
-        threading.Thread(target=watch, args=args, daemon=True, name="process-watch").start()
+        self._stop_watching.clear()
+        self._watch = threading.Thread(target=watch, args=args, daemon=True, name="process-watch")
+        self._watch.start()
 
     def _watch_children(self, rank: int) -> None:
-        while self._watching.is_set():
+        while not self._stop_watching.wait(POLL_SECONDS):
             for number, child in enumerate(self._children, rank + 1):
-                if child.poll() and self._watching.is_set():
-                    how = _ending(child.returncode)
+                if child.poll():
                     self.kill_children()
-                    _end_with_line(f"process {number} {how}; the others were ended")
-            time.sleep(POLL_SECONDS)
+                    _end_with_line(f"process {number} {_ending(child.returncode)}; the others were ended")
 
     def _watch_parent(self, parent: int, local_rank: int, rank: int) -> None:
-        while self._watching.is_set():
-            if os.getppid() != parent and self._watching.is_set():
+        while not self._stop_watching.wait(POLL_SECONDS):
+            if os.getppid() != parent:
                 if local_rank > 1:
                     os._exit(1)  # one line is enough
                 _end_with_line(f"process {rank - local_rank} is gone; the others were ended")
-            time.sleep(POLL_SECONDS)
 
 
 def _ending(code: int) -> str:

@@ -79,7 +79,7 @@ class LitClassifier(pl.LightningModule):
         if self.hparams["compile"]:
             # One compilation serves all batch sizes: an epoch's last batch, and evaluation.
             torch._dynamo.maybe_mark_dynamic(images, 0)
-        return self.net(images)
+        return self.net(images.to(self.dtype))  # not float32 where --precision is, for one, bf16-true
 
     def setup(self, stage: str) -> None:
         """Sum losses in double precision, so that the split into batches and processes does not show."""

@@ -61,6 +61,7 @@ def start_server() -> None:
 
 
 def _child(arguments: tuple[str, ...], folder: Path, streams: str) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # else a loader's workers import everything anew
     os.chdir(folder)
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(Path(streams, name), os.O_WRONLY | os.O_CREAT), descriptor)

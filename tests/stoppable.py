@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,23 @@ class SmallNet(nn.Module):
 # Writes down each image that it sees, and does what command.json says to the process at a chosen moment.
 PROBE = """
 import hashlib, json, os, time
+import torch
 from pathlib import Path
 from lightning.pytorch.callbacks import Callback
 
 class Probe(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        with open(f"seen-{trainer.global_rank}", "a") as file:
-            for image in batch[0]:
-                file.write(f"{trainer.current_epoch} {hashlib.sha256(image.numpy().tobytes()).hexdigest()}\\n")
+        if "at" in json.loads(Path("command.json").read_text()):
+            with open(f"seen-{trainer.global_rank}", "a") as file:
+                for image in batch[0]:
+                    file.write(f"{trainer.current_epoch} {hashlib.sha256(image.numpy().tobytes()).hexdigest()}\\n")
+        command = json.loads(Path("command.json").read_text())
+        if command.get("poison") == [trainer.current_epoch, batch_idx, trainer.global_rank]:
+            batch[0].fill_(float("nan"))
         self.at(trainer, "train", batch_idx)
+
+    def on_exception(self, trainer, pl_module, exception):
+        torch.save(dict(pl_module.named_parameters()), f"at-exception-{trainer.global_rank}.pt")
 
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
         self.at(trainer, "validation", batch_idx)
@@ -91,22 +100,28 @@ def flags(*more: str) -> list[str]:
     return ["fit", "--model", "recipe.yaml", "--data_dir", str(DATA), *more]
 
 
-def train(folder: Path, *more: str, at: list | None = None, signals: tuple[int, ...] = (signal.SIGTERM,)) -> Answer:
-    """Train, with the signals sent at [stage, epoch, batch, rank]."""
-    (folder / "command.json").write_text(json.dumps({"at": at, "signals": [int(number) for number in signals]}))
+def train(
+    folder: Path,
+    *more: str,
+    at: list | None = None,
+    signals: tuple[int, ...] = (signal.SIGTERM,),
+    poison: list | None = None,
+) -> Answer:
+    """Train, with the signals sent at [stage, epoch, batch, rank], and NaN in the images of [epoch, batch, rank]."""
+    command = {"at": at, "signals": [int(number) for number in signals], "poison": poison}
+    (folder / "command.json").write_text(json.dumps(command))
     if "--devices" in more:  # whose processes start train.py themselves
         return run(*flags(*more), folder=folder)
     return run_forked(*flags(*more), folder=folder)
 
 
-def start(folder: Path, *more: str, sleep: float = 0.2) -> subprocess.Popen:
+def start(folder: Path, *more: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
     """Start training with slow batches in a process group of its own; returns once the second epoch has begun."""
-    (folder / "command.json").write_text(json.dumps({"sleep": sleep, "at": ["train", 1, 0, 0], "signals": []}))
-    second = folder / "command.json"
+    (folder / "command.json").write_text(json.dumps({"sleep": 0.2, "at": ["train", 1, 0, 0], "signals": []}))
     process = subprocess.Popen(
         [sys.executable, str(REPO / "train.py"), *flags(*more)],
         cwd=folder,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | (environment or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -115,7 +130,7 @@ def start(folder: Path, *more: str, sleep: float = 0.2) -> subprocess.Popen:
     end = time.monotonic() + 90
     while not (folder / "pid-0").exists():
         assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < end, f"training did not begin ({second})"
+        assert time.monotonic() < end, "training did not begin"
         time.sleep(0.05)
     return process
 
@@ -125,10 +140,8 @@ def finish(process: subprocess.Popen, timeout: float) -> Answer:
     try:
         out, err = process.communicate(timeout=timeout)
     finally:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     return Answer(process.returncode, out, err)
 
 
@@ -143,7 +156,9 @@ def differences(first: Any, second: Any, path: str = "") -> list[str]:
         return [] if same else [path]
     if isinstance(first, dict) and isinstance(second, dict):
         found = [f"{path}.{key}" for key in first.keys() ^ second.keys()]
-        return found + [d for key in first.keys() & second.keys() for d in differences(first[key], second[key], f"{path}.{key}")]
+        return found + [
+            d for key in first.keys() & second.keys() for d in differences(first[key], second[key], f"{path}.{key}")
+        ]
     if isinstance(first, list | tuple) and isinstance(second, list | tuple) and len(first) == len(second):
         return [d for n, pair in enumerate(zip(first, second, strict=True)) for d in differences(*pair, f"{path}.{n}")]
     return [] if first == second else [f"{path}: {first} != {second}"]

@@ -39,14 +39,14 @@ def stop_and_continue(folder: Path, points: list[list], *flags: str) -> None:
         (
             {"ema": True, "batch_size": 125},
             ("--devices", "2", "--data.num_workers", "2"),
-            [["train", 0, 4, 0], ["train", 1, 0, 1], ["validation", 1, 0, 1]],
+            [["train", 0, 4, 1], ["validation", 1, 0, 1]],
         ),
     ],
     ids=["ema", "workers", "plateau", "no validation", "max_steps", "accumulation", "several validations", "processes"],
 )
 def test_continued_run_is_bit_equal(settings: dict, flags: tuple[str, ...], points: list[list], tmp_path: Path) -> None:
-    whole = write(tmp_path / "whole", **settings, **AUGMENTATION)
-    parts = write(tmp_path / "parts", **settings, **AUGMENTATION)
+    settings = AUGMENTATION | settings
+    whole, parts = write(tmp_path / "whole", **settings), write(tmp_path / "parts", **settings)
     answer = train(whole, *flags)
     assert answer.code == 0, answer.err
     stop_and_continue(parts, points, *flags)
@@ -86,7 +86,25 @@ def test_continuing_from_an_epochs_end_is_bit_equal(tmp_path: Path) -> None:
     answer = train(parts, "--ckpt_path", "checkpoints/last.ckpt")
     assert answer.code == 0, answer.err
     expected, found = checkpoint(whole), checkpoint(parts)
+    assert expected["lr_schedulers"][0]["last_epoch"] == 3  # the schedule has seen each epoch, once
     assert not [d for key in COMPUTED for d in differences(expected[key], found[key], key)]
+
+
+def test_best_epoch_is_remembered_in_another_working_folder(tmp_path: Path) -> None:
+    folder, elsewhere = write(tmp_path / "run"), write(tmp_path / "elsewhere")
+    logged = ("--trainer.logger", "true", "--log_dir")
+    assert train(folder, *logged, "runs", at=["train", 2, 0, 0]).code == 143
+    saved = folder / "runs" / "recipe" / "version_0" / "checkpoints" / "last.ckpt"
+    before = torch.load(saved, weights_only=True)
+    answer = train(elsewhere, *logged, "../run/runs", "--ckpt_path", f"../run/{saved.relative_to(folder)}")
+    assert answer.code == 0, answer.err
+    after = torch.load(saved, weights_only=True)
+    assert after["global_step"] == 15  # continued in its own folder
+    (key,) = (key for key in after["callbacks"] if "val/accuracy" in key and key.startswith("ModelCheckpoint"))
+    best, path = (after["callbacks"][key][name] for name in ("best_model_score", "best_model_path"))
+    assert best >= before["callbacks"][key]["best_model_score"]
+    assert Path(path) == saved.with_name("best.ckpt")
+    assert len(after["callbacks"][key]["best_k_models"]) == 1
 
 
 def test_probe_sees_a_difference() -> None:

@@ -48,7 +48,7 @@ class Apart:
 
     def __init__(self, folder: Path, val_size: int = 297, batch_size: int = 32) -> None:
         weights = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-        self.net = LeNet().eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.net: Any = LeNet().eval().to(memory_format=torch.channels_last)
         self.net.load_state_dict({name.removeprefix("net."): weights[name] for name in weights if "net." in name})
         data = FashionMNISTDataModule(str(DATA), val_size=val_size)
         data.setup("fit")

@@ -1,0 +1,245 @@
+"""Rubbish thrown at everything that reads: never a traceback, never a hang, never a silently wrong data set.
+
+Whatever is not refused must be right; whatever is refused must be refused with the message meant for people.
+"""
+
+import contextlib
+import gzip
+import io
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from commands import DATA
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import cli
+from checkpoints import read_checkpoint
+from command_line import FLAGS, SUBCOMMANDS, Command, load_yaml, parse_command_line, recipes
+from datamodules.fashion_mnist_files import NAMES, DatasetError, _parse_idx, load, prepare
+from errors import UserError
+from pictures.reading import PictureError, read_picture
+
+# Deadlines are off: other programs share the machine. A hang is caught by the time limit of the test run.
+MANY = settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+SOME = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+
+WORDS = st.sampled_from(
+    [
+        "",
+        "0",
+        "-1",
+        "1e999",
+        "nan",
+        "inf",
+        "null",
+        "true",
+        "[]",
+        "{}",
+        "auto",
+        "last",
+        "lenet",
+        "..",
+        "/",
+        "\0",
+        "é",
+        "3,4",
+    ]
+)
+VALUES = st.one_of(WORDS, st.text(max_size=12), st.integers().map(str), st.floats().map(str))
+LONG = st.sampled_from(["--trainer.max_steps", "--model.net", "--data.val_size", "--trainer", "--model.", "--data.x.y"])
+TOKENS = st.one_of(
+    st.sampled_from([*FLAGS, *SUBCOMMANDS, "-h", "--help", "--"]),
+    st.tuples(st.one_of(st.sampled_from(list(FLAGS)), LONG), VALUES).map("=".join),
+    LONG,
+    VALUES,
+)
+# What can be done to a file: bytes overwritten, cut out, or put in.
+EDITS = st.lists(
+    st.tuples(
+        st.sampled_from(["set", "cut", "insert", "truncate"]), st.floats(0, 1), st.binary(min_size=1, max_size=8)
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def edited(content: bytes, edits: list[tuple[str, float, bytes]]) -> bytes:
+    for kind, where, new in edits:
+        at = int(where * len(content))
+        if kind == "set":
+            content = content[:at] + new + content[at + len(new) :]
+        elif kind == "cut":
+            content = content[:at] + content[at + len(new) * 50 :]
+        elif kind == "insert":
+            content = content[:at] + new + content[at:]
+        else:
+            content = content[:at]
+    return content
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = tmp_path_factory.mktemp("fuzz")
+    with contextlib.chdir(path) if hasattr(contextlib, "chdir") else pytest.MonkeyPatch.context() as patch:
+        if patch:
+            patch.chdir(path)
+        yield path
+
+
+@MANY
+@given(st.lists(TOKENS, max_size=6))
+def test_command_lines(folder: Path, tokens: list[str]) -> None:
+    try:
+        command = parse_command_line(tokens)
+    except UserError as error:
+        assert str(error) and "\n" not in str(error)
+    else:
+        assert command is None or isinstance(command, Command)
+
+
+@MANY
+@given(st.sampled_from(sorted(recipes().values())), EDITS)
+def test_damaged_recipes(folder: Path, recipe: Path, edits: list) -> None:
+    path = folder / "recipe.yaml"
+    path.write_bytes(edited(recipe.read_bytes(), edits))
+    try:
+        content = load_yaml(path)
+    except UserError as error:
+        assert str(error) and "\n" not in str(error)
+    else:
+        assert isinstance(content, dict)
+
+
+@MANY
+@given(st.text(alphabet="abc: \n-[]{}&*!|>'\"#%@\t,?", max_size=60))
+def test_any_text_as_yaml(folder: Path, text: str) -> None:
+    path = folder / "any.yaml"
+    path.write_text(text, encoding="utf-8")
+    with contextlib.suppress(UserError):
+        assert isinstance(load_yaml(path), dict)
+
+
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-5, 300), st.floats(), st.text(max_size=8), WORDS)
+NODES = st.one_of(SCALARS, st.lists(SCALARS, max_size=2), st.dictionaries(st.text(max_size=6), SCALARS, max_size=2))
+
+
+def places(node: object, path: tuple = ()) -> Iterator[tuple]:
+    """The path to each entry of nested mappings."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield (*path, key)
+            yield from places(value, (*path, key))
+
+
+@FEW
+@given(st.data())
+def test_mutated_settings(folder: Path, data: st.DataObject) -> None:
+    """Through the whole command line, up to where training would begin."""
+    recipe = yaml.safe_load(recipes()[data.draw(st.sampled_from(["lenet", "lenet_classic"]))].read_text())
+    *parents, key = data.draw(st.sampled_from(sorted(places(recipe))))
+    at = recipe
+    for parent in parents:
+        at = at[parent]
+    kind = data.draw(st.sampled_from(["replace", "rename", "delete"]))
+    value = at.pop(key)
+    if kind == "replace":
+        at[key] = data.draw(NODES)
+    elif kind == "rename":
+        at[data.draw(st.text(min_size=1, max_size=8))] = value
+    path = folder / "mutated.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # cli.run sets its own filters
+        try:
+            command = parse_command_line(["--model", str(path), "--accelerator", "cpu", "--print_model"])
+            assert command
+            cli.run(command)
+        except UserError as error:
+            assert str(error) and "\n" not in str(error)
+        except SystemExit as end:
+            assert end.code == 0
+
+
+@pytest.fixture(scope="module")
+def sound() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    return {split: load(DATA, split) for split in ("train", "test")}
+
+
+@SOME
+@given(st.sampled_from(NAMES), st.booleans(), EDITS)
+def test_damaged_data_files(folder: Path, sound: dict, name: str, compressed: bool, edits: list) -> None:
+    data_dir = folder / "data"
+    shutil.rmtree(data_dir, ignore_errors=True)
+    data_dir.mkdir()
+    for other in NAMES:
+        source = DATA / f"{other}.gz"
+        if other != name:
+            (data_dir / source.name).symlink_to(source)
+        elif compressed:
+            (data_dir / source.name).write_bytes(edited(source.read_bytes(), edits))
+        else:
+            (data_dir / other).write_bytes(edited(gzip.decompress(source.read_bytes()), edits))
+    try:
+        found = prepare(data_dir, data_set="sample", system_dir=folder / "none", mirrors=(), use_apt=False)
+        loaded = {split: load(found, split) for split in ("train", "test")}
+    except DatasetError as error:
+        assert name in str(error)
+    else:
+        assert all(torch.equal(*pair) for split in sound for pair in zip(sound[split], loaded[split], strict=True))
+
+
+@MANY
+@given(st.binary(max_size=64) | st.binary(max_size=40).map(b"\0\0\x08\x03".__add__), st.sampled_from([(28, 28), ()]))
+def test_any_bytes_as_idx(content: bytes, shape: tuple[int, ...]) -> None:
+    with contextlib.suppress(ValueError):
+        assert _parse_idx(content, shape).shape[1:] == shape
+
+
+@pytest.fixture(scope="module")
+def saved(folder: Path) -> bytes:
+    state = {"state_dict": {"weights": torch.arange(3000.0)}, "config": "model: {}", "epoch": 3}
+    torch.save(state, folder / "sound.ckpt")
+    return (folder / "sound.ckpt").read_bytes()
+
+
+@SOME
+@given(EDITS)
+def test_damaged_checkpoints(folder: Path, saved: bytes, edits: list) -> None:
+    path = folder / "damaged.ckpt"
+    path.write_bytes(edited(saved, edits))
+    try:
+        content = read_checkpoint(path)
+    except UserError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+    else:
+        assert torch.equal(content["state_dict"]["weights"], torch.arange(3000.0))
+
+
+@SOME
+@given(st.binary(max_size=200))
+def test_any_bytes_as_a_checkpoint(folder: Path, content: bytes) -> None:
+    path = folder / "any.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(UserError):
+        read_checkpoint(path)
+
+
+@SOME
+@given(st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"]), EDITS)
+def test_damaged_pictures(folder: Path, kind: str, edits: list) -> None:
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").resize((40, 30)).convert("RGB").save(buffer, kind)
+    path = folder / f"damaged.{kind.lower()}"
+    path.write_bytes(edited(buffer.getvalue(), edits))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with contextlib.suppress(PictureError):
+            assert min(read_picture(path).size) > 0
