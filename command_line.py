@@ -382,7 +382,9 @@ def _check_configs(command: Command) -> None:
         if command.subcommand == "fit":
             raise UserError("nothing to fit: give --model RECIPE (python train.py --help lists the recipes)")
     if command.subcommand != "fit" and command.ckpt_path is None and not command.outer_configs:
-        raise UserError(f"nothing to {command.subcommand}: a network needs trained weights; give --ckpt_path PATH (or last)")
+        raise UserError(
+            f"nothing to {command.subcommand}: a network needs trained weights; give --ckpt_path PATH (or last)"
+        )
     for path in command.configs:
         load_yaml(path)
     if command.recipe is None and command.configs:
