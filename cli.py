@@ -1,7 +1,6 @@
 """LightningCLI with this project's defaults: logger, callbacks, precision, and checkpoints that describe themselves."""
 
 import errno
-import importlib
 import inspect
 import logging
 import multiprocessing
@@ -32,7 +31,7 @@ from callbacks.confusion import Confusion
 from callbacks.divergence_guard import DivergenceGuard
 from callbacks.exact_resume import ExactResume
 from callbacks.graceful_stop import GracefulStop
-from callbacks.model_table import ModelTable, stages, table
+from callbacks.model_table import ModelTable, table
 from callbacks.no_profiler import NoProfiler
 from callbacks.prediction_writer import PredictionWriter
 from callbacks.processes import Processes
@@ -43,6 +42,15 @@ from callbacks.temperature import Temperature
 from callbacks.tensorboard_pictures import TensorBoardPictures
 from checkpoint_io import AtomicCheckpointIO
 from checkpoints import read_checkpoint, stored_config
+from checks import (
+    check_accelerator,
+    check_input,
+    check_learning_rate,
+    check_nulls,
+    check_settings,
+    check_weights,
+    imported,
+)
 from command_line import Command, load_yaml
 from datamodules import CLASS_NAMES, DatasetError, FashionMNISTDataModule
 from errors import RunError, UserError
@@ -50,6 +58,7 @@ from lit_modules import LitClassifier
 from memory import advice as memory_advice
 from memory import is_out_of_memory, largest_batch_size
 from parser_errors import explain, one_line
+from summary import shown, summary
 
 LARGEST_SEED = 2**32 - 1  # that NumPy accepts
 # Errors that lie with the disk, not with the program.
@@ -57,15 +66,6 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG
 LARGEST_BATCH = 8192  # larger ones leave too few steps in an epoch
 FOUND_BATCH_SIZE = "CLASSIC_CNNS_BATCH_SIZE"
 LOST_CONNECTION = r"(?i)gloo|nccl|connection (closed|reset|refused)|broken pipe"
-# What a continued run may change: how it runs, not what it computes.
-FREE_ON_RESUME = (
-    "data.data_dir",
-    "data.num_workers",
-    "data.dataset_on_device",
-    "data.eval_batch_size",
-    "model.compile",
-    "model.channels_last",
-)
 
 
 def run(command: Command) -> None:
@@ -240,17 +240,18 @@ class ClassifierCLI(LightningCLI):
         for section in ("model", "data", "trainer"):
             if not isinstance(config[section], Namespace):
                 raise UserError(f"{section} is {config[section]!r}; a mapping of settings was expected")
-        _refuse_nulls(config.model, LitClassifier, "model")
-        _refuse_nulls(config.data, FashionMNISTDataModule, "data")
-        self._check_accelerator(config.trainer.accelerator)
-        self._check_learning_rate(config.model.scheduler)
+        check_nulls(config.model, LitClassifier, "model")
+        check_nulls(config.data, FashionMNISTDataModule, "data")
+        check_accelerator(config.trainer.accelerator)
+        check_learning_rate(config.model.scheduler, self.command.overrides)
         net = config.model.net
-        if "image_size" in inspect.signature(_imported(net.class_path)).parameters:
+        if "image_size" in inspect.signature(imported(net.class_path)).parameters:
             net.init_args.image_size = config.data.image_size
         if config.trainer.precision is None and config.trainer.accelerator in ("auto", "gpu", "cuda"):
             config.trainer.precision = _gpu_precision()
         if self.stored:
-            self._check_against_checkpoint()
+            wanted = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+            check_settings(self.stored, wanted, resume=self.subcommand == "fit")
         if self.command.find_batch_size:
             config.data.batch_size = self._find_batch_size(config)
 
@@ -264,8 +265,8 @@ class ClassifierCLI(LightningCLI):
         if self.command.print_model:
             print(table(self.model.net, shape))
             sys.exit(0)
-        _check_fit(self.model.net, shape, self.model.hparams["num_classes"])
-        self._check_weights()
+        check_input(self.model.net, shape, self.model.hparams["num_classes"])
+        check_weights(self.command.ckpt_path, self.stored_shapes, self.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with this project's logger and callbacks beside the user's own."""
@@ -317,7 +318,8 @@ class ClassifierCLI(LightningCLI):
                 self.model, self.datamodule, self._best_checkpoint() or None, verbose=False, weights_only=True
             )
         if self.trainer.is_global_zero:
-            print(self._summary(), flush=True)
+            record = next(callback.record for callback in self.trainer.callbacks if isinstance(callback, RunRecord))  # type: ignore[attr-defined]
+            print(summary(record, self.trainer, self._best_checkpoint()), flush=True)
 
     def validate(self, **kwargs: Any) -> None:
         """Run and print one line."""
@@ -423,7 +425,7 @@ class ClassifierCLI(LightningCLI):
             del arguments[position : position + (1 if "=" in arguments[position] else 2)]
             arguments.append(f"--batch_size={self.config[self.subcommand].data.batch_size}")
         named = any(token.split("=")[0] == "--model" for token in arguments)
-        return shlex.join(["python", "train.py", *arguments, "--ckpt_path", "last" if named else _shown(path)])
+        return shlex.join(["python", "train.py", *arguments, "--ckpt_path", "last" if named else shown(path)])
 
     def _given(self) -> dict[str, str]:
         """Each setting that the user made, flags first, and the file that holds it."""
@@ -432,14 +434,6 @@ class ClassifierCLI(LightningCLI):
             for name in _dotted(load_yaml(path)):
                 given.setdefault(name.removeprefix(f"{self.command.subcommand}."), str(path))
         return given
-
-    def _check_accelerator(self, accelerator: Any) -> None:
-        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-        if {"gpu": cuda or mps, "cuda": cuda, "mps": mps}.get(accelerator, True):
-            return
-        raise UserError(
-            f"accelerator={accelerator}: PyTorch finds no such device on this machine; use --accelerator cpu or auto"
-        )
 
     def _find_batch_size(self, config: Any) -> int:
         """Try with a network of its own, so that this one is initialised as with any other batch size."""
@@ -454,42 +448,6 @@ class ClassifierCLI(LightningCLI):
             print(f"Batch size {size}: the largest power of two that fits, up to {LARGEST_BATCH}", flush=True)
             os.environ[FOUND_BATCH_SIZE] = str(size)
         return int(os.environ[FOUND_BATCH_SIZE])
-
-    def _check_learning_rate(self, scheduler: Any) -> None:
-        """Refuse a learning rate that the schedule would ignore."""
-        lr = any(re.match(r"--model\.optimizer\.(init_args\.)?lr\b", token) for token in self.command.overrides)
-        names = inspect.signature(_imported(scheduler.class_path)).parameters if scheduler and lr else ()
-        for own in {"max_lr", "base_lr"} & set(names):
-            raise UserError(
-                f"{scheduler.class_path} sets the learning rate itself, so --lr would change nothing; "
-                f"set --model.scheduler.init_args.{own}"
-            )
-
-    def _check_against_checkpoint(self) -> None:
-        """Refuse what the checkpoint would override in silence."""
-        wanted = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False))
-        keys: tuple[str, ...] = ("model.net",)
-        if self.subcommand == "fit":
-            keys = ("model", "data", "seed_everything", "trainer.accumulate")
-        if self.subcommand == "fit" and wanted["model"]["scheduler"]:
-            keys += ("trainer.max_epochs", "trainer.max_steps")  # the schedule is as long as the run
-        for name, (then, now) in _differences(self.stored, wanted).items():
-            if name.startswith(keys) and name not in FREE_ON_RESUME:
-                raise UserError(
-                    f"the checkpoint was made with {name}={then}, not {now}; "
-                    "a checkpoint keeps its settings: leave that setting as it was, or start anew without --ckpt_path"
-                )
-
-    def _check_weights(self) -> None:
-        """Refuse a checkpoint whose tensors are not those of the model."""
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
-        for name in (shapes | self.stored_shapes) if self.stored_shapes else ():
-            stored, own = self.stored_shapes.get(name, "missing"), shapes.get(name, "missing")
-            if stored != own:
-                raise UserError(
-                    f"{self.command.ckpt_path} holds another network's weights: {name} is {stored} there, {own} in "
-                    f"{type(self.model.net).__name__}; give the --model that it was trained with"
-                )
 
     def _tensorboard(self, log_dir: str) -> Logger:
         run = self._run_folder()
@@ -537,31 +495,6 @@ class ClassifierCLI(LightningCLI):
         callback = self.trainer.checkpoint_callback
         return callback.best_model_path if isinstance(callback, ModelCheckpoint) else ""
 
-    def _summary(self) -> str:
-        trainer = self.trainer
-        record = next(callback.record for callback in trainer.callbacks if isinstance(callback, RunRecord))  # type: ignore[attr-defined]
-        lines = [""]
-        if test := record.get("test"):
-            lines.append(f"Test on {test['images']:,} images: accuracy {test['accuracy']:.4f}, loss {test['loss']:.4f}")
-        if "fit_seconds" in record:
-            best = (
-                f"; best validation accuracy {record['best_val_accuracy']:.4f}" if "best_val_accuracy" in record else ""
-            )
-            lines.append(
-                f"Training: {len(record['epochs'])} epochs in {record['fit_seconds']:.1f} s, "
-                f"{record['images_per_second']:,.0f} images/s{best}"
-            )
-        if checkpoint := self._best_checkpoint():
-            path = _shown(checkpoint)
-            lines.append(f"Checkpoint: {path}")
-        if isinstance(trainer.logger, TensorBoardLogger):
-            log_dir = _shown(trainer.logger.root_dir)
-            lines.append(f"Logs: {_shown(trainer.logger.log_dir)}")
-            lines.append(f"Next: tensorboard --logdir {log_dir}")
-        if checkpoint:
-            lines.append(f"      python train.py predict --ckpt_path {path}")
-        return "\n".join(lines)
-
 
 def _quiet() -> None:
     """Keep Lightning's hints and notices out of a normal run."""
@@ -591,62 +524,8 @@ def _gpu_precision() -> str | None:
     return None
 
 
-def _check_fit(net: torch.nn.Module, shape: tuple[int, int, int], num_classes: int) -> None:
-    """Try the network on the shape of one image before anything is written."""
-    name = type(net).__name__
-    try:
-        _, total = stages(net, shape)
-    except NotImplementedError:
-        return  # an operation that can't run without data: training will tell
-    except (RuntimeError, ValueError) as error:
-        size = "x".join(map(str, shape))
-        raise UserError(
-            f"{name} can't take images of {size} (channels x height x width): {one_line(str(error))}"
-        ) from None
-    if total.shape != (num_classes,):
-        raise UserError(
-            f"{name} gives outputs of shape {total.shape} for one image; {num_classes} logits were expected"
-        )
-
-
-def _refuse_nulls(settings: Any, owner: Any, name: str) -> None:
-    """Refuse null where the parameter does not take it, which the parser lets pass for any."""
-    parameters = inspect.signature(owner).parameters
-    for key, value in settings.items(branches=True) if settings else ():
-        if "." in key or key not in parameters:
-            continue
-        needed = parameters[key].default is not None and "None" not in str(parameters[key].annotation)
-        if value is None and needed:
-            raise UserError(f"{name}.{key} is null; give it a value, or leave it out")
-        if hasattr(value, "class_path"):
-            _refuse_nulls(value.get("init_args"), _imported(value.class_path), f"{name}.{key}.init_args")
-
-
-def _imported(class_path: str) -> Any:
-    module, _, name = class_path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
 def _dotted(mapping: dict[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in mapping.items():
         yield f"{prefix}{key}"
         if isinstance(value, dict):
             yield from _dotted(value, f"{prefix}{key}.")
-
-
-def _differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    found: dict[str, tuple[Any, Any]] = {}
-    for key in then.keys() & now.keys():
-        if isinstance(then[key], dict) and isinstance(now[key], dict):
-            found |= _differences(then[key], now[key], f"{prefix}{key}.")
-        elif then[key] != now[key]:
-            found[f"{prefix}{key}"] = (then[key], now[key])
-    return dict(sorted(found.items()))
-
-
-def _shown(path: str | Path) -> str:
-    """The path as one would type it from here."""
-    try:
-        return str(Path(path).resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

@@ -378,9 +378,9 @@ def _check_predict_flags(command: Command, tokens: list[str]) -> None:
 def _check_configs(command: Command) -> None:
     names_a_net = any(token.startswith("--model.net") for token in command.overrides)
     from_checkpoint = command.ckpt_path not in (None, "last")
-    if not command.configs and not command.outer_configs and not names_a_net and not from_checkpoint:
-        if command.subcommand == "fit":
-            raise UserError("nothing to fit: give --model RECIPE (python train.py --help lists the recipes)")
+    named = command.configs or command.outer_configs or names_a_net or from_checkpoint
+    if command.subcommand == "fit" and not named:
+        raise UserError("nothing to fit: give --model RECIPE (python train.py --help lists the recipes)")
     if command.subcommand != "fit" and command.ckpt_path is None and not command.outer_configs:
         raise UserError(
             f"nothing to {command.subcommand}: a network needs trained weights; give --ckpt_path PATH (or last)"

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def test_contestants_take_turns(tmp_path):
     log = tmp_path / "log"
     names = ("A", "B")
 
-    turns, missing = contest({name: lambda name=name: contestant(name, log) for name in names}, 0, 0.05, least_rounds=2)
+    turns, missing = contest({name: partial(contestant, name, log) for name in names}, 0, 0.05, least_rounds=2)
 
     assert missing == {}
     assert [len(turns[name]) for name in names] == [2, 2]

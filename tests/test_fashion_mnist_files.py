@@ -21,6 +21,7 @@ import urllib.request
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -34,6 +35,8 @@ REPO = Path(__file__).parents[1]
 SAMPLE = Path(__file__).parent / "data"
 GZ_NAMES = [f"{name}.gz" for name in NAMES]
 LOCK = ".fashion-mnist.lock"
+SAMPLE_SIZES: dict[Literal["train", "test"], int] = {"train": 1500, "test": 500}
+FULL_SIZES: dict[Literal["train", "test"], int] = {"train": 60_000, "test": 10_000}
 
 
 class Server(ThreadingHTTPServer):
@@ -43,7 +46,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.requests = Counter()
+        self.requests: Counter[str] = Counter()
         self.stopped = threading.Event()
 
     def mirror(self, manner: str) -> str:
@@ -162,7 +165,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def check_sample(folder: Path):
-    for split, size in (("train", 1500), ("test", 500)):
+    for split, size in SAMPLE_SIZES.items():
         images, labels = load(folder, split)
         assert (images.shape, images.dtype) == ((size, 28, 28), torch.uint8)
         assert (labels.shape, labels.dtype) == ((size,), torch.int64)
@@ -185,7 +188,8 @@ def test_files_in_data_dir_are_used_and_nothing_is_written(tmp_path, raw):
 
 def test_sample_is_the_start_of_each_class_of_the_full_set():
     full = full_set()
-    for split, per_class in (("train", 150), ("test", 50)):
+    for split, size in SAMPLE_SIZES.items():
+        per_class = size // 10
         (images, labels), (few_images, few_labels) = load(full, split), load(SAMPLE, split)
         for label in range(10):
             assert images[labels == label][:per_class].equal(few_images[few_labels == label])
@@ -194,7 +198,7 @@ def test_sample_is_the_start_of_each_class_of_the_full_set():
 def test_full_set():
     full = full_set()
     assert prepare(full, mirrors=(), use_apt=False) == full
-    for split, size in (("train", 60_000), ("test", 10_000)):
+    for split, size in FULL_SIZES.items():
         images, labels = load(full, split)
         assert (images.shape, images.dtype) == ((size, 28, 28), torch.uint8)
         assert labels.bincount().tolist() == [size // 10] * 10

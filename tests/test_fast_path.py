@@ -35,6 +35,10 @@ PRECISIONS = [
 ]
 
 
+def _start_of(epoch: int) -> tuple[int, int]:
+    return epoch, 0
+
+
 class Losses(Callback):
     def __init__(self):
         self.values = []
@@ -79,7 +83,7 @@ def plain_losses(net, image_size, batch_size, lr, dtype) -> list[float]:
     losses: list[float] = []
     epoch = 0
     while len(losses) < STEPS:
-        for indices in TrainBatches(len(labels), batch_size, position=lambda epoch=epoch: (epoch, 0)):
+        for indices in TrainBatches(len(labels), batch_size, position=partial(_start_of, epoch)):
             inputs = torch.stack([images[index].float() / 255 for index in indices])
             if image_size != 28:
                 inputs = F.interpolate(inputs, (image_size, image_size), mode="bilinear")

@@ -47,7 +47,7 @@ LIGHT = {
     "duplicate key": ("--model lenet --config {files}/twice.yaml", "'lr' stands twice, the second time in line 5"),
     "no run to continue": ("--model lenet --ckpt_path last", "there is no run of lenet to continue"),
     "last of what": ("fit --ckpt_path last", "--model RECIPE"),
-    "nothing to test": ("test", "nothing to test: give --ckpt_path PATH"),
+    "nothing to test": ("test", "nothing to test: a network needs trained weights; give --ckpt_path PATH"),
 }
 
 HEAVY = {

@@ -43,6 +43,11 @@ def events(trained: Run) -> EventAccumulator:
     return read(trained.folder)
 
 
+def normalised(images: Tensor) -> Tensor:
+    """What the network sees of images (N, 1, 28, 28) uint8, by the recipe's mean and deviation."""
+    return (images / torch.tensor(255.0) - 0.286) / 0.353
+
+
 class Apart:
     """The last checkpoint's validation results, computed without any of the code under test."""
 
@@ -54,7 +59,7 @@ class Apart:
         data.setup("fit")
         self.train, self.images, self.labels = data.train_set, data.val_set.images, data.val_set.labels
         with torch.no_grad():
-            batches = [self.net(batch / torch.tensor(255.0)) for batch in self.images.split(batch_size)]
+            batches = [self.net(normalised(batch)) for batch in self.images.split(batch_size)]
         self.logits = torch.cat(batches)
 
 
@@ -136,14 +141,14 @@ def test_feature_maps_are_the_outputs_of_the_stages(
     events: EventAccumulator, apart: Apart, tag: str, layers: int
 ) -> None:
     with torch.no_grad():
-        maps = apart.net.features[:layers](apart.images[:1] / torch.tensor(255.0))[0]
+        maps = apart.net.features[:layers](normalised(apart.images[:1]))[0]
     assert torch.equal(last_picture(events, tag), pixels(pictures.feature_maps(maps)))
 
 
 def test_inputs_are_the_first_training_batch(events: EventAccumulator, apart: Apart) -> None:
     order = torch.randperm(len(apart.train), generator=torch.Generator().manual_seed(0))[:16]  # seed 0, epoch 0
     names = [CLASS_NAMES[label] for label in apart.train.labels[order].tolist()]
-    expected = pictures.inputs(apart.train.images[order] / torch.tensor(255.0), names)
+    expected = pictures.inputs(normalised(apart.train.images[order]), names)
     assert torch.equal(last_picture(events, "inputs/training_images"), pixels(expected))
     assert len(events.Images("inputs/training_images")) == 1
 

@@ -3,6 +3,7 @@
 import gzip
 import struct
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -13,7 +14,8 @@ HERE = Path(__file__).parent
 
 def main() -> None:
     full = prepare(HERE.parents[1] / "data")
-    for split, prefix, per_class in (("train", "train", 150), ("test", "t10k", 50)):
+    parts: tuple[tuple[Literal["train", "test"], str, int], ...] = (("train", "train", 150), ("test", "t10k", 50))
+    for split, prefix, per_class in parts:
         images, labels = load(full, split)
         chosen = torch.cat([(labels == c).nonzero()[:per_class, 0] for c in range(10)]).sort().values
         _write(f"{prefix}-images-idx3-ubyte.gz", images[chosen])
