@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup test fast lint format audit
+.PHONY: help setup test fast lint format lowest audit
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,6 +18,11 @@ lint: ## style and types
 
 format: ## put the code into shape
 	ruff check --fix . && ruff format .
+
+lowest: ## the tests with the lowest versions that requirements.txt admits, in an environment of their own
+	python -m venv .venv-lowest
+	.venv-lowest/bin/pip install -q -r requirements-lowest.txt -r requirements-dev.txt -r requirements-extras.txt
+	.venv-lowest/bin/python -m pytest -q
 
 audit: ## known vulnerabilities among the installed packages (asks the package index)
 	python -m pip install -q pip-audit && python -m pip_audit -r requirements.txt
