@@ -46,10 +46,11 @@ OPEN = {"trainer.precision": None, "trainer.devices": "auto"}
 
 @dataclass
 class Run:
-    """One run's folder and its record."""
+    """One run's folder, its record, and when that was written, in seconds."""
 
     folder: Path
     record: dict[str, Any]
+    modified: float = 0.0
 
     @property
     def recipe(self) -> str:
@@ -186,7 +187,7 @@ def fold(runs: Sequence[Run]) -> list[Group]:
     Where one seed was run twice, the newer run counts.
     """
     groups: dict[str, dict[int | None, Run]] = {}
-    for run in sorted(runs, key=lambda run: (run.folder / "record.json").stat().st_mtime):
+    for run in sorted(runs, key=lambda run: run.modified):
         groups.setdefault(json.dumps([run.recipe, _identity(run)], sort_keys=True), {})[run.seed] = run
     folded = [Group(sorted(group.values(), key=lambda run: (run.seed is None, run.seed))) for group in groups.values()]
     for group in folded:
@@ -208,7 +209,7 @@ def wilson(accuracy: float, images: int, z: float = 1.959964) -> tuple[float, fl
 def _read(file: Path) -> Run:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        run = Run(file.parent, record)
+        run = Run(file.parent, record, file.stat().st_mtime)
         if not isinstance(record["epochs"], list) or not run.settings:
             raise TypeError
         _ = run.recipe, run.seed, run.machine

@@ -95,6 +95,17 @@ def test_of_one_seed_the_newer_run_counts(logs: Path, trained: Run, capsys: pyte
     assert "1 older run of the same seed left out" in capsys.readouterr().out
 
 
+def test_records_may_lie_anywhere_under_any_name(
+    tmp_path: Path, trained: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
+    files = [tmp_path / f"lenet-seed{seed}.json" for seed in (0, 1)]
+    for seed, file in enumerate(files):
+        file.write_text(json.dumps(record | {"seed": seed}), encoding="utf-8")
+    assert compare.main([str(file) for file in files]) == 0
+    assert "0-1" in capsys.readouterr().out
+
+
 def test_unfinished_runs_are_left_out_and_counted(logs: Path, trained: Run, capsys: pytest.CaptureFixture[str]) -> None:
     write(logs / "stopped", json.loads((trained.folder / "record.json").read_text(encoding="utf-8")), seed=9)
     assert compare.main([str(logs)]) == 0
