@@ -28,12 +28,7 @@ NUMBER = r"(\d\.\d{4})"
 def good(answer):
     """The output of a run that went well, which says nothing on standard error."""
     assert (answer.code, answer.err) == (0, ""), answer
-    return without_gloo(answer.out)
-
-
-def without_gloo(out):
-    """Without the lines about its connections that PyTorch 2.8 prints, from C++, when processes meet."""
-    return "".join(line for line in out.splitlines(keepends=True) if not line.startswith("[Gloo]"))
+    return answer.out
 
 
 def config(*arguments, folder):
@@ -426,9 +421,10 @@ for net, size in ((LeNet(), 28), (narrow, 32)):
     for function in (trainer.test, trainer.validate):
         (found,) = function(LitClassifier(net), data, verbose=False)
         if trainer.is_global_zero:
-            print(trainer.world_size)
-            for name, value in sorted(found.items()):
-                print(name, value.hex(), f"{value:.17g}")
+            with open(sys.argv[3], "a") as file:
+                print(trainer.world_size, file=file)
+                for name, value in sorted(found.items()):
+                    print(name, value.hex(), f"{value:.17g}", file=file)
 """
 
 
@@ -439,10 +435,11 @@ def test_evaluation_is_the_same_with_one_two_and_three_processes(tmp_path):
     environment = ENVIRONMENT | {"PYTHONPATH": str(REPO)}
 
     def evaluate(devices):
-        command = [sys.executable, str(script), str(DATA), str(devices)]
+        results = tmp_path / f"results-{devices}"
+        command = [sys.executable, str(script), str(DATA), str(devices), str(results)]
         done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr
-        lines = without_gloo(done.stdout).splitlines()
+        lines = results.read_text().splitlines()
         assert [line for line in lines if line.isdigit()] == [str(devices)] * 4
         return [line for line in lines if not line.isdigit()]
 
@@ -468,4 +465,4 @@ def test_two_processes_train_and_test(trained, tmp_path):
     assert len([line for line in out.splitlines() if line.startswith("epoch ")]) == 2
     expected = record(trained.folder)["test"]
     wanted = f"test on 500 images: accuracy {expected['accuracy']:.4f}, loss {expected['loss']:.4f}\n"
-    assert good(testing) == wanted
+    assert good(testing).endswith(wanted)  # PyTorch 2.8 prints lines about its connections before it
