@@ -18,7 +18,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise `UserError` instead of printing the usage."""
-        raise UserError(f"{message} (python export.py --help)")
+        raise UserError(f"{message} ({self.prog} --help)")
 
 
 def parser() -> argparse.ArgumentParser:

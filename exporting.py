@@ -4,7 +4,6 @@ import importlib
 import json
 import logging
 import statistics
-import sys
 import time
 import uuid
 import warnings
@@ -13,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import instantiate_module
 from torch import Tensor, nn
 from torch.export import Dim
 
-from checkpoints import read_checkpoint, stored_config
 from datamodules import CLASS_NAMES, DatasetError, FashionMNISTDataModule
 from datamodules.fashion_mnist_files import load, prepare
 from errors import RunError, UserError
 from lit_modules import LitClassifier
+from trained import load_trained
 
 CHECKED_IMAGES = 1000
 TOLERANCE = 1e-4  # of probabilities
@@ -70,7 +68,8 @@ def export(ckpt_path: Path, format: str, output: Path, data_dir: Path | None, tr
     if format == "onnx":
         _check_packages("onnx", "onnxscript", "onnxruntime")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    classifier, data, metadata = _load(ckpt_path, trust)
+    classifier, data, checkpoint = load_trained(ckpt_path, trust)
+    metadata = _metadata(str(checkpoint.get("recipe", "")), classifier.temperature)
     images = _test_images(data, data_dir)
     module = Exported(classifier, data).eval()
     # Weights in the usual order of dimensions: what another program does with them is its own affair.
@@ -100,27 +99,15 @@ def _check_packages(*names: str) -> None:
             raise UserError(f"--format onnx needs the package {name}: pip install -r requirements-extras.txt") from None
 
 
-def _load(path: Path, trust: bool) -> tuple[LitClassifier, FashionMNISTDataModule, dict[str, str]]:
-    """Classifier and data module as a checkpoint describes them, and what the exported file says of itself."""
-    sys.path.append(str(Path.cwd()))  # where networks of the user's own lie
-    checkpoint = read_checkpoint(path)
-    config = stored_config(checkpoint, str(path), trust)
-    try:
-        classifier = instantiate_module(LitClassifier, config["model"] | {"compile": False})
-        data = instantiate_module(FashionMNISTDataModule, config["data"])
-        classifier.load_state_dict(checkpoint["state_dict"])
-    except Exception as error:  # jsonargparse, networks and PyTorch raise various things
-        raise UserError(f"{path} does not fit this version of the project: {' '.join(str(error).split())}") from None
-    classifier.on_load_checkpoint(checkpoint)
-    classifier.eval()
-    metadata = {
+def _metadata(recipe: str, temperature: float) -> dict[str, str]:
+    """What the exported file says of itself."""
+    return {
         "class_names": json.dumps(CLASS_NAMES),
-        "recipe": str(checkpoint.get("recipe", "")),
-        "temperature": repr(classifier.temperature),
+        "recipe": recipe,
+        "temperature": repr(temperature),
         "input": "images: uint8 (N, 28, 28), grey, light on dark",
         "output": f"probabilities: float32 (N, {len(CLASS_NAMES)})",
     }
-    return classifier, data, metadata
 
 
 def _test_images(data: FashionMNISTDataModule, data_dir: Path | None) -> Tensor:

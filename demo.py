@@ -1,0 +1,86 @@
+"""A page in the browser: what several trained networks make of a photograph or a drawing, and why.
+
+Only light modules are imported here, so that `--help` and plain mistakes answer at once.
+"""
+
+import argparse
+import importlib.util
+import os
+import signal
+import socket
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from command_line import PROJECT
+from errors import RunError, UserError
+from export import OneLineParser
+
+WEIGHTS = PROJECT / "weights"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = OneLineParser(
+        prog="python demo.py",
+        usage="python demo.py [CHECKPOINT...] [--port N] [--host ADDRESS]",
+        allow_abbrev=False,
+        description="Serves a page to this machine's browser: give a photograph or draw, and see the likeliest classes "
+        "of several trained networks beside each other and what spoke for them. Nothing leaves the machine.",
+    )
+    parser.add_argument(
+        "checkpoints",
+        type=Path,
+        nargs="*",
+        metavar="CHECKPOINT",
+        help="checkpoints of the networks (default: all in weights/)",
+    )
+    parser.add_argument("--port", type=int, default=7860, metavar="N", help="port of the page (default: 7860)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0 lets other machines in (default: 127.0.0.1)"
+    )
+    parser.add_argument(
+        "--trust_checkpoint", action="store_true", help="let checkpoints name classes from outside this project"
+    )
+    return parser
+
+
+def _check_address(host: str, port: int) -> None:
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise RunError(
+            f"{host}:{port} can't be used: {str(error.strerror).partition(' (')[0]}; give another --port or --host"
+        ) from None
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command line; returns the exit code: 0, 1 if the page can't be served, 2 for a mistake in the command."""
+    try:
+        options: Any = parser().parse_args(arguments)
+        if not 0 < options.port < 65536:
+            raise UserError(f"--port must be an integer from 1 to 65535, got {options.port}")
+        checkpoints = options.checkpoints or sorted(WEIGHTS.glob("*.ckpt"))
+        if not checkpoints:
+            raise UserError(f"{WEIGHTS} holds no weights; give the checkpoints of trained networks")
+        for package in ("gradio", "captum"):
+            if sys.modules.get(package, package) is None or importlib.util.find_spec(package) is None:
+                raise UserError(f"the page needs the package {package}: pip install -r requirements-extras.txt")
+        _check_address(options.host, options.port)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, so that the folder goes
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["GRADIO_TEMP_DIR"] = folder  # for what is uploaded; read when Gradio is imported
+            from pictures.page import serve  # here, not above: torch and Gradio take seconds to import
+
+            serve(checkpoints, options.host, options.port, Path(folder), options.trust_checkpoint)
+        return 0
+    except UserError as error:
+        print(f"demo.py: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,194 @@
+"""A finished run's checkpoint as a small file of this folder: weights in half precision, without what training needs.
+
+The file is tested before it is kept, and `weights.json` tells what it scores, where it comes from and its SHA-256,
+which `read_checkpoint` holds it against.
+
+Command: python -m weights.pack logs/lenet/version_0/checkpoints/best.ckpt
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from checkpoints import LISTING
+from datamodules import DatasetError, FashionMNISTDataModule
+from errors import RunError, UserError
+from export import OneLineParser
+from lit_modules import LitClassifier
+from trained import load_trained
+
+FOLDER = Path(__file__).parent
+# Share of the test images by which rounding may change the accuracy; a single image always may.
+TOLERANCE = 0.0005
+MIXED_TOLERANCE = 0.002  # where the record was not measured in float32, as the small file is
+# What loads, tests and describes a network. The rest is there to go on training, and holds paths of the machine.
+KEPT = (
+    "epoch",
+    "global_step",
+    "pytorch-lightning_version",
+    "hparams_name",
+    "hyper_parameters",
+    "datamodule_hparams_name",
+    "datamodule_hyper_parameters",
+    "recipe",
+    "temperature",
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = OneLineParser(prog="python -m weights.pack", allow_abbrev=False, description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="checkpoint of a finished run, beside its record.json")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="file to write (default: weights/RECIPE.ckpt, / in names as -)"
+    )
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE", help="the run's record (default: ../record.json of the checkpoint)"
+    )
+    parser.add_argument(
+        "--data_dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the data set (default: data)"
+    )
+    return parser
+
+
+def pack(ckpt_path: Path, output: Path | None, record_path: Path | None, data_dir: Path) -> str:
+    """Write the small file and its entry in `weights.json` beside it.
+
+    Args:
+        ckpt_path: A checkpoint of a finished run.
+        output: The file to write; None names it after the recipe. Another folder gets a `weights.json` of its own.
+        record_path: The run's `record.json`; None looks for it where a run leaves it.
+        data_dir: Folder of the data set.
+
+    Returns:
+        One line that says what was written.
+
+    Raises:
+        UserError: If checkpoint, record or data set can't be used.
+        RunError: If the small file scores something else than the record says; nothing is written then.
+    """
+    record = _read_record(record_path or ckpt_path.parents[1] / "record.json")
+    _, data, checkpoint = load_trained(ckpt_path)
+    recipe = str(checkpoint.get("recipe") or "unnamed")
+    if recipe != record["recipe"]:
+        raise UserError(f"the record is of a run of {record['recipe']}, the checkpoint of {recipe}; give --record FILE")
+    output = output or FOLDER / f"{recipe.replace('/', '-')}.ckpt"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f"{output.stem}.partial")  # not listed, so that it can be loaded before it is
+    try:
+        torch.save(_small(checkpoint), partial)
+        classifier, data = load_trained(partial)[:2]
+        data.data_dir = data_dir
+        scores, images = _measure(classifier, data)
+        expected, given = record["test"]["accuracy"], scores["test_accuracy"]
+        assert given is not None
+        if images != record["test"]["images"]:
+            raise UserError(f"{data_dir} holds {images:,} test images; the record is of {record['test']['images']:,}")
+        tolerance = TOLERANCE if record["precision"] == "32-true" else MIXED_TOLERANCE
+        if not abs(given - expected) * images < max(1, tolerance * images) + 0.5:
+            raise RunError(
+                f"in half precision {ckpt_path} classifies {given:.4f} of the test images rightly, its record says "
+                f"{expected:.4f}; nothing was written"
+            )
+        entry = {
+            "recipe": recipe,
+            "seed": record["seed"],
+            "epoch": int(checkpoint["epoch"]) + 1,
+            **scores,
+            "bytes": partial.stat().st_size,
+            "sha256": hashlib.sha256(partial.read_bytes()).hexdigest(),
+            "record": {
+                "commit": record["commit"],
+                "config_sha256": record["config_sha256"],
+                "precision": record["precision"],
+                "val_accuracy": record.get("best_val_accuracy"),
+                "test_accuracy": expected,
+            },
+        }
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+    _list(output, entry)
+    return f"Wrote {output} ({entry['bytes'] / 1e6:.2f} MB): test accuracy {given:.4f}, {expected:.4f} in the record"
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        float(record["test"]["accuracy"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not the record of a run that was tested; give --record FILE") from None
+    return record
+
+
+def _small(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint without what only training needs.
+
+    Filters and matrices become float16. Vectors (biases, batch norm's parameters and statistics) stay as they are: they
+    are a hundredth of the size, and a variance may lie outside float16's range.
+    """
+    config = yaml.safe_load(checkpoint["config"])
+    config |= {"log_dir": "logs", "ckpt_path": None}
+    config["data"]["data_dir"] = "data"
+    small = {key: checkpoint[key] for key in KEPT if key in checkpoint}
+    small["config"] = yaml.safe_dump(config, sort_keys=False)
+    small["datamodule_hyper_parameters"] = {**checkpoint.get("datamodule_hyper_parameters", {}), "data_dir": "data"}
+    # Copies, for a view would be saved with all that it is a view of.
+    small["state_dict"] = {
+        name: tensor.half() if tensor.is_floating_point() and tensor.dim() > 1 else tensor.clone()
+        for name, tensor in checkpoint["state_dict"].items()
+    }
+    return small
+
+
+def _measure(classifier: LitClassifier, data: FashionMNISTDataModule) -> tuple[dict[str, float | None], int]:
+    """Accuracy on validation and test images, in float32, and the number of the latter."""
+    data.setup("validate")
+    data.setup("test")
+    classifier.to("cuda" if torch.cuda.is_available() else "cpu")
+    scores = {
+        "val_accuracy": accuracy(classifier, data, data.val_set.images, data.val_set.labels),
+        "test_accuracy": accuracy(classifier, data, data.test_set.images, data.test_set.labels),
+    }
+    return scores, len(data.test_set)
+
+
+def accuracy(
+    classifier: LitClassifier, data: FashionMNISTDataModule, images: torch.Tensor, labels: torch.Tensor
+) -> float | None:
+    """Share of uint8 images (N, 1, 28, 28) that are given their label (N,); None without images."""
+    right = 0
+    for batch, truth in zip(images.split(data.eval_batch_size), labels.split(data.eval_batch_size), strict=True):
+        probabilities = classifier.probabilities(data.preprocess(batch.to(classifier.device)))
+        right += int((probabilities.argmax(dim=1).cpu() == truth).sum())
+    return right / len(images) if len(images) else None
+
+
+def _list(path: Path, entry: dict[str, Any]) -> None:
+    listing = path.with_name(LISTING)
+    entries = json.loads(listing.read_text(encoding="utf-8")) if listing.exists() else {}
+    entries[path.name] = entry
+    partial = listing.with_suffix(".partial")
+    partial.write_text(json.dumps(dict(sorted(entries.items())), indent=1) + "\n", encoding="utf-8")
+    partial.replace(listing)
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command line; returns the exit code: 0, 1 if the scores differ, 2 for a mistake in the command."""
+    try:
+        options: Any = parser().parse_args(arguments)
+        print(pack(options.checkpoint, options.output, options.record, options.data_dir))
+        return 0
+    except (UserError, DatasetError) as error:
+        print(f"weights.pack: error: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 2)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
