@@ -6,7 +6,8 @@ https://doi.org/10.1145/3065386
 Deliberate differences from the paper: one stream of convolutions instead of two halves on two GPUs, and no local
 response normalisation. Layer sizes follow Dive into Deep Learning's PyTorch edition, section 5.6
 (https://github.com/ShusenTang/Dive-into-DL-PyTorch); `hidden_layers=1` is that tutorial's slimmed course version, which
-leaves out the second hidden layer of 4096, and `hidden_layers=2` is the paper's depth.
+leaves out the second hidden layer of 4096, and `hidden_layers=2` is the paper's depth. Batch normalisation is optional
+and came after the paper.
 """
 
 from typing import Literal
@@ -24,6 +25,7 @@ class AlexNet(nn.Module):
         image_size: height and width of the images in pixels, at least 67.
         hidden_layers: hidden linear layers before the output layer, 1 or 2.
         dropout: probability of dropping a hidden unit.
+        batch_norm: put batch normalisation between every convolution and its ReLU.
 
     Raises:
         ValueError: if an argument is out of range or the image is too small.
@@ -36,6 +38,7 @@ class AlexNet(nn.Module):
         image_size: int = 224,
         hidden_layers: Literal[1, 2] = 1,
         dropout: float = 0.5,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
         if in_channels < 1 or num_classes < 1:
@@ -49,19 +52,22 @@ class AlexNet(nn.Module):
             raise ValueError(f"image_size={image_size} is too small for AlexNet: it needs at least 67 pixels")
         self.image_shape = (in_channels, image_size, image_size)
 
+        def activate(channels: int) -> list[nn.Module]:
+            return [*([nn.BatchNorm2d(channels)] if batch_norm else []), nn.ReLU(inplace=True)]
+
         self.features = nn.Sequential(  # shapes for 224x224 images
             nn.Conv2d(in_channels, 96, kernel_size=11, stride=4),  # (N, 96, 54, 54)
-            nn.ReLU(inplace=True),
+            *activate(96),
             nn.MaxPool2d(kernel_size=3, stride=2),  # (N, 96, 26, 26)
             nn.Conv2d(96, 256, kernel_size=5, padding=2),  # (N, 256, 26, 26)
-            nn.ReLU(inplace=True),
+            *activate(256),
             nn.MaxPool2d(kernel_size=3, stride=2),  # (N, 256, 12, 12)
             nn.Conv2d(256, 384, kernel_size=3, padding=1),  # (N, 384, 12, 12)
-            nn.ReLU(inplace=True),
+            *activate(384),
             nn.Conv2d(384, 384, kernel_size=3, padding=1),  # (N, 384, 12, 12)
-            nn.ReLU(inplace=True),
+            *activate(384),
             nn.Conv2d(384, 256, kernel_size=3, padding=1),  # (N, 256, 12, 12)
-            nn.ReLU(inplace=True),
+            *activate(256),
             nn.MaxPool2d(kernel_size=3, stride=2),  # (N, 256, 5, 5)
         )
         hidden: list[nn.Module] = []

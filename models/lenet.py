@@ -7,7 +7,8 @@ Deliberate differences from the paper: the second convolution sees all six maps 
 pooling has no trainable weights, the activation is ReLU or sigmoid instead of a scaled tanh, and the output is a linear
 layer instead of radial basis functions. Padding 2 turns the 28x28 image into the paper's 32x32 input.
 `activation="sigmoid", padding=0` is the network of Dive into Deep Learning's PyTorch edition, section 5.5
-(https://github.com/ShusenTang/Dive-into-DL-PyTorch), which pools by maximum.
+(https://github.com/ShusenTang/Dive-into-DL-PyTorch), which pools by maximum. Batch normalisation is optional and
+came after the paper.
 """
 
 from typing import Literal
@@ -26,6 +27,7 @@ class LeNet(nn.Module):
         activation: "relu" or "sigmoid".
         pooling: "max" or "average".
         padding: zeros around the image in the first convolution, in pixels.
+        batch_norm: put batch normalisation between every convolution and its activation.
 
     Raises:
         ValueError: if an argument is out of range or the image is too small.
@@ -39,6 +41,7 @@ class LeNet(nn.Module):
         activation: Literal["relu", "sigmoid"] = "relu",
         pooling: Literal["max", "average"] = "max",
         padding: int = 2,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
         if in_channels < 1 or num_classes < 1:
@@ -61,14 +64,19 @@ class LeNet(nn.Module):
         def activate() -> nn.Module:
             return nn.ReLU(inplace=True) if activation == "relu" else nn.Sigmoid()
 
+        def normalize(channels: int) -> list[nn.Module]:
+            return [nn.BatchNorm2d(channels)] if batch_norm else []
+
         def pool() -> nn.Module:
             return nn.MaxPool2d(2) if pooling == "max" else nn.AvgPool2d(2)
 
         self.features = nn.Sequential(  # shapes for 28x28 images and padding 2
             nn.Conv2d(in_channels, 6, kernel_size=5, padding=padding),  # (N, 6, 28, 28)
+            *normalize(6),
             activate(),
             pool(),  # (N, 6, 14, 14)
             nn.Conv2d(6, 16, kernel_size=5),  # (N, 16, 10, 10)
+            *normalize(16),
             activate(),
             pool(),  # (N, 16, 5, 5)
         )

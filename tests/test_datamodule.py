@@ -125,6 +125,7 @@ def test_class_names():
         ({"mean": float("nan")}, "data.mean=nan must be a finite number"),
         ({"brightness": 1.5}, "data.brightness=1.5 must lie between 0 and 1"),
         ({"contrast": float("nan")}, "data.contrast=nan must lie between 0 and 1"),
+        ({"random_erasing": -0.1}, "data.random_erasing=-0.1 must lie between 0 and 1"),
     ],
 )
 def test_numbers_out_of_range(settings, message):
@@ -237,7 +238,13 @@ def test_three_channels_repeat_the_grey_one():
     assert all(torch.equal(pixels[:, channel], grey[:, 0]) for channel in range(3))
 
 
-AUGMENTATIONS: dict[str, Any] = {"crop_padding": 2, "horizontal_flip": True, "brightness": 0.4, "contrast": 0.4}
+AUGMENTATIONS: dict[str, Any] = {
+    "crop_padding": 2,
+    "horizontal_flip": True,
+    "brightness": 0.4,
+    "contrast": 0.4,
+    "random_erasing": 0.5,
+}
 
 
 def test_only_training_images_are_augmented():
@@ -302,6 +309,40 @@ def test_jitter_stays_within_the_range_of_pixels():
     pixels, _ = data.on_after_batch_transfer((images, labels), 0)
     assert pixels.min() == 0
     assert pixels.max() == 1
+
+
+def test_random_erasing_fills_one_rectangle():
+    count = 4000
+    data = in_training(FashionMNISTDataModule(random_erasing=0.4))
+    erased = []
+    for value in (0, 255):  # with the same draws; a random pixel may be equal to one of the two, not to both
+        torch.manual_seed(8)
+        images = torch.full((count, 1, 28, 28), value, dtype=torch.uint8)
+        pixels = data.on_after_batch_transfer((images, torch.zeros(count)), 0)[0][:, 0]
+        erased.append(pixels != value / 255)
+    inside = erased[0] | erased[1]
+    chosen = inside.flatten(1).any(dim=1)
+    assert chosen.float().mean() == pytest.approx(0.4, abs=0.03)
+
+    inside, pixels = inside[chosen], pixels[chosen]
+    rows, columns = inside.any(dim=2), inside.any(dim=1)
+    height, width = rows.sum(dim=1), columns.sum(dim=1)
+    area = inside.sum(dim=(1, 2))
+    assert torch.equal(inside, rows[:, :, None] & columns[:, None])  # and without gaps:
+    for line in (rows, columns):
+        assert (line.int().diff(dim=1).abs().sum(dim=1) + line[:, 0] + line[:, -1] == 2).all()
+        often = line.float().mean(dim=0)  # everywhere in the image, no side preferred
+        assert often.min() > 0.05
+        assert (often - often.flip(0)).abs().max() < 0.1
+    assert area.min() >= 0.015 * 784  # sides are rounded to whole pixels
+    assert area.max() <= 0.35 * 784
+    assert (area / 784).mean() == pytest.approx(0.175, abs=0.01)
+    aspect = height / width
+    assert 0.2 < aspect.min() < 0.35
+    assert 2.8 < aspect.max() < 4.5
+    assert aspect.log().mean() == pytest.approx(0, abs=0.05)
+    assert pixels[inside].mean() == pytest.approx(0.5, abs=0.01)
+    assert pixels[inside].unique().numel() == 256
 
 
 def test_augmented_images_are_resized_afterwards():

@@ -1,0 +1,55 @@
+"""Exponential moving average (EMA) of the weights: validation, test, prediction and export use the averaged ones."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+
+class EMA(WeightAveraging):
+    """Averages weights and batch norm statistics after each optimiser step (Polyak and Juditsky 1992,
+    https://doi.org/10.1137/0330046).
+
+    A recipe switches it on under `trainer.callbacks`. The `state_dict` of a checkpoint is then the averaged network;
+    what training goes on from lies beside it.
+
+    Differs from Lightning's `EMAWeightAveraging` (2.6) in that the decay warms up, so that the first weights are soon
+    forgotten; in that the average lies on the training device (Lightning's is made before the network moves there);
+    and in that testing after training in the same process measures the average, not the last weights.
+
+    Args:
+        decay: Share of the old average in the new one. After t updates min(decay, (1 + t) / (10 + t)) is used.
+
+    Raises:
+        ValueError: If the decay does not lie in [0, 1).
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"EMA: decay={decay} must lie in [0, 1)")
+        self.decay = decay
+        super().__init__(multi_avg_fn=self._average)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Copy the network to the device that it will be trained on."""
+        self._device = trainer.strategy.root_device
+        super().setup(trainer, pl_module, stage)
+        if stage == TrainerFn.FITTING:
+            assert self._average_model is not None
+            # Counted on the CPU: each step reads it, which would wait for the device.
+            self._average_model.n_averaged = self._average_model.n_averaged.cpu()
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take up average and weights to go on training; elsewhere the network has the average already."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+    def _average(self, averaged: Any, current: Any, _: Tensor | int) -> None:
+        assert self._average_model is not None
+        updates = int(self._average_model.n_averaged)
+        get_ema_multi_avg_fn(min(self.decay, (1 + updates) / (10 + updates)))(averaged, current, updates)

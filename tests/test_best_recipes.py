@@ -1,0 +1,135 @@
+"""The pieces of configs/best: batch norm in every network, averaged weights, and both kinds of testing in one run."""
+
+import json
+from functools import partial
+from itertools import pairwise
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from commands import DATA, run_forked
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+
+from callbacks.ema import EMA
+from command_line import load_yaml, recipes
+from datamodules import FashionMNISTDataModule
+from lit_modules import LitClassifier
+from models import AlexNet, GoogLeNet, LeNet, NiN
+
+BEST = [name for name in recipes() if name.startswith("best/")]
+
+
+def test_there_is_one_for_each_architecture():
+    assert set(BEST) >= {f"best/{name}" for name in ("lenet", "alexnet", "vgg11", "vgg16", "nin", "googlenet")}
+
+
+@pytest.mark.parametrize("recipe", BEST)
+def test_header_and_settings(recipe):
+    text = recipes()[recipe].read_text()
+    plain, best = load_yaml(recipes()[recipe.removeprefix("best/")]), load_yaml(recipes()[recipe])
+    assert f"# Differs from configs/{recipe.removeprefix('best/')}.yaml:" in text
+    assert best["model"]["net"]["class_path"] == plain["model"]["net"]["class_path"]
+    assert best["model"]["net"]["init_args"]["batch_norm"] is True
+    assert best["data"].get("val_size") is None, "selected on validation images, not on all"
+
+
+@pytest.mark.parametrize(
+    ("network", "plain", "channels"),
+    [
+        (partial(LeNet, image_size=28), 61_706, 6 + 16),
+        (partial(AlexNet, image_size=224), 29_983_434, 96 + 256 + 384 + 384 + 256),
+        (NiN, 1_992_166, 3 * (96 + 256 + 384 + 10)),
+        (GoogLeNet, 5_977_530, None),
+    ],
+)
+def test_batch_norm_stands_between_convolution_and_activation(network, plain, channels):
+    with torch.device("meta"):
+        without, net = network(), network(batch_norm=True)
+    count = sum(parameter.numel() for parameter in net.parameters())
+    assert sum(parameter.numel() for parameter in without.parameters()) == plain
+    layers = [layer for layer in net.modules() if isinstance(layer, nn.Conv2d | nn.BatchNorm2d | nn.ReLU)]
+    norms = sum(layer.num_features for layer in layers if isinstance(layer, nn.BatchNorm2d))
+    assert count == plain + 2 * norms
+    if channels is not None:
+        assert norms == channels
+    for layer, following in pairwise(layers):
+        assert isinstance(following, nn.BatchNorm2d) == isinstance(layer, nn.Conv2d)
+
+
+class Weights(Callback):
+    """Keeps the weights of each step; stands before EMA."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.steps.append({name: value.clone() for name, value in pl_module.state_dict().items()})
+
+
+def averaged_run(folder, decay):
+    """Two epochs of five steps, what each step left, and the last checkpoint."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(784), nn.Linear(784, 10))
+    weights = Weights()
+    trainer = pl.Trainer(
+        callbacks=[weights, EMA(decay)],
+        default_root_dir=folder,
+        max_epochs=2,
+        limit_train_batches=5,
+        limit_val_batches=1,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+    lit = LitClassifier(net, partial(torch.optim.SGD, lr=0.1))
+    data = FashionMNISTDataModule(str(DATA), batch_size=100, val_size=200)
+    trainer.fit(lit, data)
+    return trainer, lit, data, weights.steps
+
+
+@pytest.mark.parametrize("decay", [0.3, 0.999])
+def test_ema_warms_up_and_ends_as_the_network(decay, tmp_path):
+    trainer, lit, data, steps = averaged_run(tmp_path, decay)
+    expected = {name: value for name, value in steps[0].items() if value.is_floating_point()}
+    for updates, step in enumerate(steps[1:], start=1):
+        share = min(decay, (1 + updates) / (10 + updates))
+        expected = {name: share * value + (1 - share) * step[name] for name, value in expected.items()}
+    found = lit.state_dict()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+        assert not torch.equal(value, steps[-1][name])
+    # Testing a checkpoint in the same process measures the average, not what training would go on from.
+    path = str(trainer.checkpoint_callback.best_model_path)
+    (after,) = trainer.test(lit, data, verbose=False)
+    (loaded,) = trainer.test(lit, data, ckpt_path=path, verbose=False, weights_only=False)  # made just above
+    assert loaded == after
+    saved = torch.load(path, weights_only=False)["state_dict"]  # made just above
+    assert all(torch.equal(saved[name], value) for name, value in lit.state_dict().items())
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
+def test_decay_out_of_range(decay):
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\)"):
+        EMA(decay)
+
+
+def test_a_best_recipe_trains_tests_and_is_tested_again(tmp_path):
+    flags = f"--model best/lenet --data_dir {DATA} --val_size 200 --max_epochs 2 --accelerator cpu --devices 1"
+    fitted = run_forked(*flags.split(), folder=tmp_path)
+    assert (fitted.code, fitted.err) == (0, "")
+    run = tmp_path / "logs" / "best" / "lenet" / "version_0"
+    test = json.loads((run / "record.json").read_text())["test"]
+    scores = f"accuracy {test['accuracy']:.4f}, loss {test['loss']:.4f}; averaged with the mirror images: "
+    scores += f"accuracy {test['accuracy_flip']:.4f}, loss {test['loss_flip']:.4f}\n"
+    assert f"Test on 500 images: {scores}" in fitted.out
+    tested = run_forked("test", "--ckpt_path", "logs/best/lenet/version_0/checkpoints/best.ckpt", folder=tmp_path)
+    assert (tested.code, tested.err) == (0, "")
+    assert tested.out == f"test on 500 images: {scores}"
+    content = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    name = "net.classifier.1.weight"
+    assert not torch.equal(content["state_dict"][name], content["current_model_state"][name])
