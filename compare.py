@@ -6,6 +6,8 @@ Only light modules are imported here; training happens in processes of its own, 
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,8 @@ NOT_PASSED = {
     "--print_config": "use train.py",
     "--print_model": "use train.py",
 }
+# Exit codes of a training that was told to stop: before it could save a checkpoint, and after.
+STOPPED = (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
 @dataclass
@@ -170,24 +174,50 @@ def compare(request: Request) -> int:
 def _train(request: Request) -> tuple[list[Run], list[str]]:
     """Run what is missing; returns the runs asked for, and a line for each that failed."""
     wanted = {recipe: settings(_resolved(recipe, request.flags)) for recipe in request.recipes}
-    request.log_dir.mkdir(parents=True, exist_ok=True)
     failed = []
-    try:
-        with FileLock(request.log_dir / ".compare.lock", timeout=0):
-            # Seed by seed, so that all recipes can be compared early on.
-            for seed in range(request.seeds):
-                for recipe in request.recipes:
-                    code = _train_one(request, recipe, seed, wanted[recipe])
-                    if code:
-                        failed.append(f"{recipe} with seed {seed} was not finished (exit code {code}); see above")
-    except Timeout:
-        raise UserError(f"another compare.py is training in {request.log_dir}; wait for it, or stop it") from None
-    runs = [run for recipe in request.recipes for run in _runs_of(request, recipe, wanted[recipe])]
+    with training_lock(request.log_dir):
+        # Seed by seed, so that all recipes can be compared early on.
+        for seed in range(request.seeds):
+            for recipe in request.recipes:
+                code = train_one(request, recipe, seed, wanted[recipe])
+                if code in STOPPED:
+                    sys.exit(128 + signal.SIGTERM)
+                if code:
+                    failed.append(f"{recipe} with seed {seed} was not finished (exit code {code}); see above")
+    runs = [run for recipe in request.recipes for run in runs_of(request, recipe, wanted[recipe])]
     return [run for run in runs if run.seed in range(request.seeds)], failed
 
 
-def _train_one(request: Request, recipe: str, seed: int, wanted: dict[str, Any]) -> int:
-    mine = [run for run in _runs_of(request, recipe, wanted) if run.seed == seed]
+@contextmanager
+def training_lock(log_dir: Path) -> Iterator[None]:
+    """Let one process at a time train in a folder of runs.
+
+    Raises:
+        UserError: If another one does.
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(log_dir / ".compare.lock", timeout=0).acquire()
+    except Timeout:
+        raise UserError(f"another process is training in {log_dir}; wait for it, or stop it") from None
+    with lock:
+        yield
+
+
+def train_one(request: Request, recipe: str, seed: int, wanted: dict[str, Any], seconds: float | None = None) -> int:
+    """Make one run, or go on with it; a finished one is not repeated.
+
+    Args:
+        request: Folder of the runs, and flags of train.py.
+        recipe: Name of the recipe.
+        seed: Its seed.
+        wanted: The settings by which its runs are known.
+        seconds: Stop it after so long; it leaves a checkpoint.
+
+    Returns:
+        The exit code of train.py; one of `STOPPED` if the training was told to stop.
+    """
+    mine = [run for run in runs_of(request, recipe, wanted) if run.seed == seed]
     if done := [run for run in mine if run.finished]:
         print(f"{recipe}, seed {seed}: finished ({done[-1].folder})", flush=True)
         return 0
@@ -200,18 +230,19 @@ def _train_one(request: Request, recipe: str, seed: int, wanted: dict[str, Any])
     # A scheduler that stops this process means the training: pass it on, and wait for its checkpoint.
     previous = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
     try:
-        code = process.wait()
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        return process.wait()
     except KeyboardInterrupt:  # the terminal has sent it to the training too
         process.wait()
         raise
     finally:
         signal.signal(signal.SIGTERM, previous)
-    if code in (-signal.SIGTERM, 128 + signal.SIGTERM):
-        sys.exit(128 + signal.SIGTERM)
-    return code
 
 
-def _runs_of(request: Request, recipe: str, wanted: dict[str, Any]) -> list[Run]:
+def runs_of(request: Request, recipe: str, wanted: dict[str, Any]) -> list[Run]:
+    """The runs of a recipe that compute what the settings say, finished or not."""
     folder = request.log_dir / parse_command_line(["--model", recipe]).recipe  # type: ignore[union-attr,operator]
     return [run for run in (find_runs([folder]) if folder.exists() else []) if matches(run, wanted)]
 

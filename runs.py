@@ -17,6 +17,7 @@ from errors import UserError
 # Settings outside `model` and `data` that change what is computed.
 SHAPING = (
     "patience",
+    "pretrained",
     "stop_at_chance",
     "trainer.max_epochs",
     "trainer.max_steps",
@@ -29,6 +30,7 @@ SHAPING = (
     "trainer.gradient_clip_algorithm",
     "trainer.limit_train_batches",
     "trainer.overfit_batches",
+    "trainer.callbacks",
 )
 # Settings inside them that don't, or that follow another one.
 IMMATERIAL = (
@@ -37,6 +39,7 @@ IMMATERIAL = (
     "data.eval_batch_size",
     "data.dataset_on_device",
     "model.compile",
+    "model.checkpoint_activations",
     "model.channels_last",
     "model.net.init_args.image_size",
 )
@@ -234,8 +237,15 @@ def _name(group: Group, same_recipe: list[Group]) -> str:
     for name in dict.fromkeys(name for other in others for name in other):
         differs = any(other.get(name) != mine.get(name) for other in others)
         if differs and written.get(name) is not None:
-            parts.append(f"{name.rpartition('.')[2]} {written[name]}")
+            parts.append(f"{name.rpartition('.')[2]} {_short(written[name])}")
     return f"{first.recipe} ({', '.join(parts)})" if parts else first.recipe
+
+
+def _short(value: Any) -> Any:
+    """A list of objects, such as callbacks, as the names of their classes; anything else as it is."""
+    if isinstance(value, list) and all(isinstance(one, dict) and "class_path" in one for one in value):
+        return ", ".join(one["class_path"].rpartition(".")[2] for one in value)
+    return value
 
 
 def _flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,12 +16,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
 from callbacks.confusion import Confusion
 from callbacks.model_table import stages
 from callbacks.speed import Speed
+from errors import Stopped
 
 try:
     import resource
@@ -52,6 +54,7 @@ class RunRecord(Callback):
         self._confusion = confusion
         self._start = time.perf_counter()
         self._folder: str | None = None
+        self._peak_before: int | None = None  # of earlier parts of the run
         self.record: dict[str, Any] = {
             "recipe": recipe,
             "config": config,
@@ -112,15 +115,23 @@ class RunRecord(Callback):
         )
         self._write(trainer)
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Of a run that was told to stop, note how long it took; even in its first epoch, so that it is found again."""
+        if isinstance(exception, Stopped) and trainer.state.fn == TrainerFn.FITTING:
+            self.record |= {"stopped_after_seconds": time.perf_counter() - self._start} | self._peak(trainer)
+            self._write(trainer)
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add the run's totals."""
+        if not self.record["epochs"]:  # nothing was left to train
+            self._continue_record(trainer)
         epochs = self.record["epochs"]
         if not epochs:
             return
         self.record |= {
             "fit_seconds": time.perf_counter() - self._start,
             "images_per_second": statistics.median(epoch["images_per_second"] for epoch in epochs),
-            "peak_memory_bytes": _peak_memory(trainer.strategy.root_device),
+            **self._peak(trainer),
         }
         if best := max((epoch["val/accuracy"] for epoch in epochs if "val/accuracy" in epoch), default=None):
             self.record["best_val_accuracy"] = best
@@ -131,9 +142,13 @@ class RunRecord(Callback):
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add the test results."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        measured = {  # accuracy and loss; with --model.flip_test also accuracy_flip and loss_flip
+            name.removeprefix("test/"): value.item()
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("test/")
+        }
         self.record["test"] = {
-            "accuracy": trainer.callback_metrics["test/accuracy"].item(),
-            "loss": trainer.callback_metrics["test/loss"].item(),
+            **measured,
             "images": len(data.test_set),
             "class_accuracy": self._confusion.class_accuracy,
         }
@@ -141,14 +156,26 @@ class RunRecord(Callback):
 
     def _continue_record(self, trainer: pl.Trainer) -> None:
         """Keep the epochs of a run that is continued in its own folder."""
-        if self._folder and trainer.ckpt_path and (path := Path(self._folder) / "record.json").is_file():
-            epochs = json.loads(path.read_text(encoding="utf-8")).get("epochs", [])
-            self.record["epochs"] = [epoch for epoch in epochs if epoch["epoch"] <= trainer.current_epoch]
-            if self.record["epochs"]:  # times go on where they stood
-                self._start -= self.record["epochs"][-1]["elapsed_seconds"]
+        if not (self._folder and trainer.ckpt_path and (path := Path(self._folder) / "record.json").is_file()):
+            return
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        epochs = [epoch for epoch in earlier["epochs"] if epoch["epoch"] <= trainer.current_epoch]
+        # Times go on where they stood; what a stopped epoch had taken counts, unless the run goes on from before it.
+        elapsed = [epochs[-1]["elapsed_seconds"]] if epochs else []
+        if len(epochs) == len(earlier["epochs"]):
+            elapsed += [earlier[key] for key in ("stopped_after_seconds", "fit_seconds") if key in earlier]
+        self._start -= max(elapsed, default=0.0)
+        self._peak_before = earlier.get("peak_memory_bytes")
+        self.record["epochs"] = epochs
+
+    def _peak(self, trainer: pl.Trainer) -> dict[str, int | None]:
+        """Peak memory so far, earlier parts of the run included."""
+        known = [size for size in (_peak_memory(trainer.strategy.root_device), self._peak_before) if size is not None]
+        return {"peak_memory_bytes": max(known, default=None)}
 
     def _write(self, trainer: pl.Trainer) -> None:
-        if trainer.is_global_zero and self._folder and self.record["epochs"]:
+        begun = self.record["epochs"] or "stopped_after_seconds" in self.record
+        if trainer.is_global_zero and self._folder and begun:
             target = Path(self._folder) / "record.json"
             partial = target.with_suffix(".json.partial")
             partial.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")

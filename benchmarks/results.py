@@ -1,0 +1,269 @@
+"""Trains what the READMEs' tables show, within a time budget, and writes tables and plot from the records.
+
+    python -m benchmarks.results --accelerator gpu --hours 8    # the same command goes on where it stopped
+    python -m benchmarks.results --list                         # what would run, what is done, how long it may take
+    python -m benchmarks.results --tables                       # only write tables and plot from the records
+    python -m benchmarks.results --check                        # exit 1 and name every file that they do not fit
+
+One seed of each entry (entries.yaml) comes first, then the second of each, the cheapest entry first. The record of each
+finished run is kept as OUT/runs/NAME-seedN-DEVICE.json; what has one is not repeated unless its recipe has changed.
+Further flags go to each `train.py`; those that change what is trained need a folder of their own, --out.
+"""
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from benchmarks import accuracy_time
+from benchmarks.entries import TEST_IMAGES, TRAINING_IMAGES, Entry, Results, read_entries, read_results
+from benchmarks.rounding import duration
+from benchmarks.side_by_side import PROJECT, RESULTS, print_table
+from benchmarks.tables import Language, pages, results_table, written
+from compare import STOPPED, Request, runs_of, train_one, training_lock
+from errors import UserError
+from runs import OPEN, Run, find_runs, matches, settings
+
+
+class Job(NamedTuple):
+    """One run to make."""
+
+    entry: Entry
+    seed: int
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{self.entry.name}, seed {self.seed}"
+
+    def target(self, options: argparse.Namespace) -> Path:
+        """Where its record is kept."""
+        return options.out / "runs" / f"{self.entry.name}-seed{self.seed}-{options.accelerator}.json"
+
+    @property
+    def wanted(self) -> dict[str, Any]:
+        """The settings by which its runs are known."""
+        return settings(self.entry.config)
+
+    def runs(self, options: argparse.Namespace) -> list[Run]:
+        """Those that were started, finished or not."""
+        found = runs_of(Request(log_dir=options.log_dir), self.entry.recipe, self.wanted)
+        return [run for run in found if run.seed == self.seed]
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command line; returns the exit code."""
+    try:
+        options = _parse(arguments)
+        if options.check:
+            return _check(options)
+        if options.tables:
+            return _write(options)
+        entries = read_entries(options.families, options.recipes, options.flags)
+        jobs = _jobs(entries, options)
+        if options.list:
+            _list(jobs, options)
+            return 0
+        code = _train(jobs, options)
+        _write(options)
+        return code
+    except UserError as error:
+        print(f"benchmarks.results: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("benchmarks.results: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.results",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--hours", type=float, help="time budget (default: until all is done)")
+    parser.add_argument("--families", nargs="+", default=[], metavar="NAME", help="only these: reproduction, best, ...")
+    parser.add_argument("--recipes", nargs="+", default=[], metavar="NAME", help="only these, best/* for a folder")
+    parser.add_argument("--seeds", type=int, help="at most so many of each (default: as entries.yaml says)")
+    parser.add_argument("--list", action="store_true", help="train nothing, show what would be trained")
+    parser.add_argument("--tables", action="store_true", help="train nothing, write tables and plot")
+    parser.add_argument("--check", action="store_true", help="write nothing, compare tables and plot with the records")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the records (default: benchmarks/results)")
+    parser.add_argument("--log_dir", type=Path, help="folder of the runs (default: logs/results-DEVICE)")
+    options, flags = parser.parse_known_args(arguments)
+    options.flags, options.ours = tuple(flags), options.out.resolve() == RESULTS
+    if flags and not flags[0].startswith("--"):
+        raise UserError(f"{flags[0]!r} is no flag (python -m benchmarks.results --help)")
+    if flags and (options.check or options.tables) and options.ours:
+        raise UserError(f"{flags[0]} is unknown, or a flag of train.py, which is not started here")
+    if options.hours is not None and not options.hours > 0:
+        raise UserError(f"--hours must be above 0, got {options.hours:g}")
+    if options.seeds is not None and options.seeds < 1:
+        raise UserError(f"--seeds must be at least 1, got {options.seeds}")
+    # Runs are told apart by what they compute, not by the device: each has a folder of its own.
+    options.log_dir = options.log_dir or Path("logs", f"results-{options.accelerator}")
+    return options
+
+
+def _jobs(entries: list[Entry], options: argparse.Namespace) -> list[Job]:
+    """What there is to train, in order, whether done or not.
+
+    Raises:
+        UserError: If the flags would change what the records beside the READMEs' stand for.
+    """
+    if options.flags and options.ours:
+        for plain, entry in zip(read_entries(options.families, options.recipes), entries, strict=True):
+            own, wanted = settings(plain.config), settings(entry.config)
+            names = sorted(name for name in own.keys() | wanted.keys() if own.get(name) != wanted.get(name))
+            if changed := [name for name in names if name not in OPEN]:
+                flags = " ".join(options.flags)
+                raise UserError(f"{flags} changes {changed[0]} of {entry.recipe}; name a folder with --out")
+    if not entries:
+        raise UserError(
+            "none of these recipes belongs to these families; python -m benchmarks.results --list shows all"
+        )
+    entries = sorted(entries, key=lambda entry: entry.cost)
+    counts = {entry: min(entry.seeds, options.seeds or entry.seeds) for entry in entries}
+    return [Job(entry, seed) for seed in range(max(counts.values())) for entry in entries if seed < counts[entry]]
+
+
+def _train(jobs: list[Job], options: argparse.Namespace) -> int:
+    """Run what is missing; returns the exit code."""
+    end = time.monotonic() + 3600 * options.hours if options.hours else None
+    failed = []
+    with training_lock(options.log_dir):
+        for job in _missing(jobs, options):
+            flags = [*job.entry.flags, "--accelerator", options.accelerator, "--devices", "1"]
+            request = Request(log_dir=options.log_dir, flags=flags)
+            seconds = max(0.0, end - time.monotonic()) if end else None
+            code = train_one(request, job.entry.recipe, job.seed, job.wanted, seconds) if seconds != 0 else STOPPED[0]
+            if code in STOPPED and end and time.monotonic() >= end:
+                print("The time is over; the same command goes on from here.", flush=True)
+                break
+            if code in STOPPED:  # by someone else
+                return 128 + signal.SIGTERM
+            if code:
+                failed.append(f"{job.title} was not finished (exit code {code}); see above")
+            _keep(job, options)
+    for failure in failed:
+        print(f"benchmarks.results: error: {failure}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _missing(jobs: Iterable[Job], options: argparse.Namespace) -> Iterator[Job]:
+    """Jobs without a record, after keeping those of runs that finished without it."""
+    for job in jobs:
+        if not (_recorded(job, options) or _keep(job, options)):
+            yield job
+
+
+def _recorded(job: Job, options: argparse.Namespace) -> bool:
+    path = job.target(options)
+    return path.is_file() and matches(find_runs([path])[0], job.wanted)
+
+
+def _keep(job: Job, options: argparse.Namespace) -> bool:
+    """Copy the record of the job's run, if that is finished.
+
+    Raises:
+        UserError: If it is of other data than the READMEs speak of, and would lie beside theirs.
+    """
+    finished = [run for run in job.runs(options) if run.finished]
+    if not finished:
+        return False
+    record = finished[-1].record
+    whole = record["train_images"] + record["val_images"] == TRAINING_IMAGES and record["test"]["images"] == TEST_IMAGES
+    if not whole and options.ours:
+        raise UserError(f"{job.title} was not trained on the whole data set; name a folder for its record with --out")
+    path = job.target(options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+    print(f"Record: {path}", flush=True)
+    return True
+
+
+def _write(options: argparse.Namespace) -> int:
+    """Write tables and plot; beside records of one's own the tables are printed instead."""
+    results = read_results(options.out, options.flags)
+    _say_stale(results)
+    if options.ours:
+        for path in pages():
+            text = written(path, results, options.out)
+            if text != path.read_text(encoding="utf-8"):
+                path.write_text(text, encoding="utf-8")
+                print(f"Wrote {path.relative_to(PROJECT)}")
+    else:
+        for family in dict.fromkeys(entry.family for entry, _ in results.runs):
+            print(f"\n{family}\n\n{results_table(family, results, Language(0, ' to '))}")
+    found, picture = accuracy_time.points(results), _picture(options)
+    if found and not accuracy_time.is_current(found, picture):
+        accuracy_time.draw(found, picture)
+        print(f"Wrote {picture}")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    """Name every file that the records do not give; returns the exit code."""
+    results = read_results(options.out)
+    _say_stale(results)
+    stale = [path for path in pages() if written(path, results, options.out) != path.read_text(encoding="utf-8")]
+    found = accuracy_time.points(results)
+    if found and not accuracy_time.is_current(found, _picture(options)):
+        stale.append(_picture(options))
+    for path in stale:
+        print(f"{path.name} is stale or was changed by hand: python -m benchmarks.results --tables")
+    return 1 if stale else 0
+
+
+def _picture(options: argparse.Namespace) -> Path:
+    return accuracy_time.PICTURE if options.ours else options.out / accuracy_time.PICTURE.name
+
+
+def _say_stale(results: Results) -> None:
+    for path in results.stale:
+        print(f"{path.name} is left out: its recipe has changed since, or entries.yaml has no such entry")
+
+
+def _list(jobs: list[Job], options: argparse.Namespace) -> None:
+    """Show what is done, and what would be trained in which order."""
+    results = read_results(options.out, options.flags)
+    rows, known, unknown = [], 0.0, 0
+    for job in jobs:
+        left = _estimate(job, results, options)
+        state = "to do"
+        if _recorded(job, options):
+            state, left = "done", 0.0
+        elif runs := job.runs(options):
+            state, epochs = "stopped", len(runs[-1].record["epochs"])
+            if runs[-1].finished:
+                state, left = "to copy", 0.0
+            elif left is not None:
+                left *= 1 - epochs / job.entry.config["trainer"]["max_epochs"]
+        rows.append((job.entry.family, job.entry.name, job.seed, state, "?" if left is None else duration(left)))
+        known, unknown = known + (left or 0.0), unknown + (left is None)
+    print_table(("family", "entry", "seed", "state", "time left"), rows)
+    print(f"\n{duration(known)} left{f', and {unknown} runs of unknown time' if unknown else ''}")
+
+
+def _estimate(job: Job, results: Results, options: argparse.Namespace) -> float | None:
+    """Seconds of training, by the runs of the same recipe on the same kind of device; None without any."""
+    rates = [
+        run.record["fit_seconds"] / (len(run.record["epochs"]) * run.record["train_images"])
+        for (entry, device), runs in results.runs.items()
+        if entry.recipe == job.entry.recipe and device == options.accelerator
+        for run in runs
+    ]
+    return fmean(rates) * job.entry.images * job.entry.config["trainer"]["max_epochs"] if rates else None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

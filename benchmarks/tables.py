@@ -1,0 +1,330 @@
+"""The tables of the READMEs and the results in docs/, written from the records.
+
+What stands between `<!-- results FAMILY -->` and `<!-- /results -->` becomes the table of that family of entries, and
+after `<!-- results MODULE -->`, in a page of docs/, that of the entries whose network is in models/MODULE.py.
+`<!-- throughput DEVICE -->` and `<!-- measured DEVICE -->` are the tables of the benchmarks. Where a record is missing,
+so is its line or its cell.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, NamedTuple
+
+from benchmarks.entries import Entry, Results
+from benchmarks.rounding import accuracies, down, duration, mean_and_range, share, span, up
+from benchmarks.side_by_side import PROJECT
+from errors import UserError
+from runs import Run
+
+README, CHINESE = PROJECT / "README.md", PROJECT / "README.zh-CN.md"
+REGION = re.compile(r"(<!-- (results|throughput|measured) (\w+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+OPENING = re.compile(r"<!-- (?:results|throughput|measured) ")
+# A run that ends below this has not learnt: chance is 0.1.
+COLLAPSED = 0.15
+# Contestants of benchmarks.throughput, in the table's order; {} is the version.
+PEERS = {
+    "tutorial": ("times the tutorial's loop", "教程循环的倍数"),
+    "d2l": ("times d2l {}", "d2l {} 的倍数"),
+    "references": ("times torchvision's style", "torchvision 风格的倍数"),
+    "timm": ("times timm {}", "timm {} 的倍数"),
+}
+FAMILY_HEADERS = (
+    "recipe | network | input | parameters | FLOPs an image | epochs | published | here: mean ± deviation (range) | "
+    "seeds (collapsed) | training",
+    "配方 | 网络 | 输入 | 参数量 | 单张 FLOPs | 轮数 | 公开结果 | 本项目：均值 ± 标准差（范围） | "
+    "种子数（训练失败） | 训练时间",
+)
+BEST_HEADERS = (
+    "recipe | input | parameters | FLOPs an image | epochs | published | 55,000 images | all 60,000 | "
+    "all, flip-averaged | seeds (collapsed) | training",
+    "配方 | 输入 | 参数量 | 单张 FLOPs | 轮数 | 公开结果 | 55,000 张 | 全部 60,000 张 | 全部，翻转平均 | "
+    "种子数（训练失败） | 训练时间",
+)
+NETWORKS = {"lenet": "LeNet", "alexnet": "AlexNet", "vgg11": "VGG-11", "nin": "NiN", "googlenet": "GoogLeNet"}
+
+
+class Language(NamedTuple):
+    """Which of several texts is meant, and what stands between the ends of a range."""
+
+    number: int
+    to: str
+
+
+def pages() -> list[Path]:
+    """The files that have tables to write."""
+    files = [README, CHINESE, *sorted((PROJECT / "docs").glob("*.md"))]
+    return [path for path in files if OPENING.search(path.read_text(encoding="utf-8"))]
+
+
+def written(path: Path, results: Results, folder: Path) -> str:
+    """A page's text with its tables as the records have it.
+
+    Args:
+        path: The page.
+        results: The records of runs.
+        folder: Where those of the benchmarks lie.
+
+    Raises:
+        UserError: If a region has no end, or an unknown name.
+    """
+    text = path.read_text(encoding="utf-8")
+    language = Language(1, "–") if path.name == CHINESE.name else Language(0, " to ")
+    if len(OPENING.findall(text)) != len(REGION.findall(text)):
+        raise UserError(f"{path.name}: a <!-- results ... --> or other region has no end, or not one name")
+
+    def fill(region: re.Match[str]) -> str:
+        opening, kind, name, end = region.groups()
+        if kind == "results":
+            table = results_table(name, results, language)
+        elif kind == "throughput":
+            table = throughput_table(_read(folder, f"throughput-{name}"), language)
+        else:
+            table = measured_table(folder, name, language)
+        return f"{opening}{table}\n{end}"
+
+    return REGION.sub(fill, text)
+
+
+def results_table(name: str, results: Results, language: Language) -> str:
+    """The Markdown table of a family, or of the entries with a network of one module.
+
+    Raises:
+        UserError: If there is neither.
+    """
+    if name in {entry.family for entry in results.entries}:
+        entries = [entry for entry in results.entries if entry.family == name]
+        return _best(entries, results, language) if name == "best" else _family(entries, results, language)
+    module = f"models.{name}."
+    of_module = [entry for entry in results.entries if entry.config["model"]["net"]["class_path"].startswith(module)]
+    if not of_module:
+        raise UserError(f"there is no family and no network {name!r} to show results of")
+    rows = []
+    for entry in of_module:
+        for device in results.devices:
+            if runs := results.of(entry, device):
+                command = " ".join(["python train.py --model", entry.recipe, *entry.flags])
+                rows.append((f"`{command}`", *_score(runs, language), _published([entry]), _time(runs, device)))
+    header = ("command", "test accuracy", "seeds (collapsed)", "published", "training")
+    return _markdown([header, *rows], left=1) if rows else "not measured yet"
+
+
+def _family(entries: Sequence[Entry], results: Results, language: Language) -> str:
+    header = FAMILY_HEADERS[language.number].split(" | ")
+    rows = []
+    for _, line in groupby(entries, key=lambda entry: entry.line):
+        alike = list(line)
+        network = alike[0].network[language.number : language.number + 1] or [_class(alike[0])]
+        model = (network[0], *_model(alike, language), _published(alike))
+        for device in [device for device in results.devices if results.of(alike[0], device)] or [""]:
+            runs = results.of(alike[0], device) if len(alike) == 1 else []
+            rows.append((_recipes(alike), *model, *_score(runs, language), _time(runs, device)))
+    return _markdown([header, *rows], left=2)
+
+
+def _best(entries: Sequence[Entry], results: Results, language: Language) -> str:
+    header = BEST_HEADERS[language.number].split(" | ")
+    rows = []
+    for recipe in dict.fromkeys(entry.recipe for entry in entries):
+        split, full = sorted((entry for entry in entries if entry.recipe == recipe), key=lambda entry: entry.images)
+        model = (_recipes([full]), *_model([full], language), _published([full]))
+        for device in [name for name in results.devices if results.of(split, name) or results.of(full, name)] or [""]:
+            parts = [results.of(entry, device) for entry in (split, full)]
+            (first, seeds), (second, more_seeds) = (_score(runs, language) for runs in parts)
+            flipped = mean_and_range(accuracies(parts[1], "accuracy_flip"), language.to)
+            counts = ", ".join(filter(None, (seeds, more_seeds)))
+            rows.append((*model, first, second, flipped, counts, _time(parts[1] or parts[0], device)))
+    return _markdown([header, *rows], left=1)
+
+
+def throughput_table(record: dict[str, Any] | None, language: Language) -> str:
+    """Images a second of training, and how many times those of the others.
+
+    Args:
+        record: What benchmarks.throughput wrote, or None.
+        language: Of the table.
+    """
+    if not record:
+        return ("not measured yet", "尚未测量")[language.number]
+    networks = [{one["contestant"]: one for one in entry["contestants"]} for entry in record["results"]]
+    peers = [name for name in PEERS if any(name in network for network in networks)]
+    header = [("network, input, batch", "网络，输入，批量大小")[language.number]]
+    header.append(("ours, images/s", "本项目（张/秒）")[language.number])
+    header += [PEERS[name][language.number].format(record["versions"].get(name, "")) for name in peers]
+    rows = []
+    for entry, contestants in zip(record["results"], networks, strict=True):
+        network = NETWORKS.get(entry["network"], entry["network"])
+        cells = [f"{network}, {entry['image_size']}, {entry['batch_size']}", _rate(contestants.get("ours"))]
+        for name in peers:
+            cells.append(_ratio(contestants[name]["ours_over_this"], language.to) if name in contestants else "")
+        rows.append(cells)
+    return _markdown([header, *rows], left=1)
+
+
+def measured_table(folder: Path, device: str, language: Language) -> str:
+    """What the other benchmarks have measured: a line for each whose record is there."""
+    rows = []
+    for line in LINES:
+        if "{}" not in line.record and device != "cpu":
+            continue  # where it ran makes no difference
+        record = _read(folder, line.record.format(device))
+        if record and (result := line.result(record)):
+            rows.append((line.what[language.number], result[language.number], f"`python -m benchmarks.{line.command}`"))
+    header = (("what", "result", "command"), ("项目", "结果", "命令"))[language.number]
+    return _markdown([header, *rows], left=3) if rows else ("not measured yet", "尚未测量")[language.number]
+
+
+class Line(NamedTuple):
+    """A line of the table of measurements: record, command, what (English, Chinese), and the result from the record."""
+
+    record: str
+    command: str
+    what: tuple[str, str]
+    result: Callable[[dict[str, Any]], tuple[str, str] | None]
+
+
+def _loader(record: dict[str, Any]) -> tuple[str, str]:
+    ratios = [(entry["image_size"], down(entry["ours_over_pil"]["median"], 1)) for entry in record["results"]]
+    (size, first), *others = ratios
+    english = [f"{first} times at {size} pixels", *(f"{ratio} at {size}" for size, ratio in others)]
+    return ", ".join(english), "，".join(f"{size} 像素 {ratio} 倍" for size, ratio in ratios)
+
+
+def _overhead(record: dict[str, Any]) -> tuple[str, str]:
+    bar = [entry for entry in record["results"] if entry["contestant"] == "ours, bar on a terminal"]
+    times = [(entry["batch_size"], up(entry["time_over_bare_loop"]["median"], 2)) for entry in bar]
+    aims = [f"{entry['target']:g}" for entry in bar]
+    (size, first), *others = times
+    english = [f"{first} times at batch {size}", *(f"{ratio} at {size}" for size, ratio in others)]
+    chinese = "，".join(f"批量 {size}：{ratio} 倍" for size, ratio in times)
+    return f"{', '.join(english)} (aims: {', '.join(aims)})", f"{chinese}（目标 {'、'.join(aims)}）"
+
+
+def _startup(record: dict[str, Any]) -> tuple[str, str]:
+    medians = {name: median(entry["seconds"]) for name, entry in record["results"].items()}
+    *answers, lightning, step = medians.values()
+    answer, first, alone = up(max(answers), 2), up(step, 2), down(lightning, 2)
+    return (
+        f"{answer} s; {first} s (importing Lightning alone: {alone} s)",
+        f"{answer} 秒；{first} 秒（仅导入 Lightning 就要 {alone} 秒）",
+    )
+
+
+def _kills(record: dict[str, Any]) -> tuple[str, str]:
+    kills, valid = record["kills_while_writing"]["kills"], record["kills_while_writing"]["valid_afterwards"]
+    return f"{valid} times of {kills} a valid newest checkpoint", f"{kills} 次中 {valid} 次最新检查点完好"
+
+
+def _continued(record: dict[str, Any]) -> tuple[str, str] | None:
+    runs = [record["kills_of_training"], record["stops_of_training"]]
+    if not all(run["bit_equal"] for run in runs):
+        return "weights not bit-equal to the uninterrupted run", "权重与不中断时并非逐位相同"
+    kills, stops = (run["interruptions"] for run in runs)
+    return (
+        f"after {kills} SIGKILLs and {stops} SIGTERMs bit-equal to the uninterrupted run",
+        f"{kills} 次 SIGKILL 和 {stops} 次 SIGTERM 后，权重与不中断时逐位相同",
+    )
+
+
+LINES = (
+    Line(
+        "data_path-{}",
+        "data_path",
+        (
+            "loader with shuffle, augmentation, resize, against PIL with workers",
+            "数据加载（打乱、增强、缩放），对比 PIL 多进程",
+        ),
+        _loader,
+    ),
+    Line(
+        "trainer_overhead-{}",
+        "trainer_overhead",
+        (
+            "LeNet's epoch with bar, logs, metrics, checkpoints, over a bare loop",
+            "LeNet 每轮用时（含进度条、日志、指标、检查点），对比裸循环",
+        ),
+        _overhead,
+    ),
+    Line(
+        "startup-{}",
+        "startup",
+        (
+            "`--help` and plain mistakes; command to first optimiser step",
+            "`--help` 和命令写错时的响应；从命令到第一步更新",
+        ),
+        _startup,
+    ),
+    Line("reliability", "reliability", ("kills while a checkpoint was written", "写检查点时杀死进程"), _kills),
+    Line(
+        "reliability",
+        "reliability",
+        ("weights of a run that was interrupted and continued", "训练中断后继续"),
+        _continued,
+    ),
+)
+
+
+def _recipes(entries: Sequence[Entry]) -> str:
+    return " ".join(f"`{entry.recipe}`" for entry in entries)
+
+
+def _class(entry: Entry) -> str:
+    return entry.config["model"]["net"]["class_path"].rpartition(".")[2]
+
+
+def _model(entries: Sequence[Entry], language: Language) -> tuple[str, ...]:
+    """Input, parameters, FLOPs and epochs, from the configurations and the networks themselves."""
+    configs = [entry.config for entry in entries]
+    parameters, flops = zip(*(entry.size for entry in entries), strict=True)
+    columns = (
+        [str(config["data"]["image_size"]) for config in configs],
+        [f"{count:,}" if len(set(parameters)) == 1 else f"{count / 1e6:.1f} M" for count in parameters],
+        [f"{count / 1e6:.2f} M" if count < 1e7 else f"{count / 1e9:.2f} G" for count in flops],
+        [str(config["trainer"]["max_epochs"]) for config in configs],
+    )
+    return tuple(span(column, language.to) for column in columns)
+
+
+def _published(entries: Sequence[Entry]) -> str:
+    values = [share(f"{entry.published:.3f}") for entry in entries if entry.published is not None]
+    return span(values) if values else ""
+
+
+def _score(runs: Sequence[Run], language: Language) -> tuple[str, str]:
+    """Test accuracy, and how many seeds have how many collapsed among them."""
+    if not runs:
+        return "", ""
+    values = accuracies(runs)
+    return mean_and_range(values, language.to), f"{len(values)} ({sum(value < COLLAPSED for value in values)})"
+
+
+def _time(runs: Sequence[Run], device: str) -> str:
+    if not runs:
+        return ""
+    place = " / ".join(dict.fromkeys(run.machine.removeprefix("NVIDIA ") for run in runs)) if device == "gpu" else "CPU"
+    return f"{duration(fmean(run.record['fit_seconds'] for run in runs))}, {place}"
+
+
+def _rate(ours: dict[str, Any] | None) -> str:
+    rate = ours["images_per_second"] if ours else None
+    return "" if rate is None else down(rate, 0 if rate >= 10 else 1)
+
+
+def _ratio(ratio: dict[str, float], to: str) -> str:
+    middle, least, greatest = (down(ratio[key], 2) for key in ("median", "least", "greatest"))
+    return f"{middle} ({least}{to}{greatest})"
+
+
+def _read(folder: Path, name: str) -> dict[str, Any] | None:
+    path = folder / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _markdown(rows: Sequence[Sequence[str]], left: int) -> str:
+    rule = ["---" if column < left else "---:" for column in range(len(rows[0]))]
+    return "\n".join(
+        "|".join(["", *(f" {cell} " if cell else " " for cell in row), ""]) for row in (rows[0], rule, *rows[1:])
+    )
