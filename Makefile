@@ -20,9 +20,7 @@ format: ## put the code into shape
 	ruff check --fix . && ruff format .
 
 lowest: ## the tests with the lowest versions that requirements.txt admits, in an environment of their own
-	python -m venv .venv-lowest
-	.venv-lowest/bin/pip install -q -r requirements-lowest.txt -r requirements-dev.txt -r requirements-extras.txt
-	.venv-lowest/bin/python -m pytest -q
+	bash .ci/lowest
 
 audit: ## known vulnerabilities among the installed packages (asks the package index)
 	python -m pip install -q pip-audit && python -m pip_audit -r requirements.txt

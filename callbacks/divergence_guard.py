@@ -17,6 +17,11 @@ ADVICE = "try a lower --lr, --trainer.gradient_clip_val 1, or --precision 32"
 CHANCE = (0.98, 1.1)
 
 
+def is_overflow(error: BaseException) -> bool:
+    """Whether PyTorch's optimisers say that a step's factor does not fit into the weights' type."""
+    return isinstance(error, RuntimeError) and "cannot be converted to type" in str(error) and "overflow" in str(error)
+
+
 class DivergenceGuard(Callback):
     """Raises `Diverged` at a loss that is not finite, and reports a network that is stuck at chance.
 
@@ -24,7 +29,8 @@ class DivergenceGuard(Callback):
     batch. On other devices a look at every step would make the CPU wait for the device, so the guard looks every
     `log_every_n_steps` batches and before each checkpoint: the weights in memory may be lost by then (they were before
     the step that made the loss infinite or NaN, as a rule), but no checkpoint is ever written with them, and the last
-    good one stays.
+    good one stays. The last step of an epoch shows in no training loss: the validation loss is looked at too, and each
+    checkpoint's weights.
 
     A network is stuck at chance if its mean loss over `chance_steps` batches is that of guessing, ln(`num_classes`).
     Some initialisations of NiN and GoogLeNet never leave it (a few runs in a hundred in d2l's published executions).
@@ -64,17 +70,27 @@ class DivergenceGuard(Callback):
         if self._steps == self._chance_steps:
             self._check_chance(trainer)
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look at the loss, before the checkpoint of the best epoch is written."""
+        loss = trainer.callback_metrics.get("val/loss")
+        if loss is not None and not trainer.sanity_checking:
+            self._end_unless_finite(trainer, loss, "validation loss is")
+
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         """No checkpoint with spoilt weights."""
         if self._sum is not None:
             self._end_unless_finite(trainer, self._sum)
+            weights = [weight for weight in checkpoint["state_dict"].values() if weight.is_floating_point()]
+            largest = [torch.linalg.vector_norm(weight.detach(), torch.inf) for weight in weights if weight.numel()]
+            if largest:
+                self._end_unless_finite(trainer, torch.stack([norm.float() for norm in largest]), "weights are")
 
-    def _end_unless_finite(self, trainer: pl.Trainer, losses: Tensor) -> None:
+    def _end_unless_finite(self, trainer: pl.Trainer, values: Tensor, what: str = "loss is") -> None:
         # Infinity and NaN stay in a sum, whichever step they came from.
-        if self._processes.largest(int(not torch.isfinite(losses).item())):
+        if self._processes.largest(int(not torch.isfinite(values).all().item())):
             self._end(
                 trainer,
-                f"the loss is not finite in epoch {trainer.current_epoch + 1}, batch {trainer.fit_loop.batch_idx + 1}; "
+                f"the {what} not finite in epoch {trainer.current_epoch + 1}, batch {trainer.fit_loop.batch_idx + 1}; "
                 f"the checkpoints saved before are kept; {ADVICE}",
             )
 

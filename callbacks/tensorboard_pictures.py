@@ -26,12 +26,16 @@ LAYOUT = {
     "Classes": {"validation accuracy by class": ["Multiline", ["val_class_accuracy/.*"]]},
 }
 INPUTS = 16
+# A run draws its pictures about this many times: they take a hundred times the space of an epoch's scalars.
+TIMES = 10
 
 
 class TensorBoardPictures(Callback):
     """Fills TensorBoard's Images, Graphs, Custom Scalars and, if wanted, Histograms.
 
-    All of it happens once an epoch, on the first process; a training step costs nothing.
+    All of it happens at the end of an epoch, on the first process; a training step costs nothing. The pictures are
+    drawn after the first epoch, after every further tenth of the run (in a run without a set length after each power of
+    two) and after the last epoch, so that the logs of a long run stay small.
 
     Args:
         confusion: The callback that counts what is taken for what.
@@ -44,10 +48,12 @@ class TensorBoardPictures(Callback):
         self._histograms = histograms
         self._gradient_norms: list[Tensor] = []
         self._inputs_shown = False
+        self._validated: int | None = None  # step of a validation whose pictures were not drawn yet
+        self._drawn = 0  # epochs that were over when pictures were last drawn
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the graph and lay out the curves."""
-        if not _writes(trainer):
+        if not writes(trainer):
             return
         writer = _writer(trainer)
         writer.add_custom_scalars(LAYOUT)
@@ -64,48 +70,65 @@ class TensorBoardPictures(Callback):
         if self._inputs_shown:
             return
         self._inputs_shown = True
-        if _writes(trainer):
+        if writes(trainer):
             images, labels = (part[:INPUTS].cpu() for part in batch)
             names = [self._confusion.class_names[label] for label in labels.tolist()]
-            _show(trainer, "inputs/training_images", pictures.inputs(images, names), trainer.global_step)
+            show(trainer, "inputs/training_images", pictures.inputs(images, names), trainer.global_step)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Keep the norms of the gradients, if histograms are wanted."""
-        if self._histograms and _writes(trainer):
+        if self._histograms and writes(trainer):
             norms = [torch.tensor(torch.nan) if p.grad is None else p.grad.norm() for p in pl_module.net.parameters()]  # type: ignore[union-attr]
             self._gradient_norms.append(torch.stack([norm.to(pl_module.device) for norm in norms]).float())
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show what was taken for what, and the accuracy of each class."""
-        if trainer.sanity_checking or not _writes(trainer):
+        """Log the accuracy of each class."""
+        if trainer.sanity_checking or not writes(trainer):
             return
-        confusion, names = self._confusion, self._confusion.class_names
-        step = trainer.global_step - 1  # the step that the validation's scalars carry
-        _show(trainer, "validation/confusion_matrix", pictures.confusion_matrix(confusion.matrix, names), step)
-        wrong = confusion.mistakes
-        tiles = _data(trainer).val_set.images[[mistake.image for mistake in wrong], 0]
-        labels, guesses = ([names[getattr(mistake, part)] for mistake in wrong] for part in ("label", "guess"))
-        sure = [mistake.probability for mistake in wrong]
-        _show(trainer, "validation/most_confident_mistakes", pictures.mistakes(tiles, labels, guesses, sure), step)
+        self._validated = trainer.global_step - 1  # the step that the validation's scalars carry
         writer = _writer(trainer)
-        for name, accuracy in confusion.class_accuracy.items():
-            writer.add_scalar(f"val_class_accuracy/{name}", accuracy, step)
+        for name, accuracy in self._confusion.class_accuracy.items():
+            writer.add_scalar(f"val_class_accuracy/{name}", accuracy, self._validated)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show the first layer's filters, and what each stage makes of one image."""
-        if not _writes(trainer):
+        """Draw the pictures if it is their turn."""
+        if not writes(trainer):
             return
+        if self._histograms:
+            self._show_histograms(trainer, pl_module.net, trainer.global_step - 1)  # type: ignore[arg-type]
+        if is_drawn(trainer.current_epoch + 1, trainer.max_epochs or -1):
+            self._draw(trainer, pl_module)
+            self._drawn = trainer.current_epoch + 1
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the pictures of the last epoch, which comes early where something stops the run."""
+        # Training that has ended counts its last epoch as over.
+        if writes(trainer) and 0 < trainer.current_epoch != self._drawn:
+            self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._validated is not None:
+            self._draw_validation(trainer, self._validated)
+            self._validated = None
         net: nn.Module = pl_module.net  # type: ignore[assignment]
         step = trainer.global_step - 1
         first = next((module for module in net.modules() if isinstance(module, nn.Conv2d)), None)
         if first is not None:
-            _show(trainer, "filters/first_layer", pictures.filters(first.weight.detach().cpu()), step)
+            show(trainer, "filters/first_layer", pictures.filters(first.weight.detach().cpu()), step)
         data = _data(trainer)
         image = (data.val_set if len(data.val_set) else data.train_set).images[:1].to(pl_module.device)
         for number, (title, maps) in enumerate(_feature_maps(net, data.preprocess(image)), start=1):
-            _show(trainer, f"feature_maps/{number:02}_{title}", pictures.feature_maps(maps), step)
-        if self._histograms:
-            self._show_histograms(trainer, net, step)
+            show(trainer, f"feature_maps/{number:02}_{title}", pictures.feature_maps(maps), step)
+
+    def _draw_validation(self, trainer: pl.Trainer, step: int) -> None:
+        """What was taken for what, and the most confident mistakes."""
+        confusion, names = self._confusion, self._confusion.class_names
+        show(trainer, "validation/confusion_matrix", pictures.confusion_matrix(confusion.matrix, names), step)
+        wrong = confusion.mistakes
+        tiles = _data(trainer).val_set.images[[mistake.image for mistake in wrong], 0]
+        labels, guesses = ([names[getattr(mistake, part)] for mistake in wrong] for part in ("label", "guess"))
+        sure = [mistake.probability for mistake in wrong]
+        show(trainer, "validation/most_confident_mistakes", pictures.mistakes(tiles, labels, guesses, sure), step)
 
     def _show_histograms(self, trainer: pl.Trainer, net: nn.Module, step: int) -> None:
         writer = _writer(trainer)
@@ -117,6 +140,18 @@ class TensorBoardPictures(Callback):
                 writer.add_histogram(f"weights/{name}", weights, step)
             if norms is not None and len(finite := norms[:, index][norms[:, index].isfinite()]):
                 writer.add_histogram(f"gradient_norms/{name}", finite, step)
+
+
+def is_drawn(epoch: int, max_epochs: int) -> bool:
+    """Whether pictures are drawn after an epoch.
+
+    Args:
+        epoch: Its number, from 1.
+        max_epochs: Length of the run; -1 if it has none.
+    """
+    if max_epochs < 1:
+        return epoch & (epoch - 1) == 0
+    return epoch in (1, max_epochs) or epoch % -(-max_epochs // TIMES) == 0
 
 
 def _feature_maps(net: nn.Module, image: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -151,7 +186,8 @@ def _feature_maps(net: nn.Module, image: Tensor) -> Iterator[tuple[str, Tensor]]
         yield f"{name}_{type(module).__name__}_{'x'.join(map(str, maps.shape))}", maps.float().cpu()
 
 
-def _show(trainer: pl.Trainer, tag: str, picture: Image.Image, step: int) -> None:
+def show(trainer: pl.Trainer, tag: str, picture: Image.Image, step: int) -> None:
+    """Add a picture to TensorBoard's Images; for a process that `writes`."""
     content = io.BytesIO()
     picture.save(content, "PNG", compress_level=1)  # SummaryWriter.add_image compresses harder, four times as long
     image = Summary.Image(height=picture.height, width=picture.width, colorspace=3)
@@ -159,7 +195,8 @@ def _show(trainer: pl.Trainer, tag: str, picture: Image.Image, step: int) -> Non
     _writer(trainer).file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
 
-def _writes(trainer: pl.Trainer) -> bool:
+def writes(trainer: pl.Trainer) -> bool:
+    """Whether there is a TensorBoard log and this process keeps it."""
     return trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger)
 
 

@@ -1,5 +1,6 @@
 """What several test files share: processes that run train.py, and one trained run."""
 
+import json
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; idle 
 
 import pytest
 from commands import DATA, Answer, run, start_server
+from filelock import FileLock
 
 
 class Run(NamedTuple):
@@ -30,8 +32,20 @@ def _server() -> None:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Three epochs of LeNet on the sample; 297 validation images, so that no batch size divides them."""
-    start = tmp_path_factory.mktemp("trained")
     flags = "--model lenet --val_size 297 --max_epochs 3 --batch_size 32 --accelerator cpu --devices 1"
-    answer = run(*flags.split(), f"--data_dir={DATA}", folder=start)
-    assert answer.code == 0, answer.err
-    return Run(start, start / "logs" / "lenet" / "version_0", answer)
+    return train_once("trained", tmp_path_factory, *flags.split(), f"--data_dir={DATA}")
+
+
+def train_once(name: str, tmp_path_factory: pytest.TempPathFactory, *arguments: str) -> Run:
+    """A finished run of train.py that pytest-xdist's processes share: the first one that needs it trains."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # each process has a folder of its own in this one
+    start, done = folder / name, folder / f"{name}.json"
+    with FileLock(folder / f"{name}.lock"):
+        if not done.exists():
+            start.mkdir()
+            answer = run(*arguments, folder=start, timeout=600)
+            assert answer.code == 0, answer.err
+            done.write_text(json.dumps(answer))
+    return Run(start, start / "logs" / "lenet" / "version_0", Answer(*json.loads(done.read_text())))

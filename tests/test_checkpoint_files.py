@@ -1,5 +1,7 @@
 """Checkpoints survive kills, full disks and damage."""
 
+import itertools
+import multiprocessing
 import os
 import pickle
 import random
@@ -18,35 +20,32 @@ from checkpoint_io import AtomicCheckpointIO
 from checkpoints import read_checkpoint
 from errors import RunError
 
-# Saves ever new checkpoints of 8 MB until it is killed; argument: the file.
-WRITER = """
-import itertools, sys, torch
-from checkpoint_io import AtomicCheckpointIO
-for step in itertools.count():
-    state = {"state_dict": {"weights": torch.full((2_000_000,), float(step))}, "step": step}
-    AtomicCheckpointIO().save_checkpoint(state, sys.argv[1])
-    print(step, flush=True)
-"""
 
-
-def start_writer(path: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(path)], cwd=REPO, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
-    )
+def keep_writing(path: Path) -> None:
+    """Save ever new checkpoints of 8 MB, and note each that is done, until killed."""
+    for step in itertools.count():
+        state = {"state_dict": {"weights": torch.full((2_000_000,), float(step))}, "step": step}
+        AtomicCheckpointIO().save_checkpoint(state, path)
+        with path.with_suffix(".done").open("a") as done:
+            done.write(f"{step}\n")
 
 
 def test_kills_while_writing_leave_a_valid_checkpoint(tmp_path: Path) -> None:
     """A few kills at random moments; benchmarks/reliability.py does hundreds."""
     path = tmp_path / "last.ckpt"
-    for _ in range(4):
-        writer = start_writer(path)
-        assert writer.stdout
-        writer.stdout.readline()
+    done = path.with_suffix(".done")
+    for _ in range(6):
+        done.unlink(missing_ok=True)
+        writer = multiprocessing.get_context("forkserver").Process(target=keep_writing, args=(path,))
+        writer.start()
+        deadline = time.monotonic() + 60
+        while not done.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
         time.sleep(random.uniform(0, 0.1))
         writer.kill()
-        done = [int(line) for line in writer.communicate()[0].split()]
+        writer.join()
         content = read_checkpoint(path)
-        assert content["step"] >= max(done, default=0)
+        assert content["step"] >= max(int(line) for line in done.read_text().split("\n")[:-1])
         assert (content["state_dict"]["weights"] == content["step"]).all()
 
 

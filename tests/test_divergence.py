@@ -53,6 +53,26 @@ def test_real_divergence(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--lr 1e38", "the loss is not finite in epoch 1, batch 2"),
+        ("--lr 1e38 --model.optimizer.fused false", "the optimiser's step is too large for the weights"),
+        ("--lr 1e300 --model.optimizer torch.optim.SGD --model.optimizer.fused false", "the optimiser's step is"),
+        # A single step, after which no training loss is looked at any more.
+        ("--lr 1e38 --batch_size 2000", "the validation loss is not finite in epoch 1"),
+        ("--lr 1e38 --batch_size 2000 --val_size 0", "the weights are not finite in epoch 1"),
+    ],
+)
+def test_senseless_numbers_end_in_one_line(flags: str, message: str, tmp_path: Path) -> None:
+    answer = lenet(tmp_path, "--max_epochs", "1", "--model.scheduler", "null", *flags.split())
+    assert answer.code == 3, answer
+    assert answer.err.startswith(f"train.py: error: {message}")
+    assert "try a lower --lr" in answer.err
+    assert len(answer.err.splitlines()) == 1
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_network_at_chance_is_reported_once(tmp_path: Path) -> None:
     answer = lenet(tmp_path, "--lr", "1e-12")
     assert answer.code == 0

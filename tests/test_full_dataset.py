@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from commands import REPO, run
+from commands import REPO
+from conftest import train_once
 
 from datamodules import DatasetError
 from datamodules.fashion_mnist_files import SYSTEM_DIR, load
@@ -21,13 +22,13 @@ def full_set():
 
 
 @pytest.mark.slow
-def test_lenet_learns_fashion_mnist(tmp_path):
+def test_lenet_learns_fashion_mnist(tmp_path_factory):
     folder = full_set()
     if folder is None:
         pytest.skip(f"the full data set lies neither in data/ nor in {SYSTEM_DIR}")
-    answer = run("--model=lenet", "--max_epochs=2", f"--data_dir={folder}", folder=tmp_path, timeout=600)
-    assert (answer.code, answer.err) == (0, "")
-    found = json.loads((tmp_path / "logs" / "lenet" / "version_0" / "record.json").read_text())
+    run = train_once("full", tmp_path_factory, "--model=lenet", "--max_epochs=2", f"--data_dir={folder}")
+    assert run.answer.err == ""
+    found = json.loads((run.folder / "record.json").read_text())
     assert (found["train_images"], found["val_images"], found["test"]["images"]) == (55_000, 5_000, 10_000)
     assert found["best_val_accuracy"] > 0.85
     assert found["test"]["accuracy"] > 0.84

@@ -144,7 +144,10 @@ CHECKPOINTS = {
     "another file of torch's": ("tensor.ckpt", "it holds no state_dict"),
     "malicious": ("malicious.ckpt", "holds objects that a checkpoint of this project never holds"),
     "malicious plain pickle": ("pickle.ckpt", "is damaged or is not a checkpoint"),
-    "malicious class": ("class.ckpt", "names the class os.system, outside this project"),
+    "malicious class": (
+        "class.ckpt",
+        "names the class os.system, which this project, torch and torchvision do not have",
+    ),
     "without its configuration": ("unexplained.ckpt", "does not say how it was trained; add --model RECIPE"),
     "without a weight": ("incomplete.ckpt", "net.classifier.5.bias is missing there"),
 }
