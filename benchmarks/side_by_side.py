@@ -235,6 +235,23 @@ def contest(
     return turns, missing
 
 
+def trained(arguments: Sequence[str], folder: str) -> dict[str, Any]:
+    """Run train.py to its end, its logs within the folder; returns the record that it leaves.
+
+    Raises:
+        RuntimeError: If it fails; with the end of what it said.
+    """
+    import tempfile
+
+    logs = tempfile.mkdtemp(dir=folder)
+    command = [sys.executable, str(PROJECT / "train.py"), *arguments, "--log_dir", logs]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
+    (record,) = Path(logs).rglob("record.json")
+    return json.loads(record.read_text(encoding="utf-8"))
+
+
 def median(turns: Sequence[dict[str, Any]], key: str = "rate") -> float:
     """The median of one value over the turns."""
     return statistics.median(turn[key] for turn in turns)

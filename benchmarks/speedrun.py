@@ -3,7 +3,9 @@
 The clock runs from the first batch to the last, with everything the Trainer does between them; reading the files,
 building the network and the test are outside of it. With `--compile` the compilation is inside, and also given on its
 own (the first epoch's time over the median epoch's). A target is met if the mean test accuracy over the seeds reaches
-it; nothing is chosen by looking at the test images within a run. Further recipes: `--entry 94 best/vgg16`.
+it; nothing is chosen by looking at the test images within a run. Further recipes: `--entry 94 best/vgg16`. With
+`--peer` airbench.py, a loop of plain PyTorch after the CIFAR-10 speedruns, takes part; its first step, without an
+update, is outside of its clock.
 
 Command: python -m benchmarks.speedrun --data_dir DIR
 """
@@ -13,11 +15,13 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import side_by_side
-from benchmarks.side_by_side import PROJECT, print_table, run_folder
+from benchmarks.side_by_side import PROJECT, print_table, run_folder, trained
 
 
 class Entry(NamedTuple):
@@ -40,16 +44,11 @@ ENTRIES = (
 LIMITS: dict[str, dict[float, float]] = {"cpu": {90: 25, 92: 120}, "gpu": {94: 10, 95: 40}}
 
 
-def run(recipe: str, seed: int, options: Any, folder: str) -> dict[str, Any]:
+def run(recipe: str, options: Any, folder: str, seed: int) -> dict[str, Any]:
     """One run of train.py; returns seconds and test accuracy."""
-    command = [sys.executable, str(PROJECT / "train.py"), "--model", recipe, "--seed", str(seed), "--val_size", "0"]
-    command += ["--accelerator", options.accelerator, "--devices", "1", "--data_dir", options.data_dir]
-    command += ["--log_dir", folder, *options.flags.split()]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
-    records = Path(folder).rglob("record.json")
-    record = json.loads(max(records, key=lambda path: path.stat().st_mtime).read_text(encoding="utf-8"))
+    arguments = ["--model", recipe, "--seed", str(seed), "--val_size", "0", "--accelerator", options.accelerator]
+    arguments += ["--devices", "1", "--data_dir", options.data_dir, *options.flags.split()]
+    record = trained(arguments, folder)
     epochs = [epoch["seconds"] for epoch in record["epochs"]]
     return {
         "seed": seed,
@@ -60,30 +59,47 @@ def run(recipe: str, seed: int, options: Any, folder: str) -> dict[str, Any]:
     }
 
 
+def run_peer(options: Any, seed: int) -> dict[str, Any]:
+    """One run of airbench.py; returns seconds and test accuracy."""
+    command = [sys.executable, "-m", "benchmarks.airbench", "--accelerator", options.accelerator, "--seed", str(seed)]
+    command += ["--data_dir", options.data_dir, *options.peer_flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main() -> None:
     """Run each entry once a seed, all entries in turn."""
     parser = side_by_side.arguments(__doc__ or "", budget=270)
     parser.add_argument("--seeds", type=int, default=3, help="runs an entry, at most (default: %(default)s)")
     parser.add_argument("--entry", nargs=2, action="append", metavar=("PERCENT", "RECIPE"), help="instead of our own")
     parser.add_argument("--flags", default="", help="more flags for train.py, in quotes")
+    parser.add_argument("--peer", action="store_true", help="with the airbench-style loop")
+    parser.add_argument("--peer_flags", default="", help="flags for benchmarks.airbench, in quotes: --width, --epochs")
     options = parser.parse_args()
     options.data_dir = str(Path(options.data_dir).resolve())
     place = side_by_side.machine(options.accelerator)
     entries = [Entry(float(accuracy), recipe) for accuracy, recipe in options.entry or []] or list(ENTRIES)
-    runs: dict[float, list[dict[str, Any]]] = {entry.accuracy: [] for entry in entries}
     begun = time.monotonic()
     with run_folder() as folder:
+        contenders: list[Callable[[int], dict[str, Any]]] = [
+            partial(run, entry.recipe, options, folder) for entry in entries
+        ]
+        if options.peer:
+            contenders.append(partial(run_peer, options))
+        runs: list[list[dict[str, Any]]] = [[] for _ in contenders]
         for seed in range(options.seeds):
-            for entry in entries:
-                took = [one["wall_seconds"] for one in runs[entry.accuracy]]
+            for contender, done in zip(contenders, runs, strict=True):
+                took = [one["wall_seconds"] for one in done]
                 if took and time.monotonic() - begun + max(took) > options.seconds:
                     continue
                 start = time.monotonic()
-                result = run(entry.recipe, seed, options, folder)
-                runs[entry.accuracy].append(result | {"wall_seconds": time.monotonic() - start})
-    results, rows = [], []
-    for entry in entries:
-        done = runs[entry.accuracy]
+                result = contender(seed)
+                done.append(result | {"wall_seconds": time.monotonic() - start})
+    results: list[dict[str, Any]] = []
+    rows: list[tuple[Any, ...]] = []
+    for entry, done in zip(entries, runs, strict=False):
         accuracy = 100 * statistics.mean(one["accuracy"] for one in done)
         seconds = statistics.mean(one["seconds"] for one in done)
         limit = LIMITS[options.accelerator].get(entry.accuracy)
@@ -94,6 +110,10 @@ def main() -> None:
             {"accuracy_wanted": entry.accuracy, "recipe": entry.recipe, "limit_seconds": limit, "runs": done}
             | {"mean_accuracy": accuracy / 100, "mean_seconds": seconds, "met": met}
         )
+    if options.peer:
+        accuracy, seconds = (statistics.mean(one[key] for one in runs[-1]) for key in ("accuracy", "seconds"))
+        rows.append(("", "airbench-style", f"{100 * accuracy:.2f} %", f"{seconds:.1f}", "", len(runs[-1]), ""))
+        results.append({"peer": "airbench", "runs": runs[-1], "mean_accuracy": accuracy, "mean_seconds": seconds})
     print_table(("wanted", "recipe", "mean test accuracy", "seconds", "target", "seeds", "met"), rows)
     side_by_side.write_record("speedrun", options, place, results)
 

@@ -2,7 +2,11 @@
 
 Everything is in it: loading, resizing, forward, backward, optimiser. Ours is the real `train.py` with its defaults; see
 plain_loops.py for the others. The same run measures the machine's peak in matrix products, to say how near we are, and
-the peak memory of each process (on the CPU without its loader's workers).
+the peak memory of each process (on the CPU without its loader's workers), beside the one that memory.py calculates for
+ours, without and with activation checkpointing.
+
+`ours_bf16` is ours with `--precision bf16-mixed`, where the CPU has instructions for bfloat16; its share is that of the
+peak in bfloat16. On a GPU all of ours is in bfloat16 already.
 
 Command: python -m benchmarks.throughput --data_dir DIR
 """
@@ -17,14 +21,17 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import side_by_side
+from benchmarks.memory import training_bytes
 from benchmarks.our_turns import StepTurns, command
 from benchmarks.plain_loops import LOOPS, build
-from benchmarks.side_by_side import Contestant, contest, median, print_table, ratios, run_folder
+from benchmarks.side_by_side import Contestant, Missing, contest, median, print_table, ratios, run_folder
+from checks import cpu_has_bfloat16
 
 NETWORKS = ("lenet", "alexnet", "vgg11", "nin", "googlenet")
 SHARES = {"lenet": 0.1, "alexnet": 0.22, "vgg11": 0.3, "nin": 0.22, "googlenet": 0.16}  # of the time budget
-PEERS = ("tutorial", "references", "d2l", "timm")
-PEAK = "matmul"
+BF16 = "ours_bf16"
+PEERS = (BF16, "tutorial", "references", "d2l", "timm")
+PEAK, BF16_PEAK = "matmul", "matmul_bf16"
 # Issue: how many times the tutorial's images/s, and which share of the peak.
 TARGETS: dict[str, dict[str, tuple[float, float | None]]] = {
     "cpu": {
@@ -51,33 +58,6 @@ def training_flops(model: str, image_size: int) -> int:
     return counter.get_total_flops() // 2
 
 
-def training_bytes(model: str, batch_size: int, image_size: int, device: str) -> int:
-    """Memory that training needs at least, calculated on tensors without data.
-
-    Weights, gradients and Adam's two moments in float32, and what the forward pass keeps for the backward pass, in
-    float32 on the CPU and in bfloat16 on a GPU. Workspaces of the convolutions come on top.
-    """
-    net, _ = build(model)
-    for layer in net.modules():
-        if isinstance(layer, torch.nn.ReLU):
-            layer.inplace = True
-    fixed = 16 * sum(parameter.numel() for parameter in net.parameters())
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    net = net.to("meta", dtype)
-    weights = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        net(torch.empty(batch_size, 1, image_size, image_size, device="meta", dtype=dtype)).sum()
-    return fixed + sum(storage.nbytes() for storage in kept.values())
-
-
 def main() -> None:
     """Run one contest for each network."""
     parser = side_by_side.arguments(__doc__ or "", budget=600)
@@ -88,6 +68,7 @@ def main() -> None:
     )
     parser.add_argument("--turn", type=float, default=2.0, help="seconds a turn, at least (default: %(default)g)")
     parser.add_argument("--compile", action="store_true", help="our network compiled")
+    parser.add_argument("--flags", default="", help="more flags for train.py, in quotes")
     options = parser.parse_args()
     device = {"cpu": "cpu", "gpu": "cuda"}[options.accelerator]
     place = side_by_side.machine(options.accelerator)
@@ -100,13 +81,18 @@ def main() -> None:
         budget = options.seconds * SHARES.get(model, 0.2) / shares
         result = measure(model, batch_size, device, budget, options)
         result |= {"training_flops_per_image": training_flops(model, image_size), "image_size": image_size}
-        result["calculated_memory_bytes"] = training_bytes(model, batch_size, image_size, device)
-        peak = result["peak_flops"]
         goal, goal_share = TARGETS[options.accelerator].get(model, (None, None))
         result |= {"target_ratio": goal, "target_share_of_peak": goal_share}
         for entry in result["contestants"]:
+            peak = result["peak_flops_bf16"] if entry["contestant"] == BF16 else result["peak_flops"]
             share = entry["images_per_second"] * result["training_flops_per_image"] / peak
             entry["share_of_peak"] = share
+            if entry["contestant"] in ("ours", BF16):
+                precision = "bf16-mixed" if device == "cuda" or entry["contestant"] == BF16 else "32"
+                sizes = [training_bytes(model, batch_size, precision, checkpointing) for checkpointing in (False, True)]
+                entry |= {"calculated_memory_bytes": sizes[0], "calculated_memory_bytes_checkpointed": sizes[1]}
+            else:
+                sizes = []
             ratio = entry.get("ours_over_this")
             rows.append(
                 (
@@ -116,7 +102,8 @@ def main() -> None:
                     f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['greatest']:.2f})" if ratio else "",
                     f"{share:.2f}",
                     f"{60_000 / entry['images_per_second']:,.1f}",
-                    f"{entry['peak_memory_bytes'] / 2**30:.2f} ({result['calculated_memory_bytes'] / 2**30:.2f})",
+                    f"{entry['peak_memory_bytes'] / 2**30:.2f}",
+                    " / ".join(f"{size / 2**30:.2f}" for size in sizes),
                     entry["rounds"],
                 )
             )
@@ -130,12 +117,15 @@ def main() -> None:
         "ours is x times",
         "share of peak",
         "s/60,000",
-        "peak GiB (calculated)",
+        "peak GiB",
+        "calculated / checkpointed",
         "rounds",
     )
     print_table(header, rows)
-    peaks = statistics.median(result["peak_flops"] for result in results)
-    print(f"\nPeak in matrix products ({'bfloat16' if device == 'cuda' else 'float32'}): {peaks / 1e9:,.0f} GFLOP/s")
+    print()
+    for key, kind in (("peak_flops", "bfloat16" if device == "cuda" else "float32"), ("peak_flops_bf16", "bfloat16")):
+        if peaks := [result[key] for result in results if key in result]:
+            print(f"Peak in matrix products ({kind}): {statistics.median(peaks) / 1e9:,.0f} GFLOP/s")
     side_by_side.write_record("throughput", options, place, results)
 
 
@@ -148,15 +138,21 @@ def measure(model: str, batch_size: int, device: str, budget: float, options: An
             *("--accelerator", options.accelerator, "--devices", "1", "--log_dir", folder),
             *("--max_epochs", "100000", "--val_size", "0", *shared),
             *(["--compile"] if options.compile else []),
+            *options.flags.split(),
         )
         contestants = {"ours": partial(Contestant, ours)}
-        for name in (*options.peers, PEAK):
-            assert name in LOOPS
-            fast = ["--fast"] if device == "cuda" else []
-            loop = ["-m", "benchmarks.plain_loops", name, "--device", device, *shared, *fast]
+        bf16 = BF16 in options.peers and device == "cpu" and cpu_has_bfloat16()
+        for name in (*options.peers, PEAK, *([BF16_PEAK] if bf16 else [])):
+            if name == BF16:
+                contestants[name] = partial(_in_bf16, ours, device)
+                continue
+            loop_name = PEAK if name == BF16_PEAK else name
+            assert loop_name in LOOPS
+            fast = ["--fast"] if device == "cuda" or name == BF16_PEAK else []
+            loop = ["-m", "benchmarks.plain_loops", loop_name, "--device", device, *shared, *fast]
             contestants[name] = partial(Contestant, loop)
         turns, missing = contest(contestants, budget, options.turn)
-    peak = max(turn["rate"] for turn in turns.pop(PEAK))
+    peaks = {name: max(turn["rate"] for turn in turns.pop(name)) for name in (PEAK, BF16_PEAK) if name in turns}
     entries = []
     for name, reports in turns.items():
         entry = {
@@ -172,10 +168,19 @@ def measure(model: str, batch_size: int, device: str, budget: float, options: An
     return {
         "network": model,
         "batch_size": batch_size,
-        "peak_flops": peak,
+        "peak_flops": peaks[PEAK],
+        **({"peak_flops_bf16": peaks[BF16_PEAK]} if bf16 else {}),
         "contestants": entries,
         "missing": missing,
     }
+
+
+def _in_bf16(ours: list[str], device: str) -> Contestant:
+    if device != "cpu":
+        raise Missing("ours is in bfloat16 already")
+    if not cpu_has_bfloat16():
+        raise Missing("this CPU has no instructions for bfloat16")
+    return Contestant([*ours, "--precision", "bf16-mixed"])
 
 
 if __name__ == "__main__":

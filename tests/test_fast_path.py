@@ -1,5 +1,7 @@
 """The fast path computes what a plain loop computes: channels-last, fused, in-place, batched loading, the Trainer."""
 
+import copy
+import pickle
 import statistics
 from functools import partial
 
@@ -11,9 +13,13 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
+from benchmarks.memory import LiveBytes
+from checks import check_accumulation
 from datamodules import FashionMNISTDataModule
 from datamodules.fashion_mnist import ImageTensors, TrainBatches
+from errors import UserError
 from lit_modules import LitClassifier
+from lit_modules.activation_checkpointing import apply_activation_checkpointing
 from lit_modules.classifier import _he_initialization
 from models import VGG, AlexNet, GoogLeNet, LeNet, NiN
 
@@ -159,3 +165,108 @@ def test_one_compilation_serves_all_batch_sizes():
 
     assert trained == 1
     assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_cuda_graphs_serve_full_batches_alone():
+    torch.manual_seed(0)
+    plain = LitClassifier(LeNet())
+    model = LitClassifier(LeNet(), compile="reduce-overhead")
+    model.load_state_dict(plain.state_dict())
+    shapes = []
+
+    def backend(graph, inputs):
+        """As a graph on the device does: takes one shape, and writes all its results to the same place."""
+        place = graph(*inputs)[0].detach().clone()
+        shapes.append(tuple(place.shape))
+
+        def replay(*arguments):
+            result = graph(*arguments)[0]
+            return (result if result.requires_grad else place.copy_(result),)
+
+        return replay
+
+    torch._dynamo.reset()
+    model.net.compile(backend=backend, dynamic=False)
+    batches = [torch.rand(size, 1, 28, 28) for size in (8, 8, 5)]
+    for images in batches:
+        torch.testing.assert_close(model(images), plain(images))
+    trained = list(shapes)
+    model.eval()
+    with torch.no_grad():
+        logits = [model(images) for images in batches]
+
+        assert (trained, shapes) == ([(8, 10)], [(8, 10), (8, 10)])
+        for images, found in zip(batches, logits, strict=True):
+            torch.testing.assert_close(found, plain(images))
+
+
+def test_cuda_graphs_do_not_sum_gradients():
+    with pytest.raises(UserError, match=r"accumulate_grad_batches=2.* use --compile"):
+        check_accumulation("reduce-overhead", 2)
+    for compile, batches in ((True, 2), ("max-autotune-no-cudagraphs", 2), ("reduce-overhead", 1)):
+        check_accumulation(compile, batches)
+
+
+# Networks with all that computing a stage twice could spoil.
+STATEFUL = [
+    pytest.param(lambda: LeNet(batch_norm=True), 28, 16, id="lenet"),
+    pytest.param(lambda: AlexNet(image_size=67, batch_norm=True), 67, 8, id="alexnet"),
+    pytest.param(lambda: VGG(width_divisor=8, image_size=32, batch_norm=True), 32, 16, id="vgg11_small"),
+    pytest.param(lambda: NiN(batch_norm=True), 67, 4, id="nin"),
+    pytest.param(lambda: GoogLeNet(batch_norm=True), 32, 4, id="googlenet"),
+]
+
+
+@pytest.mark.parametrize(("build", "image_size", "batch_size"), STATEFUL)
+def test_checkpointed_activations_change_memory_alone(build, image_size, batch_size):
+    torch.manual_seed(0)
+    plain = build()
+    checkpointed = copy.deepcopy(plain)
+    apply_activation_checkpointing(checkpointed)
+    nets = [plain, checkpointed, copy.deepcopy(checkpointed), pickle.loads(pickle.dumps(checkpointed))]
+    images, labels = torch.rand(batch_size, 1, image_size, image_size), torch.arange(batch_size) % 10
+    kept, found = [], []
+    for net in nets:
+        torch.manual_seed(1)
+        with LiveBytes() as live:
+            logits = net(images)
+        kept.append(live.now)
+        F.cross_entropy(logits, labels).backward()
+        gradients = [parameter.grad for parameter in net.parameters()]
+        found.append([logits, torch.rand(1), *gradients, *net.buffers()])
+
+    for net, values in zip(nets[1:], found[1:], strict=True):
+        assert list(net.state_dict()) == list(plain.state_dict())
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(values, found[0], strict=True))
+    assert max(kept[1:3]) < 0.6 * kept[0]
+    for net in nets:
+        net.eval()
+    torch.testing.assert_close(checkpointed(images), plain(images), rtol=0, atol=0)
+
+
+def test_a_stage_that_overwrites_its_input_is_refused():
+    net = nn.Sequential(nn.Sequential(nn.ELU(inplace=True), nn.Conv2d(1, 2, 3)))
+    apply_activation_checkpointing(net)
+
+    with pytest.raises(UserError, match="ELU changes its input in place"):
+        net(torch.rand(1, 1, 8, 8))
+
+
+def test_a_layer_in_place_after_a_pooling_stays_in_its_stage():
+    net = nn.Sequential(
+        nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), nn.ELU(inplace=True), nn.Conv2d(2, 2, 3), nn.MaxPool2d(2))
+    )
+    plain = copy.deepcopy(net)
+    apply_activation_checkpointing(net)
+    images = torch.rand(2, 1, 16, 16)
+
+    expected, found = (torch.autograd.grad(one(images).square().sum(), list(one.parameters())) for one in (plain, net))
+
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+
+
+def test_activations_that_can_not_be_checkpointed():
+    with pytest.raises(ValueError, match=r"Linear has no nn\.Sequential with convolutions"):
+        LitClassifier(nn.Linear(2, 2), checkpoint_activations=True)
+    with pytest.raises(ValueError, match="compile exclude each other"):
+        LitClassifier(LeNet(), compile=True, checkpoint_activations=True)

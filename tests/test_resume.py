@@ -34,7 +34,11 @@ def stop_and_continue(folder: Path, points: list[list], *flags: str) -> None:
         ({"scheduler": PLATEAU}, (), [LAST, ["validation", 2, 2, 0]]),
         ({"val_size": 0}, (), [["train", 0, 5, 0], MIDDLE]),
         ({}, ("--trainer.max_steps", "12", "--trainer.max_epochs", "-1"), [LAST, VALIDATION]),
-        ({}, ("--trainer.accumulate_grad_batches", "2"), [FIRST, MIDDLE, LAST]),
+        (
+            {},
+            ("--trainer.accumulate_grad_batches", "2", "--model.checkpoint_activations", "true"),
+            [FIRST, MIDDLE, LAST],
+        ),
         ({}, ("--trainer.val_check_interval", "0.4"), [["train", 0, 1, 0], ["validation", 1, 0, 0], MIDDLE]),
         (
             {"ema": True, "batch_size": 125},
@@ -42,7 +46,16 @@ def stop_and_continue(folder: Path, points: list[list], *flags: str) -> None:
             [["train", 0, 4, 1], ["validation", 1, 0, 1]],
         ),
     ],
-    ids=["ema", "workers", "plateau", "no validation", "max_steps", "accumulation", "several validations", "processes"],
+    ids=[
+        "ema",
+        "workers",
+        "plateau",
+        "no validation",
+        "max_steps",
+        "memory savers",
+        "several validations",
+        "processes",
+    ],
 )
 def test_continued_run_is_bit_equal(settings: dict, flags: tuple[str, ...], points: list[list], tmp_path: Path) -> None:
     settings = AUGMENTATION | settings
