@@ -11,6 +11,7 @@ from torch import nn
 
 from callbacks.model_table import stages
 from errors import UserError
+from lit_modules.cuda_graphs import MODES
 from parser_errors import one_line
 
 # What a continued run may change: how it runs, not what it computes.
@@ -20,7 +21,9 @@ FREE_ON_RESUME = (
     "data.dataset_on_device",
     "data.eval_batch_size",
     "model.compile",
+    "model.checkpoint_activations",
     "model.channels_last",
+    "model.flip_test",
 )
 
 
@@ -64,6 +67,20 @@ def check_nulls(settings: Any, owner: Any, name: str) -> None:
             check_nulls(value.get("init_args"), imported(value.class_path), f"{name}.{key}.init_args")
 
 
+def check_accumulation(compile: Any, batches: Any) -> None:
+    """Refuse to sum gradients over batches where CUDA graphs overwrite them at each."""
+    if compile in MODES and batches != 1:
+        raise UserError(
+            f"--model.compile {compile} can't go with accumulate_grad_batches={batches}: its CUDA graphs overwrite the "
+            "gradients at each batch; use --compile"
+        )
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU computes in bfloat16 instead of imitating it, many times slower."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def check_input(net: nn.Module, shape: tuple[int, int, int], num_classes: int) -> None:
     """Try the network on the shape (C, H, W) of one image."""
     name = type(net).__name__
@@ -92,11 +109,15 @@ def check_settings(stored: dict[str, Any], wanted: dict[str, Any], *, resume: bo
     """
     keys: tuple[str, ...] = ("model.net",)
     if resume:
-        keys = ("model", "data", "seed_everything", "trainer.accumulate")
+        keys = ("model", "data", "seed_everything", "pretrained", "trainer.accumulate")
     if resume and wanted["model"]["scheduler"]:
         keys += ("trainer.max_epochs", "trainer.max_steps")  # the schedule is as long as the run
     for name, (then, now) in _differences(stored, wanted).items():
-        if name.startswith(keys) and name not in FREE_ON_RESUME:
+        if resume and name == "trainer.callbacks":
+            then, now = _own_callbacks(then), _own_callbacks(now)
+        elif not name.startswith(keys) or name in FREE_ON_RESUME:
+            continue
+        if then != now:
             raise UserError(
                 f"the checkpoint was made with {name}={then}, not {now}; "
                 "a checkpoint keeps its settings: leave that setting as it was, or start anew without --ckpt_path"
@@ -119,6 +140,13 @@ def check_weights(path: str | None, stored: dict[str, tuple[int, ...]], model: n
                 f"{path} holds another network's weights: {name} is {then} there, {own} in "
                 f"{type(model.net).__name__}; give the --model that it was trained with"
             )
+
+
+def _own_callbacks(callbacks: Any) -> list[Any]:
+    """Those that recipes name from this project, which change what training computes."""
+    listed = callbacks if isinstance(callbacks, list) else [callbacks]
+    named = [entry for entry in listed if isinstance(entry, dict)]
+    return [entry for entry in named if str(entry.get("class_path")).startswith("callbacks.")]
 
 
 def _differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

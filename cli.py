@@ -2,6 +2,7 @@
 
 import errno
 import inspect
+import json
 import logging
 import multiprocessing
 import os
@@ -26,11 +27,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 
 from callbacks.confusion import Confusion
-from callbacks.divergence_guard import DivergenceGuard
+from callbacks.divergence_guard import ADVICE, DivergenceGuard, is_overflow
 from callbacks.exact_resume import ExactResume
 from callbacks.graceful_stop import GracefulStop
+from callbacks.grad_cam import MistakesExplained
+from callbacks.lr_curve import LearningRateCurve
 from callbacks.model_table import ModelTable, table
 from callbacks.no_profiler import NoProfiler
 from callbacks.prediction_writer import PredictionWriter
@@ -44,27 +48,30 @@ from checkpoint_io import AtomicCheckpointIO
 from checkpoints import read_checkpoint, stored_config
 from checks import (
     check_accelerator,
+    check_accumulation,
     check_input,
     check_learning_rate,
     check_nulls,
     check_settings,
     check_weights,
+    cpu_has_bfloat16,
     imported,
 )
 from command_line import Command, load_yaml
 from datamodules import CLASS_NAMES, DatasetError, FashionMNISTDataModule
-from errors import RunError, UserError
+from errors import Diverged, RunError, UserError
 from lit_modules import LitClassifier
+from lr_finder import HIGHEST, LOWEST, STEPS, Curve, find_learning_rate, from_first_process
 from memory import advice as memory_advice
 from memory import is_out_of_memory, largest_batch_size
 from parser_errors import explain, one_line
-from summary import shown, summary
+from summary import scores, shown, summary
 
 LARGEST_SEED = 2**32 - 1  # that NumPy accepts
 # Errors that lie with the disk, not with the program.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
 LARGEST_BATCH = 8192  # larger ones leave too few steps in an epoch
-FOUND_BATCH_SIZE = "CLASSIC_CNNS_BATCH_SIZE"
+FOUND = "CLASSIC_CNNS_FOUND"  # where the first process leaves what it found by trial for those that it starts
 LOST_CONNECTION = r"(?i)gloo|nccl|connection (closed|reset|refused)|broken pipe"
 
 
@@ -170,6 +177,7 @@ class ClassifierCLI(LightningCLI):
             self._read_checkpoint()
         self.recipe = self.recipe or "unnamed"
         self.speed = Speed()
+        self.curve: Curve | None = None
         try:
             super().__init__(
                 LitClassifier,
@@ -183,6 +191,12 @@ class ClassifierCLI(LightningCLI):
                 auto_configure_optimizers=False,
             )
         except (RuntimeError, MemoryError) as error:
+            if is_overflow(error):
+                processes.ignore_ends()  # they all end so
+                first = os.environ.get("LOCAL_RANK", "0") == "0"
+                raise Diverged(
+                    f"the optimiser's step is too large for the weights; {ADVICE}" if first else ""
+                ) from None
             if not is_out_of_memory(error):
                 raise
             data = self.config[command.subcommand].data
@@ -221,6 +235,9 @@ class ClassifierCLI(LightningCLI):
             default=False,
             help="Stop if the loss of the first 500 batches is that of guessing, instead of only saying so.",
         )
+        parser.add_argument(
+            "--pretrained", type=bool, default=False, help="Start a new run of VGG from torchvision's ImageNet weights."
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and explain what is wrong in one line."""
@@ -243,17 +260,23 @@ class ClassifierCLI(LightningCLI):
         check_nulls(config.model, LitClassifier, "model")
         check_nulls(config.data, FashionMNISTDataModule, "data")
         check_accelerator(config.trainer.accelerator)
-        check_learning_rate(config.model.scheduler, self.command.overrides)
+        check_accumulation(config.model.compile, config.trainer.accumulate_grad_batches)
+        found = ["--model.optimizer.lr"] if self.command.find_lr else []
+        check_learning_rate(config.model.scheduler, [*self.command.overrides, *found])
         net = config.model.net
         if "image_size" in inspect.signature(imported(net.class_path)).parameters:
             net.init_args.image_size = config.data.image_size
         if config.trainer.precision is None and config.trainer.accelerator in ("auto", "gpu", "cuda"):
             config.trainer.precision = _gpu_precision()
+        self.slow_bf16 = config.trainer.precision == "bf16-mixed" and not self._computes_bf16(config)
+        if self.slow_bf16:
+            config.trainer.precision = "32-true"
         if self.stored:
             wanted = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
             check_settings(self.stored, wanted, resume=self.subcommand == "fit")
-        if self.command.find_batch_size:
-            config.data.batch_size = self._find_batch_size(config)
+        if (self.command.find_batch_size or self.command.find_lr) and not self.command.print_model:
+            for name, value in self._found(config).items():
+                config[name] = value
 
     def instantiate_classes(self) -> None:
         """Build network, data module and Trainer; try the network on the shape of one image."""
@@ -281,7 +304,8 @@ class ClassifierCLI(LightningCLI):
             callbacks += self._fit_callbacks(logger)
         elif self.subcommand == "predict" and not self.command.images:
             self.predictions = PredictionWriter(self._run_folder() / "predictions.csv", CLASS_NAMES)
-            callbacks.append(self.predictions)
+            self.confusion = Confusion(CLASS_NAMES)
+            callbacks += [self.predictions, *([self.confusion] if self.command.gradcam else [])]
         if config.trainer.enable_progress_bar is not False:
             callbacks.append(progress_callback(self.speed))
         # Last, so that they see what the others have done.
@@ -301,7 +325,11 @@ class ClassifierCLI(LightningCLI):
             raise UserError(one_line(str(error))) from None
 
     def before_fit(self) -> None:
-        """Load the data, so that nothing is written if that fails; then say what is about to run, where."""
+        """Load weights and data, so that nothing is written if that fails; then say what is about to run, where."""
+        if self.config[self.subcommand].pretrained and not self.command.ckpt_path:
+            started = self._start_from_imagenet(self.model.net)
+            if self.trainer.is_global_zero:
+                print(started)
         self.datamodule.setup("fit")
         try:
             Path(self.config[self.subcommand].log_dir).mkdir(parents=True, exist_ok=True)
@@ -309,7 +337,14 @@ class ClassifierCLI(LightningCLI):
             raise UserError(f"runs can't be written to {error.filename}: {error.strerror}; set --log_dir") from None
         if self.trainer.is_global_zero:
             where = f"{self.trainer.world_size} x {self.trainer.strategy.root_device.type}"
-            print(f"Training {self.recipe} on {where}, precision {self.trainer.precision}", flush=True)
+            reason = " (this CPU has no bfloat16 instructions)" if self.slow_bf16 else ""
+            print(f"Training {self.recipe} on {where}, precision {self.trainer.precision}{reason}", flush=True)
+
+    def _start_from_imagenet(self, net: nn.Module) -> str:
+        from pretrained import start_from_imagenet  # here, not above: only this needs torchvision's networks
+
+        data = self.config[self.subcommand].data
+        return start_from_imagenet(net, data.mean, data.std)
 
     def after_fit(self) -> None:
         """Test the best checkpoint and print the summary, where no subcommand was given."""
@@ -334,8 +369,20 @@ class ClassifierCLI(LightningCLI):
         if self.command.images:
             self._predict_pictures()
             return
+        if self.command.gradcam:
+            from pictures.grad_cam import check_captum  # here, not above: only this needs it
+
+            check_captum()
         self.trainer.predict(**{**kwargs, "return_predictions": False})
         print(f"Wrote the class probabilities of {self.predictions.images:,} images to {self.predictions.path}")
+        if self.command.gradcam and self.trainer.is_global_zero:
+            self._explain_mistakes()
+
+    def _explain_mistakes(self) -> None:
+        from pictures.predict import write_mistakes
+
+        path = self._run_folder() / "mistakes.png"
+        write_mistakes(self.trainer, self.model, self.datamodule, CLASS_NAMES, self.confusion.mistakes, path)
 
     def _predict_pictures(self) -> None:
         from pictures.predict import predict_pictures  # here, not above: only this needs it
@@ -360,8 +407,8 @@ class ClassifierCLI(LightningCLI):
         getattr(self.trainer, function)(**{**kwargs, "verbose": False})
         if self.trainer.is_global_zero:
             data = self.datamodule.val_set if stage == "val" else self.datamodule.test_set
-            accuracy, loss = (self.trainer.callback_metrics[f"{stage}/{name}"] for name in ("accuracy", "loss"))
-            print(f"{function} on {len(data):,} images: accuracy {accuracy:.4f}, loss {loss:.4f}")
+            measured = {name.removeprefix(f"{stage}/"): value for name, value in self.trainer.callback_metrics.items()}
+            print(f"{function} on {len(data):,} images: {scores(measured)}")
 
     def _arguments(self) -> list[str]:
         command = self.command
@@ -372,6 +419,7 @@ class ClassifierCLI(LightningCLI):
             base["trainer"] = {"precision": (self.stored.get("trainer") or {}).get("precision")}
             if command.subcommand == "fit":
                 base["trainer"] = self.stored.get("trainer") or {}
+                base["pretrained"] = bool(self.stored.get("pretrained"))
             arguments.append(f"--config={yaml.safe_dump(base)}")
         for path in command.outer_configs:
             arguments.append(f"--config={yaml.safe_dump(load_yaml(path).get(command.subcommand) or {})}")
@@ -420,10 +468,11 @@ class ClassifierCLI(LightningCLI):
         for position, token in reversed([*enumerate(arguments)]):
             if token.split("=")[0] == "--ckpt_path":
                 del arguments[position : position + (1 if "=" in token else 2)]
+        config = self.config[self.subcommand]
         if self.command.find_batch_size:
-            position = next(n for n, token in enumerate(arguments) if token.startswith("--batch_size"))
-            del arguments[position : position + (1 if "=" in arguments[position] else 2)]
-            arguments.append(f"--batch_size={self.config[self.subcommand].data.batch_size}")
+            _replace(arguments, "--batch_size", config.data.batch_size)
+        if self.command.find_lr:
+            _replace(arguments, "--lr", config.model.optimizer.init_args.lr)
         named = any(token.split("=")[0] == "--model" for token in arguments)
         return shlex.join(["python", "train.py", *arguments, "--ckpt_path", "last" if named else shown(path)])
 
@@ -435,19 +484,74 @@ class ClassifierCLI(LightningCLI):
                 given.setdefault(name.removeprefix(f"{self.command.subcommand}."), str(path))
         return given
 
-    def _find_batch_size(self, config: Any) -> int:
-        """Try with a network of its own, so that this one is initialised as with any other batch size."""
-        if FOUND_BATCH_SIZE not in os.environ:  # where the first process leaves it for the others
-            on_gpu = torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda")
-            dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(config.trainer.precision))
-            shape = (config.data.channels, config.data.image_size, config.data.image_size)
+    def _found(self, config: Namespace) -> dict[str, float]:
+        """The settings that the first process finds by trial, the same on all processes."""
+        if os.environ.get("LOCAL_RANK", "0") == "0" or FOUND not in os.environ:
+            found = from_first_process(lambda: self._find(config.clone()), self._bare_trainer(config))
+            os.environ[FOUND] = json.dumps(found)
+        return json.loads(os.environ[FOUND])
+
+    def _find(self, config: Namespace) -> dict[str, float]:
+        """The batch size first: the learning rate depends on it."""
+        found: dict[str, float] = {}
+        if self.command.find_batch_size:
+            config.data.batch_size = found["data.batch_size"] = self._find_batch_size(config)
+        if self.command.find_lr:
+            found["model.optimizer.init_args.lr"] = self._find_lr(config)
+        return found
+
+    def _bare_trainer(self, config: Namespace) -> Trainer:
+        """Knows the run's processes, and nothing else of it."""
+        settings = {name: config.trainer[name] for name in ("accelerator", "devices", "num_nodes", "strategy")}
+        if not isinstance(settings["strategy"], str):
+            settings["strategy"] = self._to_spend(config).trainer.strategy
+        try:
+            return Trainer(**settings, logger=False, enable_checkpointing=False, enable_model_summary=False)
+        except (TypeError, ImportError) as error:
+            raise UserError(one_line(str(error))) from None
+
+    def _to_spend(self, config: Namespace) -> Namespace:
+        """A network and data for a trial, so that the run's own are initialised as without one."""
+        try:
             with torch.random.fork_rng():
-                model = self.parser.instantiate_classes(self.config)[self.subcommand].model
-                device = torch.device("cuda" if on_gpu else "cpu")
-                size = largest_batch_size(model.net, model.optimizer, shape, device, dtype, LARGEST_BATCH)
-            print(f"Batch size {size}: the largest power of two that fits, up to {LARGEST_BATCH}", flush=True)
-            os.environ[FOUND_BATCH_SIZE] = str(size)
-        return int(os.environ[FOUND_BATCH_SIZE])
+                own = self._parser(self.subcommand).instantiate_classes(config)
+        except ValueError as error:
+            raise UserError(one_line(str(error))) from None
+        check_input(own.model.net, own.data.input_shape, own.model.hparams["num_classes"])
+        return own
+
+    def _find_batch_size(self, config: Namespace) -> int:
+        on_gpu = torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda")
+        dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(config.trainer.precision))
+        shape = (config.data.channels, config.data.image_size, config.data.image_size)
+        model = self._to_spend(config).model
+        device = torch.device("cuda" if on_gpu else "cpu")
+        with torch.random.fork_rng():
+            size = largest_batch_size(model.net, model.optimizer, shape, device, dtype, LARGEST_BATCH)
+        print(f"Batch size {size}: the largest power of two that fits, up to {LARGEST_BATCH}", flush=True)
+        return size
+
+    def _find_lr(self, config: Namespace) -> float:
+        names = ("accelerator", "precision", "gradient_clip_val", "gradient_clip_algorithm", "deterministic")
+        settings = {name: config.trainer[name] for name in names}
+        # One process accumulates the batches that all would have.
+        trainer = self._bare_trainer(config)
+        accumulated = config.trainer.accumulate_grad_batches * trainer.world_size
+        own = self._to_spend(config)
+        if config.pretrained:
+            self._start_from_imagenet(own.model.net)
+        print(f"Trying {STEPS} learning rates from {LOWEST:g} to {HIGHEST:g}", flush=True)
+        self.curve = find_learning_rate(own.model, own.data, trainer.strategy.root_device, accumulated, **settings)
+        rate = self.curve.learning_rate
+        print(f"Learning rate {rate:g}: a tenth of that with the lowest loss", flush=True)
+        return rate
+
+    def _computes_bf16(self, config: Any) -> bool:
+        """False where a recipe's bf16-mixed would run on a CPU that only imitates it, many times slower."""
+        asked_for = any(token.startswith("--trainer.precision") for token in self.command.overrides)
+        accelerator = config.trainer.accelerator
+        on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+        return asked_for or not on_cpu or cpu_has_bfloat16()
 
     def _tensorboard(self, log_dir: str) -> Logger:
         run = self._run_folder()
@@ -472,10 +576,12 @@ class ClassifierCLI(LightningCLI):
             ModelTable(self.datamodule.input_shape),
             Temperature(),
         ]
+        if self.command.find_lr:
+            callbacks.append(LearningRateCurve(self.curve))
         if logger is not False:
             callbacks.append(LearningRateMonitor())
         if isinstance(logger, TensorBoardLogger):
-            callbacks.append(TensorBoardPictures(confusion, config.histograms))
+            callbacks += [TensorBoardPictures(confusion, config.histograms), MistakesExplained(confusion)]
         validates = config.data.val_size > 0
         if config.trainer.enable_checkpointing is not False:
             # Two callbacks: `save_last` saves only the epochs that are the best so far.
@@ -494,6 +600,14 @@ class ClassifierCLI(LightningCLI):
         """Its path; empty where nothing was saved."""
         callback = self.trainer.checkpoint_callback
         return callback.best_model_path if isinstance(callback, ModelCheckpoint) else ""
+
+
+def _replace(arguments: list[str], flag: str, value: float) -> None:
+    """Give the flag's value in place of what stands there."""
+    for position, token in reversed([*enumerate(arguments)]):
+        if token.split("=")[0] == flag:
+            del arguments[position : position + (1 if "=" in token else 2)]
+    arguments.append(f"{flag}={value}")
 
 
 def _quiet() -> None:

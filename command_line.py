@@ -68,6 +68,10 @@ def _batch_size(text: str) -> str:
     return text if text == "auto" else _integer(1)(text)
 
 
+def _learning_rate(text: str) -> str:
+    return text if text == "auto" else _positive_number(text)
+
+
 def _epochs(text: str) -> str:
     return text if text == "-1" else _integer(1)(text)
 
@@ -101,7 +105,12 @@ FLAGS = {
     "--precision": Flag("--trainer.precision", _precision, "P", "32, bf16-mixed, 16-mixed, ... (GPUs: bf16-mixed)"),
     "--max_epochs": Flag("--trainer.max_epochs", _epochs, "N", "passes over the training images"),
     "--batch_size": Flag("--data.batch_size", _batch_size, "N", "training images a step, on each device, or auto"),
-    "--lr": Flag("--model.optimizer.init_args.lr", _positive_number, "X", "learning rate"),
+    "--lr": Flag(
+        "--model.optimizer.init_args.lr",
+        _learning_rate,
+        "X",
+        "learning rate, or auto: found by trial, then trained with",
+    ),
     "--image_size": Flag("--data.image_size", _integer(1), "N", "height and width of the images, in pixels"),
     "--val_size": Flag("--data.val_size", _integer(0), "N", "training images held out for validation"),
     "--seed": Flag("--seed_everything", _integer(0, 2**32 - 1), "N", "seed of everything drawn at random"),
@@ -112,6 +121,7 @@ FLAGS = {
     "--config": Flag("", _text, "FILE", "YAML file laid over the recipe"),
     "--histograms": Flag("--histograms=true", None, "", "histograms of weights and gradients in TensorBoard; slower"),
     "--stop_at_chance": Flag("--stop_at_chance=true", None, "", "stop a network that learns nothing in 500 batches"),
+    "--pretrained": Flag("--pretrained=true", None, "", "start VGG from ImageNet's weights; see pretrained/vgg16"),
     "--compile": Flag("--model.compile=true", None, "", "compile the network with torch.compile"),
     "--print_model": Flag("", None, "", "show the network's stages, shapes and cost, and stop"),
     "--trust_checkpoint": Flag("", None, "", "let a checkpoint name classes from outside this project"),
@@ -129,7 +139,9 @@ PREDICT_FLAGS = {
     "--output": Flag(
         "", _output, "FILE...", "files to write: .csv, .json, .png (contact sheet; default: pictures.png)"
     ),
-    "--gradcam": Flag("", None, "", "write a heat map of what spoke for the likeliest class of each picture"),
+    "--gradcam": Flag(
+        "", None, "", "write heat maps (Grad-CAM) of each picture; without --images of the worst mistakes"
+    ),
 }
 # LightningCLI's own flags, passed through and checked there.
 LONG_GROUPS = ("--trainer", "--model", "--data", "--checkpoint")
@@ -153,13 +165,14 @@ class Command:
         fallbacks: Older checkpoints to start from if that one is damaged, newest first.
         arguments: The command line as it was given.
         find_batch_size: Take the largest batch that fits into memory.
+        find_lr: Find the learning rate by trial.
         log_dir: Folder of the runs.
         print_model: Only show the network.
         trust_checkpoint: Let the checkpoint name any class.
         images: Pictures, and folders of them, to classify instead of the test images.
         invert: Whether to negate them: auto, always or never.
         output: Files for their classes.
-        gradcam: Write heat maps of them.
+        gradcam: Write heat maps of them, or of the mistakes among the test images.
     """
 
     subcommand: str = "fit"
@@ -172,6 +185,7 @@ class Command:
     fallbacks: list[str] = field(default_factory=list)
     arguments: list[str] = field(default_factory=list)
     find_batch_size: bool = False
+    find_lr: bool = False
     log_dir: str = "logs"
     print_model: bool = False
     trust_checkpoint: bool = False
@@ -279,8 +293,14 @@ def parse_command_line(arguments: list[str]) -> Command | None:
         return command
     _check_predict_flags(command, tokens)
     _check_configs(command)
-    if command.find_batch_size and (command.ckpt_path or command.subcommand != "fit"):
-        raise UserError("--batch_size auto is for new runs: a checkpoint keeps its batch size")
+    for found, given, what in (
+        (command.find_batch_size, "--batch_size", "batch size"),
+        (command.find_lr, "--lr", "learning rate"),
+    ):
+        if found and (command.ckpt_path or command.subcommand != "fit"):
+            raise UserError(f"{given} auto is for new runs: a checkpoint keeps its {what}")
+        if found and any(token.startswith("--print_config") for token in command.overrides):
+            raise UserError(f"{given} auto is found when training starts, too late for --print_config; give a number")
     if command.ckpt_path == "last":
         command.ckpt_path, *command.fallbacks = _newest_checkpoints(command)
     return command
@@ -344,6 +364,8 @@ def _apply(command: Command, name: str, flag: Flag, value: str) -> None:
         command.ckpt_path = value
     elif name == "--batch_size" and value == "auto":
         command.find_batch_size = True
+    elif name == "--lr" and value == "auto":
+        command.find_lr = True
     elif name in ("--images", "--output"):
         getattr(command, name.lstrip("-")).append(Path(value))
     elif name == "--invert":
@@ -351,6 +373,10 @@ def _apply(command: Command, name: str, flag: Flag, value: str) -> None:
     else:
         if name == "--log_dir":
             command.log_dir = value
+        elif name == "--batch_size":  # the last one counts
+            command.find_batch_size = False
+        elif name == "--lr":
+            command.find_lr = False
         command.overrides.append(f"{flag.target}={value}")
 
 
@@ -371,8 +397,9 @@ def _check_predict_flags(command: Command, tokens: list[str]) -> None:
     given = [name for name in PREDICT_FLAGS if any(token.partition("=")[0] == name for token in tokens)]
     if given and command.subcommand != "predict":
         raise UserError(f"{given[0]} belongs to predict: python train.py predict --ckpt_path PATH --images PATH...")
-    if given and not command.images:
-        raise UserError(f"{given[0]} needs pictures: add --images PATH...")
+    alone = [name for name in given if name != "--gradcam"]  # which the test images do for as well
+    if alone and not command.images:
+        raise UserError(f"{alone[0]} needs pictures: add --images PATH...")
 
 
 def _check_configs(command: Command) -> None:
@@ -383,7 +410,8 @@ def _check_configs(command: Command) -> None:
         raise UserError("nothing to fit: give --model RECIPE (python train.py --help lists the recipes)")
     if command.subcommand != "fit" and command.ckpt_path is None and not command.outer_configs:
         raise UserError(
-            f"nothing to {command.subcommand}: a network needs trained weights; give --ckpt_path PATH (or last)"
+            f"nothing to {command.subcommand}: a network needs trained weights; give --ckpt_path PATH (or last), "
+            "for instance weights/lenet.ckpt"
         )
     for path in command.configs:
         load_yaml(path)

@@ -1,5 +1,6 @@
 """What a run prints when it is over: results, where its files lie, and the next command to type."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ def summary(record: dict[str, Any], trainer: Trainer, checkpoint: str) -> str:
     """
     lines = [""]
     if test := record.get("test"):
-        lines.append(f"Test on {test['images']:,} images: accuracy {test['accuracy']:.4f}, loss {test['loss']:.4f}")
+        lines.append(f"Test on {test['images']:,} images: {scores(test)}")
     if "fit_seconds" in record:
         best = f"; best validation accuracy {record['best_val_accuracy']:.4f}" if "best_val_accuracy" in record else ""
         lines.append(
@@ -32,6 +33,19 @@ def summary(record: dict[str, Any], trainer: Trainer, checkpoint: str) -> str:
     if checkpoint:
         lines.append(f"      python train.py predict --ckpt_path {shown(checkpoint)}")
     return "\n".join(lines)
+
+
+def scores(measured: Mapping[str, Any]) -> str:
+    """Accuracy and loss in words; with those of `--model.flip_test`, where they were measured.
+
+    Args:
+        measured: Values under the names `accuracy`, `loss`, and with flip-averaging `accuracy_flip` and `loss_flip`.
+    """
+    text = f"accuracy {measured['accuracy']:.4f}, loss {measured['loss']:.4f}"
+    if "accuracy_flip" in measured:
+        flipped = f"accuracy {measured['accuracy_flip']:.4f}, loss {measured['loss_flip']:.4f}"
+        text += f"; averaged with the mirror images: {flipped}"
+    return text
 
 
 def shown(path: str | Path) -> str:

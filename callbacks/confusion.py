@@ -1,4 +1,4 @@
-"""Which classes are taken for which, and the most confident mistakes, of each validation and test."""
+"""Which classes are taken for which, and the most confident mistakes, of each evaluation."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -75,11 +75,27 @@ class Confusion(Callback):
         """Keep a batch's logits."""
         self._keep(trainer, outputs, batch[1], batch_idx)
 
+    def on_predict_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: tuple[Tensor, Tensor],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep a batch's probabilities; their logarithms are logits."""
+        self._keep(trainer, outputs.log(), batch[1], batch_idx)
+
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count; all processes take part."""
         self._count_up(pl_module)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count; all processes take part."""
+        self._count_up(pl_module)
+
+    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count; all processes take part."""
         self._count_up(pl_module)
 

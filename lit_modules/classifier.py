@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 import warnings
+from os import PathLike
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -13,7 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
+from torchvision.transforms import v2
 
+from checkpoints import check_hyper_parameters
+from lit_modules.activation_checkpointing import apply_activation_checkpointing
+from lit_modules.cuda_graphs import MODES, CudaGraphs
 from lit_modules.mean_loss import MeanLoss
 
 # A batch that only fills up a process's share of an evaluation set carries this label, and no metric counts it.
@@ -30,10 +35,23 @@ class LitClassifier(pl.LightningModule):
             becomes the length of the run, counted in `scheduler_interval`.
         scheduler_interval: Whether the scheduler moves after each optimiser step or each epoch.
         label_smoothing: Share of the target spread evenly over all classes (Szegedy et al. 2015, arXiv:1512.00567).
+        mixup: Training images and targets are blended with those of another image, by a share drawn for each batch from
+            Beta(mixup, mixup); 0 is off (Zhang et al. 2017, arXiv:1710.09412). Training accuracy is then measured
+            against the label with the larger share.
+        cutmix: The same with a rectangle pasted instead of a blend (Yun et al. 2019, arXiv:1905.04899). With both on,
+            each batch gets one of the two, drawn evenly.
+        flip_test: In testing also measure the logits averaged over each image and its mirror image, as `test/loss_flip`
+            and `test/accuracy_flip` beside the plain ones.
         initialization: "default" keeps PyTorch's; "he" draws the weights of convolutions and linear layers from
             N(0, 2 / fan_in) and clears the biases (He et al. 2015, arXiv:1502.01852).
+        output_bias: Where "he" starts the biases of the last layer. The same number for all classes does not show in
+            the softmax; but if a ReLU follows, as in NiN, a class that starts below zero gets no gradient and stays
+            dead, and with a positive bias all classes start alive.
         channels_last: Store images and weights as NHWC, which the convolutions of most devices prefer.
-        compile: Compile the network with `torch.compile`.
+        compile: Compile the network with `torch.compile`; a name is its mode. "reduce-overhead" and "max-autotune"
+            record CUDA graphs on a GPU (see cuda_graphs.py).
+        checkpoint_activations: In training compute the convolutions' outputs twice instead of keeping them: less
+            memory, the same gradients (see activation_checkpointing.py).
         num_classes: Number of classes, for the metrics.
 
     Raises:
@@ -47,9 +65,14 @@ class LitClassifier(pl.LightningModule):
         scheduler: LRSchedulerCallable | None = None,
         scheduler_interval: Literal["step", "epoch"] = "epoch",
         label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        flip_test: bool = False,
         initialization: Literal["default", "he"] = "default",
+        output_bias: float = 0.0,
         channels_last: bool = True,
-        compile: bool = False,
+        compile: bool | Literal["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = False,
+        checkpoint_activations: bool = False,
         num_classes: int = 10,
     ) -> None:
         super().__init__()
@@ -59,27 +82,66 @@ class LitClassifier(pl.LightningModule):
             self.save_hyperparameters(logger=False)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing={label_smoothing} must lie in [0, 1)")
+        for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
+            if not 0 <= alpha < math.inf:
+                raise ValueError(f"{name}={alpha} must be a finite number, at least 0")
+        if not math.isfinite(output_bias):
+            raise ValueError(f"output_bias={output_bias} must be a finite number")
+        if compile and checkpoint_activations:
+            raise ValueError("checkpoint_activations and compile exclude each other; leave one of them out")
         _check_optimizer(optimizer)
         self.net = net
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self.mix = _mixing(mixup, cutmix, num_classes)
         self.temperature = 1.0  # fitted by callbacks/temperature.py
         if initialization == "he":
             net.apply(_he_initialization)
+            biases = [parameter for name, parameter in net.named_parameters() if name.endswith("bias")]
+            if biases:
+                nn.init.constant_(biases[-1], output_bias)
         if channels_last:
             net.to(memory_format=torch.channels_last)
+        if checkpoint_activations:
+            apply_activation_checkpointing(net)
+        self.cuda_graphs = CudaGraphs() if compile in MODES else None
         if compile:
-            net.compile()  # in place, so that checkpoints keep the plain parameter names
-        metrics = nn.ModuleDict({stage: _metrics(num_classes) for stage in ("train_", "val", "test")})
+            mode = compile if isinstance(compile, str) else None
+            # In place, so that checkpoints keep the plain parameter names.
+            net.compile(mode=mode, dynamic=False if self.cuda_graphs else None)
+        stages = ("train_", "val", "test", *(["test_flip"] if flip_test else []))
+        metrics = nn.ModuleDict({stage: _metrics(num_classes) for stage in stages})
         self.metrics = cast("dict[str, MetricCollection]", metrics)
         self._since_last_log: list[tuple[Tensor, Tensor, Tensor]] = []
 
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | PathLike[str], *args: Any, trust_checkpoint: bool = False, **kwargs: Any
+    ) -> "LitClassifier":
+        """The classifier of a checkpoint file, whose content is not trusted.
+
+        Args:
+            checkpoint_path: A file of this machine.
+            args: As for Lightning's `load_from_checkpoint`.
+            trust_checkpoint: Let the file name classes from outside this project, torch and torchvision. Even then
+                nothing is unpickled but tensors and plain values, whatever `weights_only` says.
+            kwargs: As for Lightning's `load_from_checkpoint`.
+
+        Raises:
+            UserError: If it is not such a file, is damaged, or names a class from elsewhere.
+        """
+        path = check_hyper_parameters(checkpoint_path, trust_checkpoint)
+        return super().load_from_checkpoint(path, *args, **kwargs | {"weights_only": True})
+
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W), scaled and resized as in training, to logits (N, num_classes)."""
+        images = images.to(self.dtype)  # not float32 where --precision is, for one, bf16-true
+        if self.cuda_graphs:
+            return self.cuda_graphs(self.net, images)
         if self.hparams["compile"]:
             # One compilation serves all batch sizes: an epoch's last batch, and evaluation.
             torch._dynamo.maybe_mark_dynamic(images, 0)
-        return self.net(images.to(self.dtype))  # not float32 where --precision is, for one, bf16-true
+        return self.net(images)
 
     def setup(self, stage: str) -> None:
         """Sum losses in double precision, so that the split into batches and processes does not show."""
@@ -103,8 +165,12 @@ class LitClassifier(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Cross entropy of one batch; the metrics are updated only every `log_every_n_steps` batches."""
         images, labels = batch
+        targets = labels
+        if self.mix is not None:
+            images, targets = self.mix(images, labels)
+            labels = targets.argmax(dim=1)
         logits = self(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.hparams["label_smoothing"])
+        loss = F.cross_entropy(logits, targets, label_smoothing=self.hparams["label_smoothing"])
         self._since_last_log.append((loss.detach(), logits.detach(), labels))
         if len(self._since_last_log) >= self.trainer.log_every_n_steps:  # type: ignore[attr-defined]  # set by its logger connector
             self.log("train/loss_step", self._update_train_metrics(), prog_bar=True)
@@ -125,12 +191,18 @@ class LitClassifier(pl.LightningModule):
         self._log_metrics("val")
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Update the test metrics; returns the logits (N, num_classes), for callbacks."""
-        return self._evaluation_step(batch, "test")
+        """Update the test metrics; returns the plain logits (N, num_classes), for callbacks."""
+        logits = self._evaluation_step(batch, "test")
+        if self.hparams["flip_test"]:
+            images, labels = batch
+            self._update_metrics("test_flip", (logits + self(images.flip(-1)).float()) / 2, labels)
+        return logits
 
     def on_test_epoch_end(self) -> None:
         """Log test loss and accuracy."""
         self._log_metrics("test")
+        if self.hparams["flip_test"]:
+            self._log_metrics("test_flip")
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Calibrated class probabilities (N, num_classes) of one batch."""
@@ -177,12 +249,15 @@ class LitClassifier(pl.LightningModule):
     def _evaluation_step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         images, labels = batch
         logits = self(images).float()
+        self._update_metrics(stage, logits, labels)
+        return logits
+
+    def _update_metrics(self, stage: str, logits: Tensor, labels: Tensor) -> None:
         counted = (labels != IGNORED_LABEL).sum()
         loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED_LABEL)
         metrics = self.metrics[stage]
         metrics["loss"].update(loss, counted)
         metrics["accuracy"].update(logits, labels)
-        return logits
 
     def _update_train_metrics(self) -> Tensor | float:
         """Move what was kept since the last call into the metrics; returns its mean loss."""
@@ -197,8 +272,10 @@ class LitClassifier(pl.LightningModule):
         return torch.stack(losses).mean()
 
     def _log_metrics(self, stage: str) -> None:
+        stage_name, _, variant = stage.partition("_")
         for name, metric in self.metrics[stage].items():
-            self.log(f"{stage.rstrip('_')}/{name}", metric, on_step=False, on_epoch=True, prog_bar=stage != "test")
+            name = f"{name}_{variant}" if variant else name
+            self.log(f"{stage_name}/{name}", metric, on_step=False, on_epoch=True, prog_bar=stage_name != "test")
 
 
 def step_seed(epoch: int, batch_idx: int, rank: int) -> int:
@@ -213,6 +290,14 @@ def _seed_device(device: torch.device, seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)
+
+
+def _mixing(mixup: float, cutmix: float, num_classes: int) -> nn.Module | None:
+    """From images and labels (N,) to mixed images and targets (N, num_classes); None where nothing is mixed."""
+    if not mixup and not cutmix:
+        return None
+    wanted = [(kind, alpha) for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
+    return v2.RandomChoice([kind(alpha=alpha, num_classes=num_classes) for kind, alpha in wanted])
 
 
 def _metrics(num_classes: int) -> MetricCollection:

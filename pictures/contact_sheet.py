@@ -6,11 +6,14 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from pictures.fonts import legible
+
 COLUMNS = 3
 EDGE = 140  # pixels of a thumbnail, and of the network's view: 28 x 5
 MARGIN, GAP, LINE = 16, 10, 22
 TILE = 2 * EDGE + GAP, LINE + EDGE + 8 + 3 * LINE
 NUMBERS = 56  # pixels beside the bars
+BASELINE = 14  # of a tile's name, below its top
 INK, FAINT, BAR, PAPER, TRANSPARENT = "#20242a", "#79808a", "#9cc3e6", "#ffffff", "#b9c0c8"
 
 
@@ -68,8 +71,9 @@ def fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
 def _draw_tile(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, number: str, left: int, top: int) -> None:
     font = ImageFont.load_default(14)
     indent = round(font.getlength(number))
-    draw.text((left, top), number, FAINT, font)
-    draw.text((left + indent, top), fitting(tile.name, font, TILE[0] - indent), INK, font)
+    draw.text((left, top + BASELINE), number, FAINT, font, "ls")
+    name, its_font = legible(tile.name, 14)
+    draw.text((left + indent, top + BASELINE), fitting(name, its_font, TILE[0] - indent), INK, its_font, "ls")
     y = top + LINE
     box = tile.thumbnail.size
     sheet.paste(tile.thumbnail, (left + (EDGE - box[0]) // 2, y + (EDGE - box[1]) // 2))

@@ -6,11 +6,12 @@ R. R. Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gr
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from errors import UserError
 from pictures.contact_sheet import INK, PAPER, fitting
+from pictures.fonts import legible
 
 EDGE = 280  # pixels of each of the two images of an overlay
 # From cold to hot, in equal steps.
@@ -50,7 +51,7 @@ def last_feature_maps(net: nn.Module, images: Tensor) -> nn.Module:
     handles = [stage.register_forward_hook(note_size) for stage in stages]
     try:
         with torch.no_grad():
-            net(images[:1])
+            net.forward(images[:1])  # not net(...): a compiled network knows no hooks
     finally:
         for handle in handles:
             handle.remove()
@@ -69,19 +70,32 @@ def last_feature_maps(net: nn.Module, images: Tensor) -> nn.Module:
 def grad_cam(net: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
     """How much each part of each image spoke for its class.
 
+    Parameters, their gradients, random generators and the network's mode stay as they are, and it works where
+    gradients are switched off, as in Lightning's evaluation.
+
     Args:
-        net: A network in evaluation mode.
-        images: A batch (N, C, H, W) as the network sees it.
+        net: A network; also a compiled one, whose plain form is used.
+        images: A batch (N, C, H, W) as the network sees it, on the network's device.
         classes: The class to explain of each image, (N,).
 
     Returns:
         Values 0 to 1 of shape (N, h, w), the size of the feature maps; all 0 where nothing spoke for the class.
+
+    Raises:
+        UserError: If no stage of the network has feature maps larger than 1x1.
     """
     from captum.attr import LayerGradCam
 
-    layer = last_feature_maps(net, images)
-    with torch.enable_grad():
-        maps = LayerGradCam(net, layer).attribute(images, classes, relu_attributions=True)
+    was_training = net.training
+    try:
+        net.eval()
+        with torch.inference_mode(False), torch.enable_grad():
+            # Copies: what was made in inference mode can't take part in a backward pass.
+            images, classes = images.to(next(net.parameters()).dtype).clone(), classes.clone()
+            layer = last_feature_maps(net, images)
+            maps = LayerGradCam(net.forward, layer).attribute(images, classes, relu_attributions=True)
+    finally:
+        net.train(was_training)
     maps = maps.detach()[:, 0].float().cpu()
     return maps / maps.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
 
@@ -94,16 +108,22 @@ def overlay(image: np.ndarray, cam: Tensor, caption: str) -> Image.Image:
         cam: Its Grad-CAM (h, w), 0 to 1.
         caption: Written above.
     """
-    size = (EDGE, EDGE)
+    grey = Image.fromarray(image).resize((EDGE, EDGE), Image.Resampling.NEAREST)
+    sheet = Image.new("RGB", (2 * EDGE + 30, EDGE + 46), PAPER)
+    caption, font = legible(caption, 16)
+    ImageDraw.Draw(sheet).text((10, 24), fitting(caption, font, 2 * EDGE + 10), INK, font, "ls")
+    sheet.paste(grey, (10, 36))
+    sheet.paste(heat_map(image, cam), (EDGE + 20, 36))
+    return sheet
+
+
+def heat_map(image: np.ndarray, cam: Tensor, edge: int = EDGE) -> Image.Image:
+    """The image (28, 28) uint8, enlarged to `edge` x `edge` pixels, under its Grad-CAM (h, w), 0 to 1."""
+    size = (edge, edge)
     grey = Image.fromarray(image).resize(size, Image.Resampling.NEAREST).convert("RGB")
     heat = np.asarray(Image.fromarray(cam.numpy()).resize(size, Image.Resampling.BICUBIC)).clip(0, 1)
     position = heat[..., None] * (len(COLOURS) - 1)
     lower = np.minimum(position.astype(int), len(COLOURS) - 2)
     below, above = COLOURS[lower[..., 0]], COLOURS[lower[..., 0] + 1]
     colours = Image.fromarray((below + (above - below) * (position - lower)).astype(np.uint8))
-    sheet = Image.new("RGB", (2 * EDGE + 30, EDGE + 46), PAPER)
-    font = ImageFont.load_default(16)
-    ImageDraw.Draw(sheet).text((10, 8), fitting(caption, font, 2 * EDGE + 10), INK, font)
-    sheet.paste(grey, (10, 36))
-    sheet.paste(Image.blend(grey, colours, 0.6), (EDGE + 20, 36))
-    return sheet
+    return Image.blend(grey, colours, 0.6)

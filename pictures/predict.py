@@ -1,4 +1,4 @@
-"""`python train.py predict --images`: the three likeliest classes of one's own pictures."""
+"""`python train.py predict`: the three likeliest classes of one's own pictures, and the worst mistakes explained."""
 
 import csv
 import io
@@ -18,12 +18,14 @@ from rich.text import Text
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from callbacks.confusion import Mistake
 from datamodules import FashionMNISTDataModule
 from errors import UserError
 from lit_modules import LitClassifier
 from pictures.cleaning import Invert, as_fashion_mnist
 from pictures.contact_sheet import Tile, contact_sheet, thumbnail
 from pictures.grad_cam import check_captum, grad_cam, overlay
+from pictures.mistakes import explain_mistakes
 from pictures.reading import PictureError, find_pictures, read_picture
 
 TOP = 3
@@ -122,6 +124,38 @@ def predict_pictures(
     print(f"Wrote {', '.join(printable(path) for path in written)}")
     if len(pictures.paths) > ON_SHEET:
         print(f"(The contact sheet shows the first {ON_SHEET} of {len(pictures.paths):,} pictures.)")
+
+
+def write_mistakes(
+    trainer: Trainer,
+    model: LitClassifier,
+    data: FashionMNISTDataModule,
+    class_names: Sequence[str],
+    mistakes: Sequence[Mistake],
+    path: Path,
+) -> None:
+    """Write a sheet of the worst mistakes among the test images, with what spoke for the guess and for the truth.
+
+    Args:
+        trainer: Has predicted the classes of the test images.
+        model: The classifier.
+        data: Holds the test images.
+        class_names: Names of the classes, in order.
+        mistakes: The worst ones.
+        path: A PNG file.
+
+    Raises:
+        UserError: If the network has no feature maps, or the file can't be written.
+    """
+    if not mistakes:
+        print("There is no mistake to explain.")
+        return
+    net = model.to(trainer.strategy.root_device).net
+    images = data.test_set.images[[mistake.image for mistake in mistakes], 0]
+    png = io.BytesIO()
+    explain_mistakes(net, data, images, mistakes, class_names).save(png, "PNG", optimize=True)
+    _write_bytes(path, png.getvalue())
+    print(f"Wrote the {len(mistakes)} most confident mistakes and what spoke for them to {printable(path)}")
 
 
 def printable(path: Path) -> str:

@@ -63,8 +63,14 @@ class Probe(Callback):
                 time.sleep(1 if len(command["signals"]) > 1 else 0)
         time.sleep(command.get("sleep", 0))
 """
-EMA = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.9}}
-AUGMENTATION = {"crop_padding": 2, "horizontal_flip": True, "brightness": 0.2, "contrast": 0.2}
+EMA = {"class_path": "callbacks.ema.EMA", "init_args": {"decay": 0.9}}
+AUGMENTATION = {
+    "crop_padding": 2,
+    "horizontal_flip": True,
+    "brightness": 0.2,
+    "contrast": 0.2,
+    "random_erasing": 0.5,
+}
 WARMUP = {"class_path": "lit_modules.schedules.WarmupDecay"}
 PLATEAU = {"class_path": "torch.optim.lr_scheduler.ReduceLROnPlateau", "init_args": {"mode": "max", "patience": 0}}
 
@@ -82,6 +88,8 @@ def write(folder: Path, *, ema: bool = False, scheduler: dict | None = None, **d
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
             "scheduler": scheduler or WARMUP,
             "scheduler_interval": "step" if per_step else "epoch",
+            "mixup": 0.4,
+            "cutmix": 1.0,
         },
         "data": {"batch_size": 250, "val_size": 297, "eval_batch_size": 100, **data},
         "trainer": {

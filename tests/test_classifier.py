@@ -16,7 +16,7 @@ from datamodules import FashionMNISTDataModule
 from lit_modules import LitClassifier
 from lit_modules.mean_loss import MeanLoss
 from lit_modules.schedules import WarmupDecay
-from models import LeNet
+from models import LeNet, NiN
 
 
 class Watch(Callback):
@@ -198,6 +198,13 @@ def test_label_smoothing_out_of_range(smoothing):
         LitClassifier(linear(), label_smoothing=smoothing)
 
 
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+@pytest.mark.parametrize("alpha", [-0.1, float("inf"), float("nan")])
+def test_mixing_out_of_range(name, alpha):
+    with pytest.raises(ValueError, match=f"{name}={alpha} must be a finite number"):
+        LitClassifier(linear(), **{name: alpha})
+
+
 # --- loss, metrics, initialisation -----------------------------------------------------------------------------------
 
 
@@ -215,6 +222,71 @@ def test_loss_and_accuracy_are_those_of_all_images(smoothing, tmp_path):
         accuracy = (logits.argmax(dim=1) == images.labels).double().mean()
         assert watch.metrics[0][f"{stage}/loss"] == pytest.approx(loss.item(), rel=1e-5)
         assert watch.metrics[0][f"{stage}/accuracy"] == pytest.approx(accuracy.item(), rel=1e-6)
+
+
+def test_mixup_blends_pairs_of_images_and_labels():
+    mix = LitClassifier(linear(), mixup=0.4).mix
+    assert mix is not None
+    images, labels = torch.rand(10, 1, 28, 28), torch.arange(10)
+    mixed, targets = mix(images, labels)
+    share = targets[0, 0]
+    partner = (targets[0] == 1 - share).nonzero().item()
+    torch.testing.assert_close(mixed[0], share * images[0] + (1 - share) * images[partner])
+    torch.testing.assert_close(targets.sum(dim=1), torch.ones(10))
+    assert len({mix(images, labels)[1][0, 0].item() for _ in range(20)}) == 20
+
+
+def test_cutmix_pastes_as_much_as_the_target_says():
+    mix = LitClassifier(linear(), cutmix=1.0).mix
+    assert mix is not None
+    images, labels = torch.rand(10, 1, 28, 28), torch.arange(10)
+    mixed, targets = mix(images, labels)
+    kept = mixed == images
+    assert 0 < kept.float().mean() < 1
+    torch.testing.assert_close(kept.float().mean(dim=(1, 2, 3)), targets.diagonal())
+    torch.testing.assert_close(targets.sum(dim=1), torch.ones(10))
+
+
+@pytest.mark.parametrize("mixing", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
+def test_training_on_mixed_images(mixing, tmp_path):
+    """Loss against the mixed targets, accuracy against the larger share; all drawn from the step's own seed."""
+
+    class Expect(Callback):
+        hits, seen = 0, 0
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            with torch.random.fork_rng(), torch.no_grad():
+                images, targets = pl_module.mix(*batch)
+                logits = pl_module(images)
+                self.loss = F.cross_entropy(logits, targets, label_smoothing=0.1)
+                self.hits += (logits.argmax(dim=1) == targets.argmax(dim=1)).sum().item()
+                self.seen += len(images)
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            torch.testing.assert_close(outputs["loss"], self.loss)
+
+    torch.manual_seed(0)
+    expect, watch = Expect(), Watch()
+    lit = LitClassifier(linear(), partial(torch.optim.SGD, lr=0.1), label_smoothing=0.1, **mixing)
+    trainer(tmp_path, expect, watch, max_epochs=1).fit(lit, data_module())
+    assert expect.seen == 500
+    assert watch.metrics[0]["train/accuracy"] == pytest.approx(expect.hits / expect.seen)
+
+
+def test_flip_averaged_testing_stands_beside_the_plain(tmp_path):
+    torch.manual_seed(0)
+    lit, data = LitClassifier(linear(), flip_test=True), data_module()
+    nn.init.normal_(lit.net.get_parameter("1.weight"))  # so that a mirror image makes a difference
+    (found,) = trainer(tmp_path).test(lit, data, verbose=False)
+    images, labels = data.test_set.images / 255, data.test_set.labels
+    plain, mirrored = lit(images).detach(), lit(images.flip(-1)).detach()
+    for ending, logits in (("", plain), ("_flip", (plain + mirrored) / 2)):
+        accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
+        assert found[f"test/accuracy{ending}"] == pytest.approx(accuracy)
+        assert found[f"test/loss{ending}"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert found["test/loss"] != found["test/loss_flip"]
+    (without,) = trainer(tmp_path).test(LitClassifier(lit.net), data, verbose=False)
+    assert set(without) == {"test/accuracy", "test/loss"}
 
 
 def test_mean_loss_weighs_by_images():
@@ -255,8 +327,21 @@ def test_default_initialization_is_pytorchs():
     torch.manual_seed(3)
     expected = LeNet().state_dict()
     torch.manual_seed(3)
-    found = LitClassifier(LeNet()).net.state_dict()
+    found = LitClassifier(LeNet(), output_bias=1.0).net.state_dict()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_output_bias_lets_every_class_of_nin_start_alive():
+    images = torch.rand(16, 1, 67, 67)
+    alive = {}
+    for bias in (0.0, 1.0):
+        torch.manual_seed(1)
+        lit = LitClassifier(NiN(), initialization="he", output_bias=bias)
+        alive[bias] = (lit.net.eval()(images) > 0).any(dim=0).sum().item()
+        last = [layer for layer in lit.net.modules() if isinstance(layer, nn.Conv2d)][-1]
+        assert torch.equal(last.get_parameter("bias"), torch.full((10,), bias))
+    assert alive[0.0] < 10
+    assert alive[1.0] == 10
 
 
 @pytest.mark.parametrize("wanted", [True, False])

@@ -10,16 +10,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import DATA, run, run_forked
+from commands import DATA, run_forked
+from conftest import train_once
 from PIL import Image, ImageDraw
 
+from callbacks.confusion import Mistake
 from command_line import PREDICT_FLAGS, help_text, parse_command_line
 from datamodules import CLASS_NAMES, FashionMNISTDataModule
 from datamodules.fashion_mnist_files import NAMES, SYSTEM_DIR, load
 from errors import UserError
 from lit_modules import LitClassifier
+from lit_modules.classifier import _he_initialization
+from models import VGG, AlexNet, GoogLeNet, LeNet, NiN
+from pictures import fonts
 from pictures.cleaning import as_fashion_mnist
 from pictures.contact_sheet import COLUMNS, Tile, contact_sheet, fitting, thumbnail
+from pictures.grad_cam import grad_cam, last_feature_maps
+from pictures.mistakes import explain_mistakes
 from pictures.reading import LONGEST_EDGE, PictureError, find_pictures, read_picture
 
 EDGE = 300
@@ -255,7 +262,9 @@ def test_noise_and_uneven_light_do_not_move_the_object():
 
 
 def train(folder, *flags):
-    answer = run("fit", "--model=lenet", "--accelerator=cpu", "--log_dir=logs", *flags, folder=folder, timeout=600)
+    answer = run_forked(
+        "fit", "--model=lenet", "--accelerator=cpu", "--log_dir=logs", *flags, folder=folder, timeout=600
+    )
     assert answer.code == 0, answer.err
     return folder / "logs" / "lenet" / "version_0" / "checkpoints" / "best.ckpt"
 
@@ -270,7 +279,7 @@ def checkpoint(tmp_path_factory):
 def full_checkpoint(tmp_path_factory):
     if not FULL:
         pytest.skip(f"the full data set is not in {SYSTEM_DIR}")
-    return train(tmp_path_factory.mktemp("full"), f"--data_dir={SYSTEM_DIR}", "--max_epochs=3")
+    return train_once("full", tmp_path_factory, "--model=lenet", "--max_epochs=2", f"--data_dir={SYSTEM_DIR}").best
 
 
 def classify(path, images):
@@ -295,7 +304,7 @@ def test_photographs_of_the_sample_are_recognized_like_the_originals(checkpoint)
 @pytest.mark.slow
 def test_photographs_of_the_full_set_are_recognized_like_the_originals(full_checkpoint):
     images, labels = load(SYSTEM_DIR, "test")
-    originals, photographs = accuracies(full_checkpoint, images[:3000].numpy(), labels[:3000])
+    originals, photographs = accuracies(full_checkpoint, images[:1500].numpy(), labels[:1500])
     assert originals > 0.84
     assert photographs > originals - 0.01
 
@@ -439,6 +448,142 @@ def test_grad_cam_overlays(checkpoint, tmp_path, pictures):
         with Image.open(checkpoint.parent.parent / "gradcam" / f"{name}.png") as overlay:
             right = np.asarray(overlay.convert("RGB"), int)[60:280, 320:580]
             assert (right.max(axis=2) - right.min(axis=2)).max() > 60  # coloured
+
+
+def test_worst_mistakes_of_the_test_images_are_explained(checkpoint, tmp_path):
+    pytest.importorskip("captum")
+    answer = predict(checkpoint, tmp_path, "--gradcam", f"--data_dir={DATA}")
+    assert (answer.code, answer.err) == (0, "")
+    path = checkpoint.parent.parent / "mistakes.png"
+    assert f"Wrote the 16 most confident mistakes and what spoke for them to {path}" in answer.out
+
+    rows = list(csv.DictReader((checkpoint.parent.parent / "predictions.csv").read_text().splitlines()))
+    wrong = [row for row in rows if row["label"] != row["prediction"]]
+    worst = sorted(wrong, key=lambda row: -float(row[row["prediction"]]))[:16]
+    mistakes = [
+        Mistake(
+            int(row["image"]),
+            CLASS_NAMES.index(row["label"]),
+            CLASS_NAMES.index(row["prediction"]),
+            float(row[row["prediction"]]),
+        )
+        for row in worst
+    ]
+    images = load(DATA, "test")[0][[mistake.image for mistake in mistakes]]
+    net = LitClassifier.load_from_checkpoint(checkpoint).net
+    data = FashionMNISTDataModule.load_from_checkpoint(checkpoint)
+    expected = np.asarray(explain_mistakes(net, data, images, mistakes, CLASS_NAMES), int)
+    with Image.open(path) as sheet:
+        found = np.asarray(sheet.convert("RGB"), int)
+    assert found.shape == expected.shape
+    assert (np.abs(found - expected) > 3).mean() < 0.001  # another batch, another rounding
+
+
+@pytest.mark.parametrize(
+    ("network", "arguments", "size"),
+    [
+        (LeNet, {}, 28),
+        (AlexNet, {"image_size": 67}, 67),
+        (VGG, {"depth": 16, "width_divisor": 8, "image_size": 64, "batch_norm": True}, 64),
+        (NiN, {}, 67),
+        (GoogLeNet, {}, 64),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_grad_cam_of_every_network_leaves_no_trace(network, arguments, size):
+    """In inference mode, as in a test; as it would be computed by hand, of a compiled network too."""
+    pytest.importorskip("captum")
+    torch.manual_seed(0)
+    net = network(**arguments).apply(_he_initialization)
+    for parameter in net.classifier.parameters():  # as in fine-tuning, where parts are frozen
+        parameter.requires_grad_(False)
+    images = torch.rand(2, 1, size, size)
+    classes = net.eval()(images).argmax(dim=1)
+    net.train()
+    before, state = {name: tensor.clone() for name, tensor in net.state_dict().items()}, torch.get_rng_state()
+    with torch.inference_mode():
+        cams = grad_cam(net, images.clone(), classes.clone())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert net.training
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert not any(module._forward_hooks for module in net.modules())
+
+    kept = []
+
+    def keep(module, inputs, output):
+        kept.append(output)
+        return output.clone()  # a ReLU that follows may work in place
+
+    handle = last_feature_maps(net.eval(), images).register_forward_hook(keep)
+    net(images)[[0, 1], classes].sum().backward(inputs=kept)
+    handle.remove()
+    maps = (kept[0] * kept[0].grad.mean(dim=(2, 3), keepdim=True)).sum(dim=1).relu().detach()
+    assert maps.any()
+    assert torch.allclose(cams * maps.amax(dim=(1, 2), keepdim=True), maps, rtol=1e-3, atol=1e-6)
+    net.compile()
+    assert torch.equal(grad_cam(net, images, classes), cams)
+
+
+# Names in any script
+
+
+@pytest.fixture
+def fonts_in(monkeypatch):
+    """Let only these folders have fonts."""
+
+    def choose(*folders):
+        monkeypatch.setattr(fonts, "FOLDERS", [str(folder) for folder in folders])
+        fonts._system_fonts.cache_clear()
+
+    yield choose
+    fonts._system_fonts.cache_clear()
+
+
+def boxes(text, font):
+    """The characters of which the font draws its sign for a missing one."""
+    missing = bytes(font.getmask("\uffff"))
+    return [character for character in text if bytes(font.getmask(character)) == missing]
+
+
+def test_names_that_no_font_can_show_are_escaped(fonts_in, tmp_path):
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    fonts_in(tmp_path, tmp_path / "gone")
+    for name, expected in {
+        "plain.png": "plain.png",
+        "照片.png": r"\u7167\u7247.png",
+        "5\N{SQUARE KG} \N{FULLWIDTH LATIN CAPITAL LETTER A}.png": "5kg A.png",
+        "\N{ATHLETIC SHOE}.png": r"\U0001f45f.png",
+    }.items():
+        text, font = fonts.legible(name, 14)
+        assert text == expected
+        assert not boxes(text, font)
+
+
+def test_a_font_of_the_system_shows_what_pillows_own_does_not(fonts_in, tmp_path):
+    found = [path for path in fonts._system_fonts() if fonts._has(path, "ж")]
+    if not found:
+        pytest.skip("no font with Cyrillic letters")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / found[0].name).symlink_to(found[0])
+    fonts_in(tmp_path)
+    assert fonts.legible("plain.png", 14)[1] == fonts._font(None, 14)
+    text, font = fonts.legible("жук.png", 14)
+    assert text == "жук.png"
+    assert Path(str(font.path)) == tmp_path / "deep" / found[0].name
+    assert not boxes(text, font)
+    sheets = []
+    for name in ("жук.png", "жёлтый жук.png"):
+        tile = Tile(name, thumbnail(drawing(bag)), np.zeros((28, 28), np.uint8), [("Bag", 0.9)])
+        sheets.append(np.asarray(contact_sheet([tile])))
+    assert not np.array_equal(sheets[0], sheets[1])
+
+
+@pytest.mark.skipif(not any(fonts._has(path, "照") for path in fonts._system_fonts()), reason="no Chinese font")
+def test_chinese_names_are_shown():
+    text, font = fonts.legible("我的照片（一）.png", 14)
+    assert text == "我的照片（一）.png"
+    assert not boxes(text, font)
 
 
 # The contact sheet

@@ -2,6 +2,8 @@
 
 import io
 import re
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,13 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
 
 from callbacks import pictures
+from callbacks.confusion import Mistake
 from callbacks.network_graph import network_graph
+from callbacks.tensorboard_pictures import is_drawn
 from datamodules import CLASS_NAMES, FashionMNISTDataModule
+from lit_modules import LitClassifier
 from models import GoogLeNet, LeNet
+from pictures.mistakes import explain_mistakes
 
 CLASS_TAGS = {f"val_class_accuracy/{name}" for name in CLASS_NAMES}
 SCALARS = CLASS_TAGS | {
@@ -36,6 +42,8 @@ FEATURE_MAPS = {
 }
 EVERY_EPOCH = {"validation/confusion_matrix", "validation/most_confident_mistakes", "filters/first_layer"}
 EVERY_EPOCH |= FEATURE_MAPS.keys()
+# Once, after training and after testing, where the optional package is there.
+EXPLAINED = {f"{stage}/most_confident_mistakes_explained" for stage in ("validation", "test") if find_spec("captum")}
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +95,15 @@ def test_every_tag_is_there_at_every_epoch(events: EventAccumulator) -> None:
     rates = {tag for tag in tags["scalars"] if tag.startswith("lr")}
     steps = {tag for tag in tags["scalars"] if tag == "train/loss_step"}
     assert set(tags["scalars"]) - rates - steps == SCALARS
-    assert set(tags["images"]) == EVERY_EPOCH | {"inputs/training_images"}
+    assert set(tags["images"]) == EVERY_EPOCH | EXPLAINED | {"inputs/training_images"}
     assert tags["graph"]
     validated = [event.step for event in events.Scalars("val/accuracy")]
     assert len(validated) == 3
     for tag in EVERY_EPOCH:
         assert [image.step for image in events.Images(tag)] == validated, tag
+    for tag in EXPLAINED:
+        step = validated[-1] if tag.startswith("validation") else events.Scalars("test/accuracy")[0].step
+        assert [image.step for image in events.Images(tag)] == [step], tag
     for tag in CLASS_TAGS:
         assert [event.step for event in events.Scalars(tag)] == validated, tag
 
@@ -127,6 +138,40 @@ def test_most_confident_mistakes_are_the_most_confident_ones(events: EventAccumu
         probabilities[worst].amax(dim=1).tolist(),
     )
     assert torch.equal(last_picture(events, "validation/most_confident_mistakes"), pixels(expected))
+
+
+@pytest.mark.skipif(not EXPLAINED, reason="captum is not installed")
+def test_explained_mistakes_are_the_most_confident_ones(events: EventAccumulator, apart: Apart, trained: Run) -> None:
+    """Of the last weights in validation; in the test, of the best ones, which are loaded for it."""
+    data = FashionMNISTDataModule.load_from_checkpoint(trained.best, data_dir=str(DATA))
+    data.setup("test")
+    best = LitClassifier.load_from_checkpoint(trained.best).net
+    test_images = data.test_set.images
+    with torch.no_grad():
+        test_logits = torch.cat([best(normalised(batch)) for batch in test_images.split(32)])
+    for stage, net, images, labels, logits in (
+        ("validation", apart.net, apart.images, apart.labels, apart.logits),
+        ("test", best, test_images, data.test_set.labels, test_logits),
+    ):
+        sure, guesses = logits.softmax(dim=1).max(dim=1)
+        worst = (sure * (guesses != labels)).argsort(descending=True, stable=True)[:8].tolist()
+        mistakes = [Mistake(i, int(labels[i]), int(guesses[i]), float(sure[i])) for i in worst]
+        expected = explain_mistakes(net, data, images[worst, 0], mistakes, CLASS_NAMES)
+        quantized = pixels(expected.quantize(256, dither=Image.Dither.NONE))
+        assert torch.equal(last_picture(events, f"{stage}/most_confident_mistakes_explained"), quantized)
+
+
+def without_captum() -> None:
+    sys.modules["captum"] = None  # type: ignore[assignment]
+
+
+def test_without_captum_nothing_is_explained_and_nothing_said(tmp_path: Path) -> None:
+    flags = "--model lenet --val_size 297 --max_epochs 1 --batch_size 250 --accelerator cpu --devices 1"
+    answer = run_forked("fit", *flags.split(), f"--data_dir={DATA}", folder=tmp_path, prepare=without_captum)
+    assert (answer.code, answer.err) == (0, "")
+    assert "captum" not in answer.out
+    tags = read(tmp_path / "logs" / "lenet" / "version_0").Tags()["images"]
+    assert set(tags) == EVERY_EPOCH | {"inputs/training_images"}
 
 
 def test_filters_are_the_weights_and_change(events: EventAccumulator, apart: Apart) -> None:
@@ -213,6 +258,31 @@ def test_hyperparameters_have_the_scalars_as_metrics(events: EventAccumulator) -
     assert values["data.batch_size"].number_value == 32
 
 
+def test_a_long_run_draws_about_ten_times(tmp_path: Path) -> None:
+    flags = "--model lenet --val_size 297 --max_epochs 25 --accelerator cpu --devices 1 --patience 21 --lr 1e-12"
+    fast = "--trainer.limit_train_batches 1 --trainer.limit_val_batches 1 --batch_size 297"
+    answer = run_forked("fit", *flags.split(), *fast.split(), f"--data_dir={DATA}", folder=tmp_path)
+    assert answer.code == 0, answer.err
+    folder = tmp_path / "logs" / "lenet" / "version_0"
+    events = read(folder)
+    # After the first epoch, every third, and the 22nd, with which the run ends early; steps count from 0.
+    drawn = [0, 2, 5, 8, 11, 14, 17, 20, 21]
+    for tag in EVERY_EPOCH:
+        assert [image.step for image in events.Images(tag)] == drawn, tag
+    assert [event.step for event in events.Scalars("val_class_accuracy/Bag")] == list(range(22))
+    pictures_size = sum(len(image.encoded_image_string) for tag in EVERY_EPOCH for image in events.Images(tag))
+    size = sum(path.stat().st_size for path in folder.glob("events*"))
+    assert size - pictures_size < 22 * 3_000 + 60_000  # an epoch's scalars, and what is there once
+
+
+@pytest.mark.parametrize(("epochs", "times"), [(3, 3), (10, 10), (11, 7), (200, 11), (1000, 11), (-1, 10)])
+def test_number_of_times_that_pictures_are_drawn(epochs: int, times: int) -> None:
+    drawn = [epoch for epoch in range(1, (epochs if epochs > 0 else 1000) + 1) if is_drawn(epoch, epochs)]
+    assert len(drawn) == times
+    assert drawn[0] == 1
+    assert drawn[-1] == epochs or epochs < 0
+
+
 def test_pictures_do_not_change_training(trained: Run, tmp_path: Path) -> None:
     flags = "--model lenet --val_size 297 --max_epochs 3 --batch_size 32 --accelerator cpu --devices 1"
     answer = run_forked("fit", *flags.split(), f"--data_dir={DATA}", "--trainer.logger=false", folder=tmp_path)
@@ -254,7 +324,8 @@ def test_two_processes_count_every_image_once(tmp_path: Path) -> None:
     counts = multiclass_confusion_matrix(apart.logits, apart.labels, num_classes=10)
     expected = pixels(pictures.confusion_matrix(counts, CLASS_NAMES))
     assert torch.equal(last_picture(events, "validation/confusion_matrix"), expected)
-    assert len(events.Images("validation/most_confident_mistakes")) == 1
+    for tag in ("validation/most_confident_mistakes", *EXPLAINED):
+        assert len(events.Images(tag)) == 1, tag
     per_class = multiclass_accuracy(apart.logits, apart.labels, num_classes=10, average=None)
     assert events.Scalars("val_class_accuracy/Bag")[-1].value == pytest.approx(per_class[8].item())
 

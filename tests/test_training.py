@@ -466,3 +466,33 @@ def test_two_processes_train_and_test(trained, tmp_path):
     expected = record(trained.folder)["test"]
     wanted = f"test on 500 images: accuracy {expected['accuracy']:.4f}, loss {expected['loss']:.4f}\n"
     assert good(testing).endswith(wanted)  # PyTorch 2.8 prints lines about its connections before it
+
+
+# --- precision -------------------------------------------------------------------------------------------------------
+
+
+def _no_bfloat16():
+    torch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False
+
+
+def _bfloat16():
+    torch.cpu._is_avx512_bf16_supported = lambda: True
+
+
+@pytest.mark.parametrize(
+    ("cpu", "flags", "precision"),
+    [
+        (_bfloat16, [], "bf16-mixed"),
+        (_no_bfloat16, [], "32-true"),
+        (_no_bfloat16, ["--precision", "bf16-mixed"], "bf16-mixed"),
+    ],
+)
+def test_a_recipe_in_bfloat16_runs_in_float32_where_the_cpu_only_imitates_it(tmp_path, cpu, flags, precision):
+    recipe = tmp_path / "mine.yaml"
+    text = (REPO / "configs" / "lenet.yaml").read_text()
+    recipe.write_text(text.replace("trainer:", "trainer:\n  precision: bf16-mixed"))
+    command = ["fit", *LENET[2:], *FAST, "--model", str(recipe), "--accelerator", "cpu", *flags]
+    out = good(run_forked(*command, folder=tmp_path, prepare=cpu))
+    assert f"precision {precision}" in out
+    assert ("no bfloat16 instructions" in out) == (precision == "32-true")
+    assert record(tmp_path / "logs" / "mine" / "version_0")["precision"] == precision

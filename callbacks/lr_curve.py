@@ -1,0 +1,56 @@
+"""The learning-rate finder's curve, beside the run: as JSON, and as a picture where matplotlib is installed."""
+
+import json
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from lr_finder import Curve
+from summary import shown
+
+
+class LearningRateCurve(Callback):
+    """Writes `lr_finder.json` and `lr_finder.png` into the run's folder when training begins.
+
+    Args:
+        curve: What was measured; None on the processes that were only told the rate.
+    """
+
+    def __init__(self, curve: Curve | None) -> None:
+        self._curve = curve
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the files, and say where they are."""
+        folder = trainer.log_dir  # on all processes: it is broadcast
+        if not trainer.is_global_zero or folder is None or self._curve is None:
+            return
+        target = Path(folder) / "lr_finder.json"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(self._curve._asdict(), indent=1) + "\n", encoding="utf-8")
+        picture = target.with_suffix(".png")
+        try:
+            plot(self._curve, picture)
+            print(f"Curve of the learning rates: {shown(picture)}", flush=True)
+        except ImportError:
+            hint = "a picture needs the package matplotlib: pip install -r requirements-extras.txt"
+            print(f"Curve of the learning rates: {shown(target)} ({hint})", flush=True)
+
+
+def plot(curve: Curve, path: Path) -> None:
+    """Draw the loss against the learning rate, with the rate that was taken.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure  # an optional dependency
+
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(curve.rates, curve.losses, color="#0072B2")
+    axes.axvline(curve.learning_rate, color="#D55E00", linestyle="--", label=f"taken: {curve.learning_rate:g}")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss, smoothed")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    figure.savefig(path, dpi=110)
