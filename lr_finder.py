@@ -12,10 +12,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.tuner import Tuner
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from errors import Stopped, UserError
+from errors import UserError
 
 STEPS = 100
 LOWEST, HIGHEST = 1e-8, 1.0
@@ -59,7 +58,6 @@ def find_learning_rate(
 
     Raises:
         UserError: If the loss never fell, or an epoch is shorter than an optimiser step.
-        Stopped: If SIGTERM ended the search.
 
     Source: L. N. Smith, "Cyclical Learning Rates for Training Neural Networks", 2015 (arXiv:1506.01186), in the
     implementation of Lightning; the tenth is fast.ai's rule (https://docs.fast.ai/callback.schedule.html).
@@ -89,12 +87,9 @@ def find_learning_rate(
             plugins=[_InMemory()],
             **settings,
         )
-        try:
-            finder = Tuner(trainer).lr_find(
-                model, datamodule=data, min_lr=LOWEST, max_lr=HIGHEST, num_training=STEPS, update_attr=False
-            )
-        except SIGTERMException:
-            raise Stopped("Stopped by SIGTERM while the learning rate was being searched.", 143) from None
+        finder = Tuner(trainer).lr_find(
+            model, datamodule=data, min_lr=LOWEST, max_lr=HIGHEST, num_training=STEPS, update_attr=False
+        )
     assert finder is not None
     losses = _smoothed(loss * accumulate_grad_batches for loss in _as_measured(finder.results["loss"]))
     rates = finder.results["lr"]
