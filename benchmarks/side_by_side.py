@@ -32,6 +32,10 @@ class Missing(Exception):
     """A contestant can't take part; the message says why."""
 
 
+class Ended(RuntimeError):
+    """A contestant's process has ended before its time."""
+
+
 class Turns:
     """The contestant's end: tells when to work, and measures the work.
 
@@ -188,7 +192,7 @@ class Contestant:
             watchdog.cancel()
         if not line:
             command = " ".join(map(str, self.process.args[1:]))  # type: ignore[index]
-            raise RuntimeError(f"a contestant has ended early; set CONTEST_LOG=FILE to see why: {command}")
+            raise Ended(f"a contestant has ended early; set CONTEST_LOG=FILE to see why: {command}")
         values = json.loads(line)
         if "missing" in values:
             raise Missing(values["missing"])
@@ -218,16 +222,25 @@ def contest(
             try:
                 running[name] = begin()
                 turns[name] = []
-            except Missing as reason:
+            except (Missing, Ended) as reason:
+                if not running:
+                    raise  # the first is the one that the others are compared with
                 missing[name] = str(reason)
         round_seconds = 0.0
         while running:
             begun = time.monotonic()
             if len(next(iter(turns.values()))) >= least_rounds and begun + round_seconds > start + budget:
                 break
-            for name, contestant in running.items():
+            for name, contestant in [*running.items()]:
                 time.sleep(SETTLE)
-                turns[name].append(contestant.turn(turn))
+                try:
+                    turns[name].append(contestant.turn(turn))
+                except Ended as reason:  # often for want of memory; the others go on
+                    if name == next(iter(contestants)):
+                        raise
+                    running.pop(name).stop()
+                    turns.pop(name)
+                    missing[name] = str(reason)
             round_seconds = time.monotonic() - begun
     finally:
         for contestant in running.values():

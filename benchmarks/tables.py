@@ -153,11 +153,15 @@ def throughput_table(record: dict[str, Any] | None, language: Language) -> str:
     peers = [name for name in PEERS if any(name in network for network in networks)]
     header = [("network, input, batch", "网络，输入，批量大小")[language.number]]
     header.append(("ours, images/s", "本项目（张/秒）")[language.number])
+    bf16 = any("ours_bf16" in network for network in networks)
+    header += [("in bfloat16", "bfloat16")[language.number]] if bf16 else []
     header += [PEERS[name][language.number].format(record["versions"].get(name, "")) for name in peers]
     rows = []
     for entry, contestants in zip(record["results"], networks, strict=True):
         network = NETWORKS.get(entry["network"], entry["network"])
         cells = [f"{network}, {entry['image_size']}, {entry['batch_size']}", _rate(contestants.get("ours"))]
+        if bf16:
+            cells.append(_rate(contestants.get("ours_bf16")))
         for name in peers:
             cells.append(_ratio(contestants[name]["ours_over_this"], language.to) if name in contestants else "")
         rows.append(cells)
@@ -213,6 +217,11 @@ def _startup(record: dict[str, Any]) -> tuple[str, str]:
     )
 
 
+def _pictures(record: dict[str, Any]) -> tuple[str, str]:
+    ratio, aim = up(record["results"]["ratio"]["median"], 3), f"{record['results']['target']:g}"
+    return f"{ratio} times at batch 256 (aim: {aim})", f"批量 256：{ratio} 倍（目标 {aim}）"
+
+
 def _kills(record: dict[str, Any]) -> tuple[str, str]:
     kills, valid = record["kills_while_writing"]["kills"], record["kills_while_writing"]["valid_afterwards"]
     return f"{valid} times of {kills} a valid newest checkpoint", f"{kills} 次中 {valid} 次最新检查点完好"
@@ -256,6 +265,15 @@ LINES = (
             "`--help` 和命令写错时的响应；从命令到第一步更新",
         ),
         _startup,
+    ),
+    Line(
+        "tensorboard_cost-{}",
+        "tensorboard_cost",
+        (
+            "LeNet's epoch with all of TensorBoard's pictures, over one without",
+            "LeNet 每轮用时：绘制全部 TensorBoard 图片，对比不绘制",
+        ),
+        _pictures,
     ),
     Line("reliability", "reliability", ("kills while a checkpoint was written", "写检查点时杀死进程"), _kills),
     Line(

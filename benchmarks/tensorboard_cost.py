@@ -1,7 +1,9 @@
 """What TensorBoard's pictures cost: LeNet's epochs on the full data, with them and without.
 
-A turn is one epoch with validation, logging and checkpoints. "Without" lacks everything that `TensorBoardPictures` and
-`Confusion` do; scalars are written by both. What is drawn once a run (graph, layout, training images) is timed apart.
+A turn is one epoch with validation, logging and checkpoints. "With" draws the pictures after every epoch, as a run of
+up to ten epochs does; a longer one draws them less often, and pays less. "Without" lacks everything that
+`TensorBoardPictures`, `MistakesExplained` and `Confusion` do; scalars are written by both. What is drawn once a run
+(graph, layout, training images) is timed apart.
 
 Command: python -m benchmarks.tensorboard_cost --data_dir DIR
 """
@@ -28,17 +30,29 @@ TARGET = 1.03  # issue: at most this many times the epoch without
 BATCH_SIZE = 256
 
 
+def with_pictures(arguments: list[str]) -> int:
+    """train.py that draws after every epoch, however long the run."""
+    import train
+    from callbacks import tensorboard_pictures
+
+    tensorboard_pictures.TIMES = EPOCHS
+    return train.main(arguments)
+
+
 def without_pictures(arguments: list[str]) -> int:
-    """train.py without the two callbacks."""
+    """train.py without the callbacks that draw."""
     import cli
     import train
     from callbacks.confusion import Confusion
+    from callbacks.grad_cam import MistakesExplained
     from callbacks.tensorboard_pictures import TensorBoardPictures
+
+    drawing = (Confusion, MistakesExplained, TensorBoardPictures)
 
     class Bare(cli.ClassifierCLI):
         def _fit_callbacks(self, logger: Any) -> list[Any]:
             callbacks = super()._fit_callbacks(logger)
-            return [callback for callback in callbacks if not isinstance(callback, Confusion | TensorBoardPictures)]
+            return [callback for callback in callbacks if not isinstance(callback, drawing)]
 
     cli.ClassifierCLI = Bare  # type: ignore[misc]
     return train.main(arguments)
@@ -60,6 +74,8 @@ def main() -> int:
     """Run the contest."""
     if sys.argv[1:2] == ["--without"]:
         return without_pictures(sys.argv[2:])
+    if sys.argv[1:2] == ["--with"]:
+        return with_pictures(sys.argv[2:])
     options = side_by_side.arguments(__doc__ or "", budget=160).parse_args()
     place = side_by_side.machine(options.accelerator)
     images, _ = load(prepare(Path(options.data_dir)), "train")
@@ -70,9 +86,9 @@ def main() -> int:
             *("--val_size", str(len(images) // 12), "--log_dir", folder, "--devices", "1"),
             *("--accelerator", options.accelerator, "--data_dir", options.data_dir),
         )
-        bare = ["-m", "benchmarks.tensorboard_cost", "--without", *ours[2:]]
+        both = [["-m", "benchmarks.tensorboard_cost", flag, *ours[2:]] for flag in ("--without", "--with")]
         turns, _ = contest(
-            {"without": partial(Contestant, bare), "with": partial(Contestant, ours)},
+            {"without": partial(Contestant, both[0]), "with": partial(Contestant, both[1])},
             options.seconds,
             turn=0.1,
             least_rounds=5,

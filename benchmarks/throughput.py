@@ -11,6 +11,7 @@ peak in bfloat16. On a GPU all of ours is in bfloat16 already.
 Command: python -m benchmarks.throughput --data_dir DIR
 """
 
+import os
 import statistics
 from functools import partial
 from pathlib import Path
@@ -144,7 +145,8 @@ def measure(model: str, batch_size: int, device: str, budget: float, options: An
         bf16 = BF16 in options.peers and device == "cpu" and cpu_has_bfloat16()
         for name in (*options.peers, PEAK, *([BF16_PEAK] if bf16 else [])):
             if name == BF16:
-                contestants[name] = partial(_in_bf16, ours, device)
+                others = len(options.peers) * training_bytes(model, batch_size, "32", False)
+                contestants[name] = partial(_in_bf16, ours, device, others)
                 continue
             loop_name = PEAK if name == BF16_PEAK else name
             assert loop_name in LOOPS
@@ -175,9 +177,12 @@ def measure(model: str, batch_size: int, device: str, budget: float, options: An
     }
 
 
-def _in_bf16(ours: list[str], device: str) -> Contestant:
+def _in_bf16(ours: list[str], device: str, others: int) -> Contestant:
+    """Ours in bfloat16, where it fits beside the others, which take so many bytes."""
     if device != "cpu":
         raise Missing("ours is in bfloat16 already")
+    if others > 0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise Missing("the memory is full with the others; give fewer --peers")
     if not cpu_has_bfloat16():
         raise Missing("this CPU has no instructions for bfloat16")
     return Contestant([*ours, "--precision", "bf16-mixed"])
