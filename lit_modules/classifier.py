@@ -44,9 +44,9 @@ class LitClassifier(pl.LightningModule):
             and `test/accuracy_flip` beside the plain ones.
         initialization: "default" keeps PyTorch's; "he" draws the weights of convolutions and linear layers from
             N(0, 2 / fan_in) and clears the biases (He et al. 2015, arXiv:1502.01852).
-        output_bias: Where "he" starts the biases of the last layer. The same number for all classes does not show in
-            the softmax; but if a ReLU follows, as in NiN, a class that starts below zero gets no gradient and stays
-            dead, and with a positive bias all classes start alive.
+        output_bias: With "he", start the last layer with zero weights and this bias instead, so that no class is ahead
+            at first. The bias does not show in the softmax; but if a ReLU follows the last layer, as in NiN, it must be
+            positive, or no class gets a gradient.
         channels_last: Store images and weights as NHWC, which the convolutions of most devices prefer.
         compile: Compile the network with `torch.compile`; a name is its mode. "reduce-overhead" and "max-autotune"
             record CUDA graphs on a GPU (see cuda_graphs.py).
@@ -69,7 +69,7 @@ class LitClassifier(pl.LightningModule):
         cutmix: float = 0.0,
         flip_test: bool = False,
         initialization: Literal["default", "he"] = "default",
-        output_bias: float = 0.0,
+        output_bias: float | None = None,
         channels_last: bool = True,
         compile: bool | Literal["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = False,
         checkpoint_activations: bool = False,
@@ -85,7 +85,7 @@ class LitClassifier(pl.LightningModule):
         for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
             if not 0 <= alpha < math.inf:
                 raise ValueError(f"{name}={alpha} must be a finite number, at least 0")
-        if not math.isfinite(output_bias):
+        if output_bias is not None and not math.isfinite(output_bias):
             raise ValueError(f"output_bias={output_bias} must be a finite number")
         if compile and checkpoint_activations:
             raise ValueError("checkpoint_activations and compile exclude each other; leave one of them out")
@@ -97,9 +97,8 @@ class LitClassifier(pl.LightningModule):
         self.temperature = 1.0  # fitted by callbacks/temperature.py
         if initialization == "he":
             net.apply(_he_initialization)
-            biases = [parameter for name, parameter in net.named_parameters() if name.endswith("bias")]
-            if biases:
-                nn.init.constant_(biases[-1], output_bias)
+            if output_bias is not None:
+                _start_output(net, output_bias)
         if channels_last:
             net.to(memory_format=torch.channels_last)
         if checkpoint_activations:
@@ -317,3 +316,10 @@ def _he_initialization(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def _start_output(net: nn.Module, bias: float) -> None:
+    output = [layer for layer in net.modules() if isinstance(layer, nn.Conv2d | nn.Linear)][-1]
+    nn.init.zeros_(output.weight)
+    if output.bias is not None:
+        nn.init.constant_(output.bias, bias)

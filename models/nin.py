@@ -5,8 +5,8 @@ M. Lin, Q. Chen, S. Yan, "Network In Network", 2013, https://arxiv.org/abs/1312.
 Deliberate differences from the paper, all from Dive into Deep Learning's PyTorch edition, section 5.8
 (https://github.com/ShusenTang/Dive-into-DL-PyTorch): the kernels, strides and widths are AlexNet's, for 224x224 images,
 and there is a single dropout, before the last block. The class maps pass a last ReLU, so no logit is negative, and a
-class whose map is zero everywhere gets no gradient: an unlucky start can stay at chance. Batch normalisation is
-optional and came after the paper.
+class whose map is zero everywhere gets no gradient: an unlucky start can stay at chance, which the initialisation and
+warm-up of configs/nin.yaml prevent. Batch normalisation is optional and came after the paper.
 """
 
 import torch

@@ -9,10 +9,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn import functional as F
 
+from benchmarks.airbench import augmented, triangle
+from benchmarks.memory import LiveBytes, training_bytes
+from benchmarks.precision import compared, pooled_deviation
 from benchmarks.scaling import all_reduce_seconds
 from benchmarks.side_by_side import Contestant, Missing, contest, median, ratios
-from benchmarks.throughput import training_bytes, training_flops
+from benchmarks.throughput import training_flops
 
 PROJECT = Path(__file__).parents[1]
 CONTESTANT = """
@@ -81,8 +86,74 @@ def test_training_flops_are_three_forward_passes_less_the_images_gradient():
 def test_training_bytes_hold_weights_and_activations():
     first_map = 4 * 6 * 28 * 28
 
-    assert 16 * 61_706 + 8 * first_map < training_bytes("lenet", 8, 28, "cpu") < 16 * 61_706 + 8 * 4 * first_map
-    assert training_bytes("vgg19", 256, 224, "cuda") < 24e9  # the claim of the README
+    assert 16 * 61_706 + 8 * first_map < training_bytes("lenet", 8) < 16 * 61_706 + 8 * 4 * first_map
+    assert training_bytes("lenet", 256, "bf16-mixed") < training_bytes("lenet", 256)
+
+
+def test_vgg19_fits_into_24_gb():
+    plain, checkpointed = (training_bytes("vgg19", 256, "bf16-mixed", checkpointing) for checkpointing in (False, True))
+
+    # Two maps of 64x224x224, two of 128x112x112, four of 256x56x56 and of 512x28x28, in bfloat16, and the weights.
+    maps = 256 * 2 * 64 * 224 * 224 * (2 + 2 / 2 + 4 / 4 + 4 / 8)
+    assert maps + 16 * 139.5e6 < plain < 24e9  # the claim of the README
+    assert 16 * 139.5e6 < checkpointed < 0.75 * plain
+
+
+def test_live_bytes_are_counted_until_they_are_freed():
+    outside = torch.empty(1000)
+    with LiveBytes() as live:
+        outside[:10].add_(1)
+        first = torch.empty(100)
+        view = first[:10]
+        second = torch.empty(50)
+        del second
+        first.add_(1)
+
+    assert (live.now, live.peak) == (400, 600)
+    del first
+    assert live.now == 400  # the view keeps it
+    del view
+    assert live.now == 0
+
+
+def test_precisions_agree_within_two_standard_errors():
+    def runs(*accuracies: float, speed: float) -> list[dict]:
+        return [{"accuracy": accuracy, "images_per_second": speed} for accuracy in accuracies]
+
+    plain = runs(0.90, 0.92, speed=10)
+    near, far = (
+        compared({"32": plain, "bf16-mixed": runs(*others, speed=20)}) for others in ((0.9, 0.94), (0.8, 0.82))
+    )
+
+    assert pooled_deviation([0.90, 0.92], [0.9, 0.94]) == pytest.approx(math.sqrt((0.0002 + 0.0008) / 2))
+    assert near["difference"] == pytest.approx(0.01)
+    assert near["times_as_fast"] == {"median": 2, "least": 2, "greatest": 2}
+    assert (near["agree"], far["agree"]) == (True, False)
+    assert compared({"32": plain[:1], "bf16-mixed": plain[1:]})["agree"] is None  # one seed tells nothing
+
+
+def test_airbench_moves_and_mirrors_each_image():
+    torch.manual_seed(0)
+    images = torch.rand(20, 1, 28, 28)
+    flipped = torch.arange(20) % 2 == 0
+
+    moved = augmented(images, flipped)
+
+    windows = F.pad(images, (2,) * 4, mode="reflect").unfold(2, 28, 1).unfold(3, 28, 1)[:, 0]
+    places = set()
+    for image, mirrored, choices in zip(moved[:, 0], flipped, windows, strict=True):
+        image = image.flip(-1) if mirrored else image
+        hits = (choices == image).all(-1).all(-1).nonzero()
+        assert len(hits) == 1
+        places.add(tuple(hits[0].tolist()))
+    assert len(places) > 5
+
+
+def test_airbench_learning_rate_is_a_triangle():
+    rates = [triangle(step, 100) for step in range(101)]
+
+    assert (rates[0], rates[100]) == pytest.approx((0.2, 0.07))
+    assert max(rates) == rates[23] == 1
 
 
 def test_all_reduce_of_two_sends_the_gradient_once():
@@ -96,7 +167,10 @@ COMMANDS = {
     "trainer_overhead": f"{SMALL} --batch_size 512 --seconds 1",
     "data_path": f"{SMALL} --size 32 --batch_size 16 --seconds 1 --turn 0.05",
     "startup": f"{SMALL} --seconds 0",
-    "speedrun": f"{SMALL} --seeds 1 --entry 10 lenet --flags=--max_epochs=1",
+    "speedrun": f"{SMALL} --seeds 1 --entry 10 lenet --flags=--max_epochs=1 --peer --peer_flags=--epochs=1",
+    "memory": f"{SMALL} --networks lenet --batch_size 8 --precision 32 --measure",
+    "precision": f"{SMALL} --networks lenet --seeds 1 --flags=--max_epochs=1",
+    "collapse": f"{SMALL} --seeds 1 --networks nin --batches 2 --rounds 1 --val_size 200",
     "scaling": f"{SMALL} --devices 1 --steps 2 --seconds 0",
 }
 
