@@ -52,8 +52,12 @@ class Processes(Callback):
             self._start(self._watch_children, trainer.global_rank)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Stop watching: the processes end in any order."""
+        """Stop watching, since the processes end in any order, and let go of the group.
+
+        A group that is still referred to when Python ends keeps its threads, which then may bring the process down.
+        """
         self.ignore_ends()
+        self._group = None
 
     def ignore_ends(self) -> None:
         """Stop watching."""

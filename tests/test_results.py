@@ -71,10 +71,12 @@ def test_scores_are_those_of_the_records(results: Results) -> None:
             continue
         shares = [round(run.record["test"]["accuracy"], 4) for run in runs]  # of 10,000 images
         row = cells[f"`{entry.recipe}`{entry.network[0]}"]
-        mean, deviation, least, greatest = map(float, re.findall(r"\.\d{4}", row[7]))
+        mean, *spread = map(float, re.findall(r"\.\d{4}", row[7]))
         assert 0 <= statistics.mean(shares) - mean < 1e-4 + 1e-12
-        assert -1e-12 <= deviation - statistics.stdev(shares) < 1e-4
-        assert (least, greatest) == (min(shares), max(shares))
+        assert len(spread) == (3 if len(shares) > 1 else 0)
+        if spread:
+            assert -1e-12 <= spread[0] - statistics.stdev(shares) < 1e-4
+            assert spread[1:] == [min(shares), max(shares)]
         assert row[8] == f"{len(runs)} ({sum(share < 0.15 for share in shares)})"
         if device == "cpu" and row[9].endswith(" s, CPU"):
             seconds = statistics.mean(run.record["fit_seconds"] for run in runs)
@@ -90,12 +92,14 @@ def table(family: str, results: Results) -> str:
 def test_ratios_are_those_of_the_turns() -> None:
     record = json.loads((RESULTS / "throughput-cpu.json").read_text(encoding="utf-8"))
     text = READMES[0].read_text(encoding="utf-8").partition("<!-- throughput cpu -->")[2].partition("<!-- /")[0]
-    for network, row in zip(record["results"], rows(text)[2:], strict=True):
+    header, _, *lines = rows(text)
+    column = header.index("times the tutorial's loop")
+    for network, row in zip(record["results"], lines, strict=True):
         turns = {one["contestant"]: [turn["rate"] for turn in one["turns"]] for one in network["contestants"]}
         ours = float(row[1].replace(",", ""))
         assert 0 <= statistics.median(turns["ours"]) - ours < (1 if ours >= 10 else 0.1)
         ratios = [mine / theirs for mine, theirs in zip(turns["ours"], turns["tutorial"], strict=True)]
-        written_ratios = map(float, re.findall(r"\d+\.\d+", row[2]))
+        written_ratios = map(float, re.findall(r"\d+\.\d+", row[column]))
         for exact, shown in zip((statistics.median(ratios), min(ratios), max(ratios)), written_ratios, strict=True):
             assert 0 <= exact - shown < 0.01 + 1e-9
 
