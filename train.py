@@ -39,4 +39,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_code = main(sys.argv[1:])
+    if "callbacks.processes" in sys.modules:
+        sys.modules["callbacks.processes"].end_process(exit_code)
+    sys.exit(exit_code)
