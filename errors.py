@@ -2,9 +2,15 @@
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; its message is one line: what was wrong, what was expected, what to do."""
+    """A mistake that the user can mend; its message is one line: what was wrong, what was expected, what to do.
+
+    Line breaks in what the user gave show as \\n.
+    """
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        return "\\n".join(super().__str__().splitlines())
 
 
 class RunError(UserError):

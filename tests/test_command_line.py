@@ -241,3 +241,11 @@ def test_the_newest_run_is_continued(tmp_path, flag):
         path.parent.mkdir(parents=True)
         path.touch()
     assert parse(f"{flag} --model lenet --log_dir {tmp_path}").ckpt_path == str(paths[1])
+
+
+@pytest.mark.parametrize("arguments", [["-\n"], ["--config", "\n"], ["--lr", "a\nb"]])
+def test_an_error_stays_one_line_whatever_was_typed(arguments):
+    with pytest.raises(UserError) as error:
+        parse_command_line(arguments)
+    assert "\\n" in str(error.value)
+    assert "\n" not in str(error.value)
