@@ -2,10 +2,14 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; idle OpenMP threads spin
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # As under nohup in the background. The processes of the tests would inherit it, and some are sent a Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 from commands import DATA, Answer, run, start_server
