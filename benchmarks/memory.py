@@ -13,6 +13,7 @@ import argparse
 import time
 import weakref
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
+@cache
 def training_bytes(model: str, batch_size: int, precision: str = "32", checkpointing: bool = False) -> int:
     """Peak memory of one training step, calculated.
 

@@ -145,8 +145,7 @@ def measure(model: str, batch_size: int, device: str, budget: float, options: An
         bf16 = BF16 in options.peers and device == "cpu" and cpu_has_bfloat16()
         for name in (*options.peers, PEAK, *([BF16_PEAK] if bf16 else [])):
             if name == BF16:
-                others = len(options.peers) * training_bytes(model, batch_size, "32", False)
-                contestants[name] = partial(_in_bf16, ours, device, others)
+                contestants[name] = partial(_in_bf16, ours, device, model, batch_size, len(options.peers))
                 continue
             loop_name = PEAK if name == BF16_PEAK else name
             assert loop_name in LOOPS
@@ -177,14 +176,15 @@ def measure(model: str, batch_size: int, device: str, budget: float, options: An
     }
 
 
-def _in_bf16(ours: list[str], device: str, others: int) -> Contestant:
-    """Ours in bfloat16, where it fits beside the others, which take so many bytes."""
+def _in_bf16(ours: list[str], device: str, model: str, batch_size: int, others: int) -> Contestant:
+    """Ours in bfloat16, where it fits beside so many others in float32."""
     if device != "cpu":
         raise Missing("ours is in bfloat16 already")
-    if others > 0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-        raise Missing("the memory is full with the others; give fewer --peers")
     if not cpu_has_bfloat16():
         raise Missing("this CPU has no instructions for bfloat16")
+    taken = others * training_bytes(model, batch_size)
+    if taken > 0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise Missing("the memory is full with the others; give fewer --peers")
     return Contestant([*ours, "--precision", "bf16-mixed"])
 
 
