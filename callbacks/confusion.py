@@ -63,17 +63,7 @@ class Confusion(Callback):
         """Keep a batch's logits."""
         self._keep(trainer, outputs, batch[1], batch_idx)
 
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: tuple[Tensor, Tensor],
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep a batch's logits."""
-        self._keep(trainer, outputs, batch[1], batch_idx)
+    on_test_batch_end = on_validation_batch_end
 
     def on_predict_batch_end(
         self,
@@ -91,13 +81,8 @@ class Confusion(Callback):
         """Count; all processes take part."""
         self._count_up(pl_module)
 
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count; all processes take part."""
-        self._count_up(pl_module)
-
-    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count; all processes take part."""
-        self._count_up(pl_module)
+    on_test_epoch_end = on_validation_epoch_end
+    on_predict_epoch_end = on_validation_epoch_end
 
     def _keep(self, trainer: pl.Trainer, logits: Tensor, labels: Tensor, batch_idx: int) -> None:
         if batch_idx == 0:

@@ -52,12 +52,8 @@ class Processes(Callback):
             self._start(self._watch_children, trainer.global_rank)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Stop watching, since the processes end in any order, and let go of the group.
-
-        A group that is still referred to when Python ends keeps its threads, which then may bring the process down.
-        """
+        """Stop watching: the processes end in any order."""
         self.ignore_ends()
-        self._group = None
 
     def ignore_ends(self) -> None:
         """Stop watching."""
@@ -110,8 +106,8 @@ class Processes(Callback):
 def end_process(exit_code: int) -> None:
     """End one of several processes without Python's own clean-up; return where there is only one.
 
-    Threads of the connection that still hold a tensor during that clean-up bring the process down now and then, with
-    "terminate called without an active exception".
+    During that clean-up a process that had done its work was now and then brought down with "terminate called without
+    an active exception", as C++ says when a thread is still running: most likely one of the connection's.
     """
     if dist.is_available() and dist.is_initialized():
         sys.stdout.flush()
