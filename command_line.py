@@ -7,8 +7,10 @@ import difflib
 import math
 import os
 import re
+import subprocess
+import sys
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -327,6 +329,43 @@ def load_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path} holds no settings; a mapping with model, data and trainer was expected")
     return content
+
+
+def take_values(tokens: list[str]) -> list[str]:
+    """The words up to the next flag, taken from the front of the tokens."""
+    values = []
+    while tokens and not tokens[0].startswith("--"):
+        values.append(tokens.pop(0))
+    return values
+
+
+def take_flag(token: str, tokens: list[str], refused: Mapping[str, str]) -> list[str]:
+    """A flag that another command passes on to train.py, with its value, which is taken from the front of the tokens.
+
+    Raises:
+        UserError: If it is one of the refused flags, each given with the reason.
+    """
+    name, has_value, _ = token.partition("=")
+    if name in refused:
+        raise UserError(f"{name} can't be given here: {refused[name]}")
+    takes_value = name not in FLAGS or FLAGS[name].check is not None
+    if takes_value and not has_value and tokens and not tokens[0].startswith("--"):
+        return [token, tokens.pop(0)]
+    return [token]
+
+
+def resolved(recipe: str, flags: Iterable[str]) -> dict[str, Any]:
+    """The configuration that train.py, in a process of its own, makes of a recipe and flags.
+
+    Raises:
+        UserError: If it is not valid.
+    """
+    command = [sys.executable, str(PROJECT / "train.py"), "fit", "--model", recipe, *flags, "--print_config"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
+        raise UserError(lines[-1].removeprefix("train.py: error: "))
+    return yaml.safe_load(result.stdout)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

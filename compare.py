@@ -6,16 +6,15 @@ Only light modules are imported here; training happens in processes of its own, 
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
-from command_line import FLAGS, PROJECT, did_you_mean, parse_command_line
+from command_line import FLAGS, PROJECT, did_you_mean, parse_command_line, resolved, take_flag, take_values
 from errors import UserError
 from report import print_table, write_report
 from runs import Run, find_runs, fold, matches, settings
@@ -69,18 +68,27 @@ class Request:
 
 def main(arguments: list[str]) -> int:
     """Run one command line; returns the exit code."""
+    return exit_code("compare.py", lambda: _run(arguments))
+
+
+def exit_code(program: str, run: Callable[[], int]) -> int:
+    """What a command that goes on where it was interrupted returns; mistakes and Ctrl-C are answered by one line."""
     try:
-        request = parse(arguments)
-        if request is None:
-            print(HELP)
-            return 0
-        return compare(request)
+        return run()
     except UserError as error:
-        print(f"compare.py: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("compare.py: interrupted; the same command goes on from here", file=sys.stderr)
+        print(f"{program}: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+
+
+def _run(arguments: list[str]) -> int:
+    request = parse(arguments)
+    if request is None:
+        print(HELP)
+        return 0
+    return compare(request)
 
 
 def parse(arguments: list[str]) -> Request | None:
@@ -97,7 +105,7 @@ def parse(arguments: list[str]) -> Request | None:
         if name in ("-h", "--help"):
             return None
         if name == "--train":
-            request.recipes += [value] if has_value else _values(tokens)
+            request.recipes += [value] if has_value else take_values(tokens)
             if not request.recipes:
                 raise UserError("--train needs the names of recipes: --train lenet alexnet")
         elif name in own:
@@ -114,12 +122,7 @@ def parse(arguments: list[str]) -> Request | None:
             else:
                 setattr(request, name.lstrip("-"), Path(value))
         elif name.startswith("-"):
-            if name in NOT_PASSED:
-                raise UserError(f"{name} can't be given here: {NOT_PASSED[name]}")
-            request.flags.append(token)
-            takes_value = name not in FLAGS or FLAGS[name].check is not None
-            if takes_value and not has_value and tokens and not tokens[0].startswith("--"):
-                request.flags.append(tokens.pop(0))
+            request.flags += take_flag(token, tokens, NOT_PASSED)
         else:
             request.paths.append(Path(token))
     if request.recipes:
@@ -248,20 +251,11 @@ def runs_of(request: Request, recipe: str, wanted: dict[str, Any]) -> list[Run]:
 
 
 def _resolved(recipe: str, flags: list[str]) -> dict[str, Any]:
-    """The configuration that train.py makes of a recipe and flags."""
-    command = [sys.executable, str(PROJECT / "train.py"), "fit", "--model", recipe, *flags, "--print_config"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
-        raise UserError(f"{recipe}: {lines[-1].removeprefix('train.py: error: ')}")
-    return yaml.safe_load(result.stdout)
-
-
-def _values(tokens: list[str]) -> list[str]:
-    values = []
-    while tokens and not tokens[0].startswith("--"):
-        values.append(tokens.pop(0))
-    return values
+    """The configuration of one of several recipes: a mistake is said to be that recipe's."""
+    try:
+        return resolved(recipe, flags)
+    except UserError as error:
+        raise UserError(f"{recipe}: {error}") from None
 
 
 if __name__ == "__main__":

@@ -54,24 +54,12 @@ def print_table(groups: Sequence[Group]) -> None:
     Raises:
         UserError: If Rich is not installed.
     """
-    try:
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        raise UserError("the table needs the package rich: pip install rich") from None
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
+    console = terminal()
     rows = [dict(zip(COLUMNS, cells(group), strict=True)) for group in groups]
 
     def table(columns: Sequence[str]) -> Any:
-        built = Table(box=SIMPLE_HEAD, pad_edge=False)
-        for column in columns:
-            built.add_column(column, justify="left" if column == COLUMNS[0] else "right")
-        for number, row in enumerate(rows):
-            built.add_row(*(row[column] for column in columns), style="bold" if number == 0 and len(rows) > 1 else "")
-        return built
+        lines = [[row[column] for column in columns] for row in rows]
+        return rich_table(columns, lines, left=COLUMNS[:1], bold_first=len(rows) > 1)
 
     whole = table(COLUMNS)
     fits = console.measure(whole, options=console.options.update(max_width=1000)).maximum <= console.width
@@ -79,6 +67,35 @@ def print_table(groups: Sequence[Group]) -> None:
         console.print(part)
     for line in notes(groups):
         console.print(line, style="dim", highlight=False)
+
+
+def terminal() -> Any:
+    """Rich's console; a wide one where there is no terminal.
+
+    Raises:
+        UserError: If Rich is not installed.
+    """
+    try:
+        from rich.console import Console
+    except ImportError:
+        raise UserError("the table needs the package rich: pip install rich") from None
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
+def rich_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = (), bold_first: bool = False
+) -> Any:
+    """A table for Rich's console, its columns but the left ones aligned to the right."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="left" if column in left else "right")
+    for number, row in enumerate(rows):
+        table.add_row(*row, style="bold" if bold_first and number == 0 else "")
+    return table
 
 
 def cells(group: Group) -> list[str]:

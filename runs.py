@@ -154,7 +154,7 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
     """
     return {
         name: value
-        for name, value in _flat(config).items()
+        for name, value in flat(config).items()
         if ((name.startswith(("model.", "data.")) and name not in IMMATERIAL) or name in SHAPING)
         and value not in (None, False)
     }
@@ -232,7 +232,7 @@ def _name(group: Group, same_recipe: list[Group]) -> str:
     """The recipe, and the settings in which it differs from the other groups of its recipe."""
     first = group.runs[0]
     mine, others = _identity(first), [_identity(other.runs[0]) for other in same_recipe]
-    written = _flat(first.record["config"]) | mine
+    written = flat(first.record["config"]) | mine
     parts = []
     for name in dict.fromkeys(name for other in others for name in other):
         differs = any(other.get(name) != mine.get(name) for other in others)
@@ -248,11 +248,12 @@ def _short(value: Any) -> Any:
     return value
 
 
-def _flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted name and value of what nested mappings hold."""
+    leaves: dict[str, Any] = {}
     for key, value in mapping.items():
         if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            leaves |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            leaves[f"{prefix}{key}"] = value
+    return leaves

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from command_line import FLAGS, did_you_mean, parse_command_line
+from command_line import did_you_mean, parse_command_line, take_flag, take_values
 from errors import Stopped, UserError
 from search_space import Space, add_setting
 
@@ -100,10 +100,7 @@ def parse(arguments: list[str]) -> Request | None:
         if name in ("-h", "--help"):
             return None
         if name == "--space":
-            given = [token.partition("=")[2]] if has_value else []
-            while tokens and not tokens[0].startswith("--"):
-                given.append(tokens.pop(0))
-            for setting in given:
+            for setting in [*([value] if has_value else []), *take_values(tokens)]:
                 add_setting(request.space, setting)
                 request.spelled.append(setting)
         elif name in OWN:
@@ -113,12 +110,7 @@ def parse(arguments: list[str]) -> Request | None:
                 raise UserError(f"{name} needs a value (python sweep.py --help)")
             _set(request, name, value)
         elif name.startswith("-"):
-            if name in NOT_PASSED:
-                raise UserError(f"{name} can't be given here: {NOT_PASSED[name]}")
-            request.flags.append(token)
-            takes_value = name not in FLAGS or FLAGS[name].check is not None
-            if takes_value and not has_value and tokens and not tokens[0].startswith("--"):
-                request.flags.append(tokens.pop(0))
+            request.flags += take_flag(token, tokens, NOT_PASSED)
         elif request.recipe:
             raise UserError(f"two recipes, {request.recipe} and {token}; a sweep takes one")
         else:

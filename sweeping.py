@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from filelock import FileLock, Timeout
 
-from command_line import PROJECT, Command, load_yaml, parse_command_line, recipes
+from command_line import PROJECT, Command, load_yaml, parse_command_line, recipes, resolved
 from errors import RunError, Stopped, UserError
+from json_file import write_json
+from report import rich_table, terminal
+from runs import flat
 from search_space import CHECKS, Choice, Range, Space
 
 if TYPE_CHECKING:
@@ -203,10 +206,10 @@ def _checked_space(request: "Request", folder: Path) -> Space:
         whole = json.loads(notes.read_text(encoding="utf-8"))["whole"]
         return {name: _as(values, name in whole) for name, values in request.space.items()}
     print("Checking the settings", flush=True)
-    config = _resolved(request, [])
+    config = resolved(request.recipe, request.flags)
     if not config["data"]["val_size"]:
         raise UserError("a sweep chooses by validation accuracy: set --val_size above 0")
-    now = dict(_leaves(config))
+    now = _leaves(config)
     space: Space = {}
     for name, values in request.space.items():
         space[name] = values
@@ -218,27 +221,15 @@ def _checked_space(request: "Request", folder: Path) -> Space:
     points = max((len(values.values) if isinstance(values, Choice) else 2 for values in unsure.values()), default=0)
     with ThreadPoolExecutor(2) as pool:
         tries = [[f"--{name}={_text(_nth(values, n))}" for name, values in _in_order(space)] for n in range(points)]
-        list(pool.map(lambda settings: _resolved(request, settings), tries))
+        list(pool.map(lambda settings: resolved(request.recipe, [*request.flags, *settings]), tries))
     whole = [name for name, values in space.items() if isinstance(values, Range) and values.whole]
-    partial = notes.with_suffix(".partial")
-    partial.write_text(json.dumps({"command": _command(request), "whole": whole}, indent=1) + "\n", encoding="utf-8")
-    partial.replace(notes)
+    write_json(notes, {"command": _command(request), "whole": whole})
     return space
 
 
 def _is_known(values: Range | Choice, now: Any, name: str) -> bool:
     """Whether train.py need not be asked: the setting is a number already, or was checked on the command line."""
     return isinstance(now, int | float) if isinstance(values, Range) else CHECKS.get(name) is not None
-
-
-def _resolved(request: "Request", settings: list[str]) -> dict[str, Any]:
-    """The configuration that train.py makes of the recipe, the flags and these settings."""
-    arguments = ["fit", "--model", request.recipe, *request.flags, *settings, "--print_config"]
-    result = subprocess.run([sys.executable, str(PROJECT / "train.py"), *arguments], capture_output=True, text=True)
-    if result.returncode:
-        lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
-        raise UserError(lines[-1].removeprefix("train.py: error: "))
-    return yaml.safe_load(result.stdout)
 
 
 def _as(values: Range | Choice, whole: bool) -> Range | Choice:
@@ -345,7 +336,7 @@ def _write_recipe(
     files = [load_yaml(path) for path in command.configs]
     files += [load_yaml(path).get("fit") or {} for path in command.outer_configs]
     flags = {flag.lstrip("-").partition("=")[0].replace(".init_args", "") for flag in command.overrides} | set(space)
-    given = flags | {name for content in files for name, _ in _leaves(content)}
+    given = flags | {name for content in files for name in _leaves(content)}
 
     def wanted(name: str, value: Any) -> bool:
         if name in OF_A_RUN:
@@ -380,14 +371,9 @@ def _selected(config: dict[str, Any], wanted: Any, prefix: str = "") -> dict[str
     return selected
 
 
-def _leaves(mapping: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(mapping: dict[str, Any]) -> dict[str, Any]:
     """Dotted name without `init_args`, and value, of what nested mappings hold."""
-    for key, value in mapping.items():
-        name = prefix if key == "init_args" else f"{prefix}.{key}".lstrip(".")
-        if isinstance(value, dict):
-            yield from _leaves(value, name)
-        else:
-            yield name, value
+    return {name.replace(".init_args", ""): value for name, value in flat(mapping).items() if value != {}}
 
 
 def _model_name(output: Path) -> str:
@@ -408,25 +394,16 @@ def _shown(settings: Iterable[str]) -> str:
 
 
 def _print_table(study: "optuna.Study", request: "Request") -> None:
-    try:
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        raise UserError("the table needs the package rich: pip install rich") from None
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
+    console = terminal()
     completed, finished = _completed(study), _finished(study)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("trial", "validation accuracy", *(text.partition("=")[0] for text in request.spelled), "time"):
-        table.add_column(column, justify="right")
-    for number, trial in enumerate(completed[:SHOWN]):
+    rows = []
+    for trial in completed[:SHOWN]:
         values = dict(text.removeprefix("--").split("=", 1) for text in trial.user_attrs["settings"])
         cells = [trial.user_attrs["folder"].removeprefix("trial_"), f"{trial.value:.4f}"]
         cells += [values[name] for name in request.space]
-        table.add_row(*cells, f"{trial.user_attrs['seconds']:.1f} s", style="bold" if number == 0 else "")
-    console.print(table)
+        rows.append([*cells, f"{trial.user_attrs['seconds']:.1f} s"])
+    columns = ("trial", "validation accuracy", *(text.partition("=")[0] for text in request.spelled), "time")
+    console.print(rich_table(columns, rows, bold_first=True))
     counts = {state: sum(trial.state == state for trial in finished) for state in TrialState}
     rest = {"given up early": counts[TrialState.PRUNED], "failed": counts[TrialState.FAIL]}
     if more := len(completed) - SHOWN:

@@ -11,7 +11,6 @@ Further flags go to each `train.py`; those that change what is trained need a fo
 """
 
 import argparse
-import json
 import signal
 import sys
 import time
@@ -25,8 +24,9 @@ from benchmarks.entries import TEST_IMAGES, TRAINING_IMAGES, Entry, Results, rea
 from benchmarks.rounding import duration
 from benchmarks.side_by_side import PROJECT, RESULTS, print_table
 from benchmarks.tables import Language, pages, results_table, written
-from compare import STOPPED, Request, runs_of, train_one, training_lock
+from compare import STOPPED, Request, exit_code, runs_of, train_one, training_lock
 from errors import UserError
+from json_file import write_json
 from runs import OPEN, Run, find_runs, matches, settings
 
 
@@ -58,26 +58,23 @@ class Job(NamedTuple):
 
 def main(arguments: list[str]) -> int:
     """Run one command line; returns the exit code."""
-    try:
-        options = _parse(arguments)
-        if options.check:
-            return _check(options)
-        if options.tables:
-            return _write(options)
-        entries = read_entries(options.families, options.recipes, options.flags)
-        jobs = _jobs(entries, options)
-        if options.list:
-            _list(jobs, options)
-            return 0
-        code = _train(jobs, options)
-        _write(options)
-        return code
-    except UserError as error:
-        print(f"benchmarks.results: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("benchmarks.results: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+    return exit_code("benchmarks.results", lambda: _run(arguments))
+
+
+def _run(arguments: list[str]) -> int:
+    options = _parse(arguments)
+    if options.check:
+        return _check(options)
+    if options.tables:
+        return _write(options)
+    entries = read_entries(options.families, options.recipes, options.flags)
+    jobs = _jobs(entries, options)
+    if options.list:
+        _list(jobs, options)
+        return 0
+    code = _train(jobs, options)
+    _write(options)
+    return code
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -184,9 +181,7 @@ def _keep(job: Job, options: argparse.Namespace) -> bool:
         raise UserError(f"{job.title} was not trained on the whole data set; name a folder for its record with --out")
     path = job.target(options)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, record)
     print(f"Record: {path}", flush=True)
     return True
 

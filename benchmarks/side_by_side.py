@@ -21,6 +21,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from json_file import write_json
+
 PROJECT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "timm", "d2l", "pillow")
@@ -329,9 +331,7 @@ def write_record(name: str, options: argparse.Namespace, place: dict[str, Any], 
     }
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{name}-{options.accelerator}.json"
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, record)
     print(f"\n{_described(place)}\nRecord: {path}")
     return path
 

@@ -24,6 +24,7 @@ from callbacks.confusion import Confusion
 from callbacks.model_table import stages
 from callbacks.speed import Speed
 from errors import Stopped
+from json_file import write_json
 
 try:
     import resource
@@ -176,10 +177,7 @@ class RunRecord(Callback):
     def _write(self, trainer: pl.Trainer) -> None:
         begun = self.record["epochs"] or "stopped_after_seconds" in self.record
         if trainer.is_global_zero and self._folder and begun:
-            target = Path(self._folder) / "record.json"
-            partial = target.with_suffix(".json.partial")
-            partial.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
-            partial.replace(target)
+            write_json(Path(self._folder) / "record.json", self.record)
 
 
 def _flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:

@@ -20,6 +20,7 @@ from checkpoints import LISTING
 from datamodules import DatasetError, FashionMNISTDataModule
 from errors import RunError, UserError
 from export import OneLineParser
+from json_file import write_json
 from lit_modules import LitClassifier
 from trained import load_trained
 
@@ -174,9 +175,7 @@ def _list(path: Path, entry: dict[str, Any]) -> None:
     listing = path.with_name(LISTING)
     entries = json.loads(listing.read_text(encoding="utf-8")) if listing.exists() else {}
     entries[path.name] = entry
-    partial = listing.with_suffix(".partial")
-    partial.write_text(json.dumps(dict(sorted(entries.items())), indent=1) + "\n", encoding="utf-8")
-    partial.replace(listing)
+    write_json(listing, dict(sorted(entries.items())))
 
 
 def main(arguments: list[str]) -> int:
