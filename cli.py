@@ -63,7 +63,7 @@ from errors import Diverged, RunError, UserError
 from lit_modules import LitClassifier
 from lr_finder import HIGHEST, LOWEST, STEPS, Curve, find_learning_rate, from_first_process
 from memory import advice as memory_advice
-from memory import is_out_of_memory, largest_batch_size
+from memory import is_out_of_memory, keep_freed_memory, largest_batch_size
 from parser_errors import explain, one_line
 from summary import scores, shown, summary
 
@@ -85,6 +85,7 @@ def run(command: Command) -> None:
     if not torch.cuda.is_available():
         # Lightning has PyTorch ask NVIDIA's library for GPUs; where there is none, each optimiser step looks for it.
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
+    keep_freed_memory()
     sys.path.append(str(Path.cwd()))  # where networks of the user's own lie
     processes = Processes()
     try:

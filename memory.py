@@ -1,5 +1,6 @@
-"""What to do when a batch does not fit into memory, and the largest that does."""
+"""Main memory kept for the next step; what to do when a batch does not fit into memory, and the largest that does."""
 
+import ctypes
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,6 +17,23 @@ except ImportError:  # on Windows
 
 # Share of the free memory that the batch size found by trial may take: data, metrics and other programs need some.
 SHARE = {"cuda": 0.9, "cpu": 0.5}
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep what PyTorch frees, for the next step's tensors, until the process ends.
+
+    Left alone, glibc gives each large tensor back to the kernel as soon as it is freed, and the kernel clears every
+    page of the next one: on the CPU a seventh to two fifths of training's time (benchmarks/allocator.py).
+
+    Returns:
+        Whether the C library can; only glibc does, on Linux.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, TypeError, OSError):  # macOS, Windows, musl
+        return False
+    m_trim_threshold, m_mmap_max = -1, -4  # from malloc.h
+    return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, -1))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
