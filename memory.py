@@ -23,7 +23,7 @@ def keep_freed_memory() -> bool:
     """Have the C library keep what PyTorch frees, for the next step's tensors, until the process ends.
 
     Left alone, glibc gives each large tensor back to the kernel as soon as it is freed, and the kernel clears every
-    page of the next one: on the CPU a seventh to two fifths of training's time (benchmarks/allocator.py).
+    page of the next one: on the CPU a seventh to two fifths of training's time (benchmarks/freed_memory.py).
 
     Returns:
         Whether the C library can; only glibc does, on Linux.

@@ -8,6 +8,8 @@ from lightning.pytorch.callbacks import Callback
 
 from benchmarks.side_by_side import Turns
 
+RETURN_MEMORY = "--return_memory"
+
 
 class StepTurns(Callback):
     """Takes turns between steps; the rate is images a second, everything between two steps included."""
@@ -41,9 +43,16 @@ class EpochTurns(Callback):
             self._turns.step(len(trainer.datamodule.train_set))  # type: ignore[attr-defined]
 
 
-def command(turns: type[Callback], *arguments: str) -> list[str]:
-    """Python's arguments for train.py with these arguments as a contestant."""
-    return ["-m", "benchmarks.our_turns", "fit", *arguments, f"--trainer.callbacks+={__name__}.{turns.__name__}"]
+def command(turns: type[Callback], *arguments: str, keep_freed_memory: bool = True) -> list[str]:
+    """Python's arguments for train.py with these arguments as a contestant.
+
+    Args:
+        turns: The callback that waits for its turns.
+        arguments: Of train.py, after `fit`.
+        keep_freed_memory: False leaves the C library's handling of memory as it is.
+    """
+    start = ["-m", "benchmarks.our_turns", *([] if keep_freed_memory else [RETURN_MEMORY])]
+    return [*start, "fit", *arguments, f"--trainer.callbacks+={__name__}.{turns.__name__}"]
 
 
 def _take_part(trainer: pl.Trainer) -> Turns:
@@ -55,6 +64,11 @@ def _take_part(trainer: pl.Trainer) -> Turns:
 _WARM_UP = 0.3
 
 if __name__ == "__main__":
+    import memory
     import train
 
-    sys.exit(train.main(sys.argv[1:]))
+    arguments = sys.argv[1:]
+    if arguments[0] == RETURN_MEMORY:
+        memory.keep_freed_memory = lambda: False
+        arguments = arguments[1:]
+    sys.exit(train.main(arguments))

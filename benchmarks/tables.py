@@ -155,6 +155,8 @@ def throughput_table(record: dict[str, Any] | None, language: Language) -> str:
     header.append(("ours, images/s", "本项目（张/秒）")[language.number])
     bf16 = any("ours_bf16" in network for network in networks)
     header += [("in bfloat16", "bfloat16")[language.number]] if bf16 else []
+    header.append(("share of the machine's peak (aim)", "占机器峰值的比例（目标）")[language.number])
+    header.append(("peak memory, GiB", "峰值内存（GiB）")[language.number])
     header += [PEERS[name][language.number].format(record["versions"].get(name, "")) for name in peers]
     rows = []
     for entry, contestants in zip(record["results"], networks, strict=True):
@@ -162,6 +164,9 @@ def throughput_table(record: dict[str, Any] | None, language: Language) -> str:
         cells = [f"{network}, {entry['image_size']}, {entry['batch_size']}", _rate(contestants.get("ours"))]
         if bf16:
             cells.append(_rate(contestants.get("ours_bf16")))
+        ours, aim = contestants["ours"], entry["target_share_of_peak"]
+        cells.append(down(ours["share_of_peak"], 2) + (f" ({aim:g})" if aim else ""))
+        cells.append(up(ours["peak_memory_bytes"] / 2**30, 1))
         for name in peers:
             cells.append(_ratio(contestants[name]["ours_over_this"], language.to) if name in contestants else "")
         rows.append(cells)
@@ -204,7 +209,21 @@ def _overhead(record: dict[str, Any]) -> tuple[str, str]:
     (size, first), *others = times
     english = [f"{first} times at batch {size}", *(f"{ratio} at {size}" for size, ratio in others)]
     chinese = "，".join(f"批量 {size}：{ratio} 倍" for size, ratio in times)
-    return f"{', '.join(english)} (aims: {', '.join(aims)})", f"{chinese}（目标 {'、'.join(aims)}）"
+    answers = f"{', '.join(english)} (aims: {', '.join(aims)})", f"{chinese}（目标 {'、'.join(aims)}）"
+    kept = [over for entry in bar if (over := entry.get("time_over_bare_loop_with_kept_memory"))]
+    if not kept:
+        return answers
+    ratios = [up(over["median"], 2) for over in kept]
+    return (
+        f"{answers[0]}; over one that keeps freed memory as ours does: {', '.join(ratios)}",
+        f"{answers[1]}；对比同样保留已释放内存的裸循环：{'、'.join(ratios)} 倍",
+    )
+
+
+def _freed_memory(record: dict[str, Any]) -> tuple[str, str]:
+    times = [(entry["recipe"], down(entry["times_as_fast"]["median"], 2)) for entry in record["results"]]
+    english = ", ".join(f"{ratio} times for `{recipe}`" for recipe, ratio in times)
+    return english, "，".join(f"`{recipe}` {ratio} 倍" for recipe, ratio in times)
 
 
 def _startup(record: dict[str, Any]) -> tuple[str, str]:
@@ -214,6 +233,43 @@ def _startup(record: dict[str, Any]) -> tuple[str, str]:
     return (
         f"{answer} s; {first} s (importing Lightning alone: {alone} s)",
         f"{answer} 秒；{first} 秒（仅导入 Lightning 就要 {alone} 秒）",
+    )
+
+
+def _speedrun(record: dict[str, Any]) -> tuple[str, str]:
+    english, chinese = [], []
+    for entry in record["results"]:
+        if "recipe" not in entry:
+            continue  # the peer
+        reached, seconds = down(100 * entry["mean_accuracy"], 2), up(entry["mean_seconds"], 1)
+        wanted, limit = f"{entry['accuracy_wanted']:g}", entry["limit_seconds"]
+        aim = (f"; aim: {wanted} % in {limit:g} s", f"；目标 {limit:g} 秒内 {wanted}%") if limit else ("", "")
+        english.append(f"{reached} % in {seconds} s (`{entry['recipe']}`{aim[0]})")
+        chinese.append(f"{seconds} 秒达到 {reached}%（`{entry['recipe']}`{aim[1]}）")
+    return ", ".join(english), "，".join(chinese)
+
+
+def _precision(record: dict[str, Any]) -> tuple[str, str]:
+    english, chinese = [], []
+    for entry in record["results"]:
+        compared = entry["compared"]
+        plain, bf16 = (down(100 * compared["mean_accuracy"][name], 2) for name in ("32", "bf16-mixed"))
+        times = down(compared["times_as_fast"]["median"], 2)
+        agree = {True: ("agree", "一致"), False: ("differ", "不一致"), None: ("one seed", "单个种子")}[
+            compared["agree"]
+        ]
+        english.append(f"{entry['network']}: {bf16} and {plain} % ({agree[0]}), {times} times as fast")
+        chinese.append(f"{entry['network']}：{bf16}% 与 {plain}%（{agree[1]}），速度 {times} 倍")
+    return "; ".join(english), "；".join(chinese)
+
+
+def _scaling(record: dict[str, Any]) -> tuple[str, str]:
+    results = record["results"]
+    *_, (devices, efficiency) = results["efficiency"].items()
+    ratio, model = down(efficiency, 2), results["model"]
+    return (
+        f"{ratio} of the ideal with {devices} devices (`{model}`)",
+        f"{devices} 个设备时为理想值的 {ratio}（`{model}`）",
     )
 
 
@@ -258,6 +314,15 @@ LINES = (
         _overhead,
     ),
     Line(
+        "freed_memory-{}",
+        "freed_memory",
+        (
+            "training speed with freed memory kept for the next step, against glibc's default",
+            "保留已释放的内存供下一步使用，对比 glibc 默认行为的训练速度",
+        ),
+        _freed_memory,
+    ),
+    Line(
         "startup-{}",
         "startup",
         (
@@ -275,6 +340,25 @@ LINES = (
         ),
         _pictures,
     ),
+    Line(
+        "speedrun-{}",
+        "speedrun",
+        (
+            "seconds of training to a test accuracy, mean of the seeds",
+            "达到某测试准确率所需的训练秒数（多个种子的均值）",
+        ),
+        _speedrun,
+    ),
+    Line(
+        "precision-{}",
+        "precision",
+        (
+            "test accuracy in bfloat16 and in float32, means of the seeds",
+            "bfloat16 与 float32 的测试准确率（多个种子的均值）",
+        ),
+        _precision,
+    ),
+    Line("scaling-{}", "scaling", ("images a second of several devices", "多设备的训练速度"), _scaling),
     Line("reliability", "reliability", ("kills while a checkpoint was written", "写检查点时杀死进程"), _kills),
     Line(
         "reliability",

@@ -87,7 +87,8 @@ class DivergenceGuard(Callback):
 
     def _end_unless_finite(self, trainer: pl.Trainer, values: Tensor, what: str = "loss is") -> None:
         # Infinity and NaN stay in a sum, whichever step they came from.
-        if self._processes.largest(int(not torch.isfinite(values).all().item())):
+        finite = math.isfinite(values.item()) if values.numel() == 1 else torch.isfinite(values).all().item()
+        if self._processes.largest(int(not finite)):
             self._end(
                 trainer,
                 f"the {what} not finite in epoch {trainer.current_epoch + 1}, batch {trainer.fit_loop.batch_idx + 1}; "

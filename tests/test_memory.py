@@ -1,5 +1,7 @@
-"""Out of memory is one line with advice, and the largest batch that fits can be found."""
+"""Freed memory is kept, out of memory is one line with advice, and the largest batch that fits can be found."""
 
+import json
+import platform
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,37 @@ from torch import nn
 from memory import advice, is_out_of_memory, largest_batch_size
 
 SAMPLE = ("--data_dir", str(DATA), "--val_size", "200", "--max_epochs", "1", "--accelerator", "cpu")
+
+
+FAULTS = """
+import json, resource
+from pathlib import Path
+from lightning.pytorch.callbacks import Callback
+
+class Faults(Callback):
+    def on_fit_start(self, trainer, pl_module):
+        self.counts = []
+
+    def on_train_batch_end(self, *args):
+        self.counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+
+    def on_train_end(self, *args):
+        Path("faults.json").write_text(json.dumps(self.counts))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives large blocks back at once")
+def test_steps_use_the_memory_of_those_before(tmp_path: Path) -> None:
+    (tmp_path / "faults.py").write_text(FAULTS)
+    size = ("--batch_size", "16", "--image_size", "128", "--trainer.limit_train_batches", "12")
+    answer = run_forked(
+        *("fit", "--model", "vgg11_small", *SAMPLE, *size, "--trainer.callbacks+=faults.Faults"), folder=tmp_path
+    )
+    assert answer.code == 0, answer
+    counts = json.loads((tmp_path / "faults.json").read_text())
+    pages = counts[-1] - counts[-6]
+    # The largest of many tensors, after the first convolution, has 16 * 8 * 128 * 128 * 4 bytes: 2,048 pages of 4 KB.
+    assert pages < 2048, pages
 
 
 @pytest.mark.parametrize(

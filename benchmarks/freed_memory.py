@@ -1,0 +1,62 @@
+"""What it brings on the CPU to keep freed memory (memory.py): train.py's speed with and without, each in turn.
+
+PyTorch allocates and frees every tensor of a step. glibc returns large ones to the kernel at once, which clears each
+page before it gives it out again; kept, the pages are used as they are. Everything else is the same, and so are the
+results. On other C libraries than glibc there is nothing to measure.
+
+Command: python -m benchmarks.freed_memory --data_dir DIR
+"""
+
+from functools import partial
+from pathlib import Path
+
+from benchmarks import side_by_side
+from benchmarks.our_turns import StepTurns, command
+from benchmarks.side_by_side import Contestant, contest, median, print_table, ratios, run_folder
+from memory import keep_freed_memory
+
+RECIPES = ("lenet", "fast/1min", "vgg11_small", "alexnet", "nin", "googlenet")
+KEPT, RETURNED = "kept", "returned"
+
+
+def main() -> None:
+    """Run one contest for each recipe."""
+    parser = side_by_side.arguments(__doc__ or "", budget=180)
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    parser.add_argument("--turn", type=float, default=1.5, help="seconds a turn, at least (default: %(default)g)")
+    parser.add_argument("--flags", default="", help="more flags for train.py, in quotes")
+    options = parser.parse_args()
+    if options.accelerator != "cpu" or not keep_freed_memory():
+        parser.error("only on the CPU, with glibc")
+    data = str(Path(options.data_dir).resolve())
+    place = side_by_side.machine("cpu")
+    results, rows = [], []
+    for recipe in options.recipes:
+        with run_folder() as folder:
+            flags = ["--model", recipe, "--data_dir", data, "--log_dir", folder, "--accelerator", "cpu"]
+            flags += ["--devices", "1", "--max_epochs", "100000", "--val_size", "0", *options.flags.split()]
+            contestants = {
+                name: partial(Contestant, command(StepTurns, *flags, keep_freed_memory=name == KEPT))
+                for name in (KEPT, RETURNED)
+            }
+            turns, _ = contest(contestants, options.seconds / len(options.recipes), options.turn)
+        times = ratios(turns[KEPT], turns[RETURNED])
+        memory = {name: max(report["peak_memory_bytes"] for report in turns[name]) for name in contestants}
+        result = {"recipe": recipe, "times_as_fast": times, "peak_memory_bytes": memory, "turns": turns}
+        results.append(result | {"images_per_second": {name: median(turns[name]) for name in contestants}})
+        rows.append(
+            (
+                recipe,
+                *(f"{median(turns[name]):,.0f}" for name in contestants),
+                f"{times['median']:.2f} ({times['least']:.2f} to {times['greatest']:.2f})",
+                *(f"{memory[name] / 2**30:.2f}" for name in contestants),
+                len(turns[KEPT]),
+            )
+        )
+    header = ("recipe", "images/s, kept", "returned", "x times as fast", "peak GiB, kept", "returned", "rounds")
+    print_table(header, rows)
+    side_by_side.write_record("freed_memory", options, place, results)
+
+
+if __name__ == "__main__":
+    main()
