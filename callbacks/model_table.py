@@ -48,11 +48,10 @@ def stages(net: nn.Module, input_shape: tuple[int, int, int]) -> tuple[list[Stag
     handles = [module.register_forward_hook(note_shape) for module in names]
     was_training = net.training
     counter = FlopCounterMode(display=False)
-    meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in _tensors(net).items()}
     try:
         net.eval()
         with torch.no_grad(), counter:
-            output = torch.func.functional_call(net, meta, torch.empty(1, *input_shape, device="meta"))
+            output = torch.func.functional_call(net, without_data(net), torch.empty(1, *input_shape, device="meta"))
     finally:
         net.train(was_training)
         for handle in handles:
@@ -74,6 +73,15 @@ def stage_modules(net: nn.Module) -> dict[nn.Module, str]:
         else:
             names[child] = name
     return names
+
+
+def without_data(net: nn.Module) -> dict[str, Tensor]:
+    """Stand-ins for a network's parameters and buffers, in float32 whatever precision it is trained in."""
+    tensors = dict(net.named_parameters()) | dict(net.named_buffers())
+    return {
+        name: torch.empty_like(tensor, device="meta", dtype=torch.float32 if tensor.is_floating_point() else None)
+        for name, tensor in tensors.items()
+    }
 
 
 def table(net: nn.Module, input_shape: tuple[int, int, int]) -> str:
@@ -108,10 +116,6 @@ class ModelTable(Callback):
         """Print it once, on the first process."""
         if trainer.is_global_zero:
             print(table(pl_module.net, self._input_shape), flush=True)  # type: ignore[arg-type]
-
-
-def _tensors(net: nn.Module) -> dict[str, Tensor]:
-    return dict(net.named_parameters()) | dict(net.named_buffers())
 
 
 def _parameters(module: nn.Module) -> int:

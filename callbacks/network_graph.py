@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.module_tracker import ModuleTracker
 
-from callbacks.model_table import stage_modules
+from callbacks.model_table import stage_modules, without_data
 
 
 def network_graph(net: nn.Module, input_shape: tuple[int, int, int]) -> GraphDef:
@@ -32,8 +32,7 @@ def network_graph(net: nn.Module, input_shape: tuple[int, int, int]) -> GraphDef
     Raises:
         Exception: Whatever the network raises for an image of that shape.
     """
-    tensors = (*net.named_parameters(), *net.named_buffers())
-    meta = {f"net.{name}": torch.empty_like(tensor, device="meta") for name, tensor in tensors}
+    meta = {f"net.{name}": tensor for name, tensor in without_data(net).items()}
     images = torch.empty(1, *input_shape, device="meta")
     recorder = _Recorder(net, images)
     was_training = net.training

@@ -197,6 +197,28 @@ def test_benchmark_writes_a_record(name, tmp_path):
     assert "Record:" in done.stdout
 
 
+@pytest.mark.slow
+def test_suite_goes_on_after_a_failure_and_names_it(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.suite", "--only", "data_path", "memory", "--seconds", "0"]
+    no_folder = tmp_path / "file"
+    no_folder.touch()
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    done = subprocess.run(
+        [*command, "--data_dir", str(no_folder), "--out", str(tmp_path)],
+        cwd=PROJECT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+    assert done.returncode == 1, done
+    codes = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in done.stdout.splitlines()[-2:]}
+    assert codes == {"data_path": "1", "memory": "0"}
+    assert (tmp_path / "memory-cpu.json").exists()
+
+
 def leaves(value):
     if isinstance(value, dict):
         value = list(value.values())

@@ -496,3 +496,12 @@ def test_a_recipe_in_bfloat16_runs_in_float32_where_the_cpu_only_imitates_it(tmp
     assert f"precision {precision}" in out
     assert ("no bfloat16 instructions" in out) == (precision == "32-true")
     assert record(tmp_path / "logs" / "mine" / "version_0")["precision"] == precision
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_weights_may_have_another_precision_than_float32(tmp_path, precision):
+    fit = good(run_forked("fit", *LENET[2:], *FAST, "--model", "lenet", "--precision", precision, folder=tmp_path))
+    checkpoint = tmp_path / "logs" / "lenet" / "version_0" / "checkpoints" / "last.ckpt"
+    weights = torch.load(checkpoint, weights_only=True)["state_dict"]["net.classifier.5.weight"]
+    assert weights.dtype == {"bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
+    assert "61,706" in fit

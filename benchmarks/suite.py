@@ -1,0 +1,64 @@
+"""Every benchmark on this machine, one after the other, then the trainings of the READMEs' tables in the time left.
+
+For a machine that is there for a while, such as a rented GPU: one command, all records. With less than the usual time
+each gets its share. A benchmark that fails is named at the end, and the others go on; each record is written as soon as
+it is measured. With `--results` the rest of the time goes into the trainings of `benchmarks.results`, which continue
+where they stopped when the command is given again.
+
+Command: python -m benchmarks.suite --accelerator gpu --results --seconds 28800
+"""
+
+import subprocess
+import sys
+import time
+
+from benchmarks import side_by_side
+from benchmarks.side_by_side import PROJECT, print_table
+
+# Budget in seconds of each, the most wanted first.
+SECONDS = {
+    "throughput": 600,
+    "speedrun": 270,
+    "trainer_overhead": 120,
+    "memory": 120,
+    "precision": 300,
+    "data_path": 60,
+    "freed_memory": 180,
+    "startup": 75,
+    "scaling": 75,
+    "tensorboard_cost": 160,
+}
+ONLY_CPU = ("freed_memory",)
+
+
+def main() -> int:
+    """Run them; returns 1 if one failed."""
+    parser = side_by_side.arguments(__doc__ or "", budget=sum(SECONDS.values()))
+    parser.add_argument("--only", nargs="+", default=list(SECONDS), choices=SECONDS, metavar="NAME")
+    parser.add_argument("--results", action="store_true", help="then train what benchmarks.results does")
+    options = parser.parse_args()
+    begun = time.monotonic()
+    names = [name for name in options.only if options.accelerator == "cpu" or name not in ONLY_CPU]
+    pace = min(1.0, options.seconds / sum(SECONDS[name] for name in names))
+    shared = ["--accelerator", options.accelerator, "--out", str(options.out.resolve())]
+    rows = []
+    for name in names:
+        flags = ["--data_dir", options.data_dir, "--seconds", f"{pace * SECONDS[name]:.0f}"]
+        rows.append(_run(name, [*flags, *shared]))
+    left = options.seconds - (time.monotonic() - begun)
+    if options.results and left > 0:
+        rows.append(_run("results", [*shared, "--data_dir", options.data_dir, "--hours", f"{left / 3600:.4f}"]))
+    print()
+    print_table(("benchmark", "exit code", "seconds"), rows)
+    return int(any(code for _, code, _ in rows))
+
+
+def _run(name: str, arguments: list[str]) -> tuple[str, int, str]:
+    print(f"\n== {name}", flush=True)
+    start = time.monotonic()
+    code = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *arguments], cwd=PROJECT).returncode
+    return name, code, f"{time.monotonic() - start:.0f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
