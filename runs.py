@@ -43,6 +43,7 @@ IMMATERIAL = (
     "model.channels_last",
     "model.net.init_args.image_size",
 )
+SWEEPS = "sweeps"  # where sweep.py keeps its trials, within the folder of the runs
 # The machine decides these where they are left open.
 OPEN = {"trainer.precision": None, "trainer.devices": "auto"}
 
@@ -172,6 +173,8 @@ def matches(run: Run, wanted: dict[str, Any]) -> bool:
 def find_runs(paths: Iterable[Path]) -> list[Run]:
     """The runs in folders, searched to any depth, or of single record.json files.
 
+    The trials of a sweep, which are never tested, count only where their own folder is named.
+
     Raises:
         UserError: If a path does not exist, or a record can't be read.
     """
@@ -180,6 +183,7 @@ def find_runs(paths: Iterable[Path]) -> list[Run]:
         if not path.exists():
             raise UserError(f"{path} does not exist; the folder of a run, or one that holds runs, was expected")
         files = [path] if path.is_file() else sorted(path.rglob("record.json"))
+        files = [file for file in files if SWEEPS not in file.relative_to(path).parts]
         runs |= {file.resolve(): _read(file) for file in files}
     return list(runs.values())
 

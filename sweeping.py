@@ -22,7 +22,7 @@ from command_line import PROJECT, Command, load_yaml, parse_command_line, recipe
 from errors import RunError, Stopped, UserError
 from json_file import write_json
 from report import rich_table, terminal
-from runs import flat
+from runs import SWEEPS, flat
 from search_space import CHECKS, Choice, Range, Space
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def sweep(request: "Request") -> int:
     assert command is not None
     assert command.recipe is not None
     name = command.recipe.replace("/", "-")
-    folder = request.log_dir / "sweeps" / f"{name}-{_fingerprint(request, command)}"
+    folder = request.log_dir / SWEEPS / f"{name}-{_fingerprint(request, command)}"
     output = request.output or folder / f"{name}_best.yaml"
     _check_output(output)
     try:

@@ -148,6 +148,7 @@ def test_a_sweep_outlives_a_failing_trial_and_goes_on_after_ctrl_c(tmp_path: Pat
     assert [epoch["epoch"] for epoch in run.record["epochs"]] == list(range(1, 16))
     assert run.record["epochs"][: len(first)] == first
     assert "test" not in run.record
+    assert find_runs([tmp_path / "logs"]) == []  # compare.py lists no trials
 
     # The recipe is that trial's, whole.
     printed = subprocess.run(
