@@ -22,8 +22,9 @@ SHARE = {"cuda": 0.9, "cpu": 0.5}
 def keep_freed_memory() -> bool:
     """Have the C library keep what PyTorch frees, for the next step's tensors, until the process ends.
 
-    Left alone, glibc gives each large tensor back to the kernel as soon as it is freed, and the kernel clears every
-    page of the next one: on the CPU a seventh to two fifths of training's time (benchmarks/freed_memory.py).
+    Left alone, glibc gives each tensor of more than 32 MiB back to the kernel as soon as it is freed, and the kernel
+    clears every page of the next one: on the CPU an eighth to two fifths of the time of the tutorial's larger networks
+    (benchmarks/freed_memory.py).
 
     Returns:
         Whether the C library can; only glibc does, on Linux.

@@ -1,8 +1,9 @@
 """What it brings on the CPU to keep freed memory (memory.py): train.py's speed with and without, each in turn.
 
-PyTorch allocates and frees every tensor of a step. glibc returns large ones to the kernel at once, which clears each
-page before it gives it out again; kept, the pages are used as they are. Everything else is the same, and so are the
-results. On other C libraries than glibc there is nothing to measure.
+PyTorch allocates and frees every tensor of a step. glibc returns those of more than 32 MiB to the kernel at once, which
+clears each page before it gives it out again; kept, the pages are used as they are. Everything else is the same, and so
+are the results. Networks without such tensors show only noise. On other C libraries than glibc there is nothing to
+measure.
 
 Command: python -m benchmarks.freed_memory --data_dir DIR
 """

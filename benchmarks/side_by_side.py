@@ -320,20 +320,22 @@ def versions() -> dict[str, str]:
 
 def write_record(name: str, options: argparse.Namespace, place: dict[str, Any], results: Any) -> Path:
     """Write one benchmark's record, NAME-ACCELERATOR.json, and say where."""
-    record = {
-        "benchmark": name,
-        "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "machine": place,
-        "versions": versions(),
-        "results": results,
-    }
+    record = {"benchmark": name, **occasion(name, place), "versions": versions(), "results": results}
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{name}-{options.accelerator}.json"
     write_json(path, record)
     print(f"\n{_described(place)}\nRecord: {path}")
     return path
+
+
+def occasion(name: str, place: dict[str, Any]) -> dict[str, Any]:
+    """How, when, with which code and where a benchmark runs."""
+    return {
+        "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "machine": place,
+    }
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -5,14 +5,19 @@ plain_loops.py for the others. The same run measures the machine's peak in matri
 the peak memory of each process (on the CPU without its loader's workers), beside the one that memory.py calculates for
 ours, without and with activation checkpointing.
 
+Where the memory does not hold all at once, they take part in groups, ours in each. With `--update` only the networks
+that are measured are replaced in the record; each of its results tells when and how it was measured.
+
 `ours_bf16` is ours with `--precision bf16-mixed`, where the CPU has instructions for bfloat16; its share is that of the
 peak in bfloat16. On a GPU all of ours is in bfloat16 already.
 
 Command: python -m benchmarks.throughput --data_dir DIR
 """
 
+import json
 import os
 import statistics
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +38,7 @@ SHARES = {"lenet": 0.1, "alexnet": 0.22, "vgg11": 0.3, "nin": 0.22, "googlenet":
 BF16 = "ours_bf16"
 PEERS = (BF16, "tutorial", "references", "d2l", "timm")
 PEAK, BF16_PEAK = "matmul", "matmul_bf16"
+PROCESS_BYTES = 2**30  # what a contestant's process takes beside its tensors
 # Issue: how many times the tutorial's images/s, and which share of the peak.
 TARGETS: dict[str, dict[str, tuple[float, float | None]]] = {
     "cpu": {
@@ -70,6 +76,7 @@ def main() -> None:
     parser.add_argument("--turn", type=float, default=2.0, help="seconds a turn, at least (default: %(default)g)")
     parser.add_argument("--compile", action="store_true", help="our network compiled")
     parser.add_argument("--flags", default="", help="more flags for train.py, in quotes")
+    parser.add_argument("--update", action="store_true", help="leave other networks in the record as they are")
     options = parser.parse_args()
     device = {"cpu": "cpu", "gpu": "cuda"}[options.accelerator]
     place = side_by_side.machine(options.accelerator)
@@ -110,7 +117,7 @@ def main() -> None:
             )
         for name, why in result["missing"].items():
             print(f"{model}: without {name}: {why}", flush=True)
-        results.append(result)
+        results.append(result | {"measured": side_by_side.occasion("throughput", place)})
     header = (
         "network",
         "loop",
@@ -127,11 +134,67 @@ def main() -> None:
     for key, kind in (("peak_flops", "bfloat16" if device == "cuda" else "float32"), ("peak_flops_bf16", "bfloat16")):
         if peaks := [result[key] for result in results if key in result]:
             print(f"Peak in matrix products ({kind}): {statistics.median(peaks) / 1e9:,.0f} GFLOP/s")
+    record = options.out / f"throughput-{options.accelerator}.json"
+    if options.update and record.exists():
+        new = {(result["network"], result["batch_size"]): result for result in results}
+        old = json.loads(record.read_text(encoding="utf-8"))["results"]
+        results = [new.pop((result["network"], result["batch_size"]), result) for result in old] + list(new.values())
     side_by_side.write_record("throughput", options, place, results)
 
 
 def measure(model: str, batch_size: int, device: str, budget: float, options: Any) -> dict[str, Any]:
-    """One network's contest."""
+    """One network's contests: ours against all the others, or as many at a time as fit into the memory."""
+    bf16 = BF16 in options.peers and device == "cpu" and cpu_has_bfloat16()
+    groups = _groups(options.peers, training_bytes(model, batch_size), device)
+    peaks: dict[str, float] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    missing: dict[str, str] = {}
+    for number, peers in enumerate(groups):
+        matrices = [PEAK, *([BF16_PEAK] if bf16 else [])] if number == 0 else []
+        turns, absent = _contest(model, batch_size, device, [*peers, *matrices], budget / len(groups), options)
+        peaks |= {name: max(turn["rate"] for turn in turns.pop(name)) for name in matrices if name in turns}
+        missing |= absent
+        ours = turns["ours"]
+        for name, reports in turns.items():
+            if name == "ours" and name in entries:
+                reports = entries[name]["turns"] + reports
+            entries[name] = {
+                "contestant": name,
+                "rounds": len(reports),
+                "images_per_second": median(reports),
+                "peak_memory_bytes": max(report["peak_memory_bytes"] for report in reports),
+                "turns": reports,
+            }
+            if name != "ours":
+                entries[name]["ours_over_this"] = ratios(ours, reports)
+    return {
+        "network": model,
+        "batch_size": batch_size,
+        "peak_flops": peaks[PEAK],
+        **({"peak_flops_bf16": peaks[BF16_PEAK]} if bf16 else {}),
+        "contestants": list(entries.values()),
+        "missing": missing,
+    }
+
+
+def _groups(peers: Sequence[str], size: int, device: str) -> list[list[str]]:
+    """The others in groups that, with ours, share the memory; one group on a GPU, where each has it to itself.
+
+    Args:
+        peers: All of them.
+        size: Bytes that one needs for its tensors.
+        device: "cpu" or "cuda".
+    """
+    if device != "cpu" or not hasattr(os, "sysconf"):
+        return [list(peers)]
+    memory = 0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    fitting = max(1, int(memory // (size + PROCESS_BYTES)) - 1)
+    return [list(peers[start : start + fitting]) for start in range(0, len(peers), fitting)] or [[]]
+
+
+def _contest(
+    model: str, batch_size: int, device: str, others: Sequence[str], budget: float, options: Any
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
     shared = ("--model", model, "--data_dir", str(Path(options.data_dir).resolve()), "--batch_size", str(batch_size))
     with run_folder() as folder:
         ours = command(
@@ -142,49 +205,23 @@ def measure(model: str, batch_size: int, device: str, budget: float, options: An
             *options.flags.split(),
         )
         contestants = {"ours": partial(Contestant, ours)}
-        bf16 = BF16 in options.peers and device == "cpu" and cpu_has_bfloat16()
-        for name in (*options.peers, PEAK, *([BF16_PEAK] if bf16 else [])):
+        for name in others:
             if name == BF16:
-                contestants[name] = partial(_in_bf16, ours, device, model, batch_size, len(options.peers))
+                contestants[name] = partial(_in_bf16, ours, device)
                 continue
             loop_name = PEAK if name == BF16_PEAK else name
             assert loop_name in LOOPS
             fast = ["--fast"] if device == "cuda" or name == BF16_PEAK else []
             loop = ["-m", "benchmarks.plain_loops", loop_name, "--device", device, *shared, *fast]
             contestants[name] = partial(Contestant, loop)
-        turns, missing = contest(contestants, budget, options.turn)
-    peaks = {name: max(turn["rate"] for turn in turns.pop(name)) for name in (PEAK, BF16_PEAK) if name in turns}
-    entries = []
-    for name, reports in turns.items():
-        entry = {
-            "contestant": name,
-            "rounds": len(reports),
-            "images_per_second": median(reports),
-            "peak_memory_bytes": max(report["peak_memory_bytes"] for report in reports),
-            "turns": reports,
-        }
-        if name != "ours":
-            entry["ours_over_this"] = ratios(turns["ours"], reports)
-        entries.append(entry)
-    return {
-        "network": model,
-        "batch_size": batch_size,
-        "peak_flops": peaks[PEAK],
-        **({"peak_flops_bf16": peaks[BF16_PEAK]} if bf16 else {}),
-        "contestants": entries,
-        "missing": missing,
-    }
+        return contest(contestants, budget, options.turn)
 
 
-def _in_bf16(ours: list[str], device: str, model: str, batch_size: int, others: int) -> Contestant:
-    """Ours in bfloat16, where it fits beside so many others in float32."""
+def _in_bf16(ours: list[str], device: str) -> Contestant:
     if device != "cpu":
         raise Missing("ours is in bfloat16 already")
     if not cpu_has_bfloat16():
         raise Missing("this CPU has no instructions for bfloat16")
-    taken = others * training_bytes(model, batch_size)
-    if taken > 0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-        raise Missing("the memory is full with the others; give fewer --peers")
     return Contestant([*ours, "--precision", "bf16-mixed"])
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTh
 
 from callbacks.speed import Speed
 
-_DRAWINGS_A_SECOND = 10  # of Lightning's 100, each holds up the training for milliseconds
+_DRAWINGS_A_SECOND = 4  # of Lightning's 100, each holds up the training for milliseconds
 
 
 def progress_callback(speed: Speed) -> Callback:

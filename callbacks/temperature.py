@@ -11,7 +11,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
-from torch.nn import functional as F
 
 # Logarithms of the temperatures that are tried. The loss is smooth enough for a parabola to find the minimum between.
 GRID = torch.linspace(math.log(0.2), math.log(20), 47)
@@ -41,11 +40,12 @@ class Temperature(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add the loss of a batch at each temperature; `outputs` are its logits (N, num_classes)."""
-        temperatures = GRID.to(outputs.device).exp()
-        scaled = outputs.float() / temperatures[:, None, None]  # (temperatures, N, num_classes)
-        labels = batch[1].expand(len(GRID), -1)
-        losses = F.cross_entropy(scaled.flatten(0, 1), labels.flatten(), reduction="none")  # 0 for ignored labels
-        self._losses += losses.view(len(GRID), -1).sum(dim=1)
+        logits, labels = outputs.float(), batch[1]
+        temperatures = GRID.to(logits.device).exp()[:, None]
+        right = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0] / temperatures  # (temperatures, N)
+        # Images last, which is three times as fast as F.cross_entropy's layout.
+        losses = (logits.t() / temperatures[:, :, None]).logsumexp(dim=1) - right
+        self._losses += (losses * (labels >= 0)).sum(dim=1)  # ignored labels are negative
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the temperature of the lowest loss; all processes take part."""
