@@ -17,7 +17,7 @@ from benchmarks.memory import LiveBytes, training_bytes
 from benchmarks.precision import compared, pooled_deviation
 from benchmarks.scaling import all_reduce_seconds
 from benchmarks.side_by_side import Contestant, Missing, contest, median, ratios
-from benchmarks.throughput import training_flops
+from benchmarks.throughput import PROCESS_BYTES, _groups, training_flops
 
 PROJECT = Path(__file__).parents[1]
 CONTESTANT = """
@@ -154,6 +154,16 @@ def test_airbench_learning_rate_is_a_triangle():
 
     assert (rates[0], rates[100]) == pytest.approx((0.2, 0.07))
     assert max(rates) == rates[23] == 1
+
+
+def test_contestants_that_fill_the_memory_take_part_in_groups():
+    peers = ["tutorial", "references", "d2l"]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    assert _groups(peers, 0, "cpu") == [peers]
+    assert _groups(peers, memory, "cpu") == [["tutorial"], ["references"], ["d2l"]]
+    assert _groups(peers, int(0.8 * memory / 3) - PROCESS_BYTES, "cpu") == [["tutorial", "references"], ["d2l"]]
+    assert _groups(peers, memory, "cuda") == [peers]
 
 
 def test_all_reduce_of_two_sends_the_gradient_once():
