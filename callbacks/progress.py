@@ -10,7 +10,9 @@ from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTh
 
 from callbacks.speed import Speed
 
-_DRAWINGS_A_SECOND = 4  # of Lightning's 100, each holds up the training for milliseconds
+_DRAWINGS_A_SECOND = 5  # each holds up the training for milliseconds
+# How often Lightning's thread looks whether something is to be drawn: where an epoch ends, training waits for it.
+_LOOKS_A_SECOND = 100
 
 
 def progress_callback(speed: Speed) -> Callback:
@@ -26,7 +28,7 @@ class EpochBars(RichProgressBar):
     """
 
     def __init__(self, speed: Speed) -> None:
-        super().__init__(_DRAWINGS_A_SECOND, leave=True, theme=RichProgressBarTheme(metrics_format=".4f"))
+        super().__init__(_LOOKS_A_SECOND, leave=True, theme=RichProgressBarTheme(metrics_format=".4f"))
         self._speed = speed
         self._drawn = 0.0
 
@@ -42,10 +44,28 @@ class EpochBars(RichProgressBar):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Update the bar when it is due: doing so at every step would slow small networks down."""
-        now = time.monotonic()
-        if trainer.is_last_batch or now - self._drawn >= 1 / _DRAWINGS_A_SECOND:
-            self._drawn = now
+        if trainer.is_last_batch or self._is_due():
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """The same for the bar of the validation."""
+        if self._is_due():
+            super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+
+    def _is_due(self) -> bool:
+        now = time.monotonic()
+        if now - self._drawn < 1 / _DRAWINGS_A_SECOND:
+            return False
+        self._drawn = now
+        return True
 
     def _get_train_description(self, current_epoch: int) -> str:
         return f"Epoch {current_epoch + 1}/{self.trainer.max_epochs}".ljust(len(self.validation_description))
