@@ -154,10 +154,10 @@ def measure(model: str, batch_size: int, device: str, budget: float, options: An
         turns, absent = _contest(model, batch_size, device, [*peers, *matrices], budget / len(groups), options)
         peaks |= {name: max(turn["rate"] for turn in turns.pop(name)) for name in matrices if name in turns}
         missing |= absent
-        ours = turns["ours"]
+        ours, before = turns["ours"], entries["ours"]["turns"] if entries else []
         for name, reports in turns.items():
-            if name == "ours" and name in entries:
-                reports = entries[name]["turns"] + reports
+            if name == "ours":
+                reports = before + reports
             entries[name] = {
                 "contestant": name,
                 "rounds": len(reports),
@@ -166,7 +166,7 @@ def measure(model: str, batch_size: int, device: str, budget: float, options: An
                 "turns": reports,
             }
             if name != "ours":
-                entries[name]["ours_over_this"] = ratios(ours, reports)
+                entries[name] |= {"ours_over_this": ratios(ours, reports), "first_round_of_ours": len(before)}
     return {
         "network": model,
         "batch_size": batch_size,
