@@ -254,7 +254,7 @@ def main() -> None:
 
 def _recorded(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The groups of runs that an earlier call has left."""
-    path = options.out / f"collapse-{options.accelerator}.json"
+    path = side_by_side.record_path("collapse", options)
     return json.loads(path.read_text(encoding="utf-8"))["results"]["variants"] if path.is_file() else []
 
 

@@ -42,11 +42,16 @@ class PictureDataset(Dataset):
         return self.transform(image) if self.transform else image, int(self.labels[index])
 
 
-def build(model: str) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a recipe, without this project's settings, and the recipe."""
+def ours(model: str) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a recipe, and the recipe."""
     recipe = yaml.safe_load(recipes()[model].read_text(encoding="utf-8"))
     module, _, name = recipe["model"]["net"]["class_path"].rpartition(".")
-    network = getattr(__import__(module, fromlist=[name]), name)(**recipe["model"]["net"].get("init_args", {}))
+    return getattr(__import__(module, fromlist=[name]), name)(**recipe["model"]["net"].get("init_args", {})), recipe
+
+
+def build(model: str) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a recipe, without this project's settings, and the recipe."""
+    network, recipe = ours(model)
     for layer in network.modules():
         if isinstance(layer, nn.ReLU):
             layer.inplace = False  # the tutorials' layers, and everyone's default
@@ -234,24 +239,32 @@ class _Counted:
 def matmul(options: argparse.Namespace, turns: Turns) -> None:
     """Floating-point operations a second of one large matrix product: the machine's peak in practice.
 
-    In bfloat16 on a GPU, and with `--fast` on the CPU; in float32 there otherwise. On the CPU by whichever of PyTorch's
-    two libraries is faster here: torch.mm's reaches half of what the convolutions' one does on some processors.
+    In bfloat16 on a GPU, and with `--fast` on the CPU; in float32 there otherwise.
     """
-    cuda = options.device == "cuda"
-    size = 8192 if cuda else 2048
-    dtype = torch.bfloat16 if cuda or options.fast else torch.float32
-    left, right = (torch.randn(size, size, device=options.device, dtype=dtype) for _ in range(2))
+    half = options.device == "cuda" or options.fast
+    multiply, operations = matrix_product(options.device, torch.bfloat16 if half else torch.float32)
+    turns.wait()
+    while True:
+        multiply()
+        turns.step(operations)
+
+
+def matrix_product(device: str, dtype: torch.dtype) -> tuple[Callable[[], Any], int]:
+    """A large matrix product, ready to be called, and its floating-point operations.
+
+    On the CPU by whichever of PyTorch's two libraries is faster here: torch.mm's reaches half of what the convolutions'
+    one does on some processors.
+    """
+    size = 8192 if device == "cuda" else 2048
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(left)
     products: list[Callable[[], Any]] = [lambda: torch.mm(left, right, out=product)]
-    if not cuda and torch.backends.mkldnn.is_available():
+    if device == "cpu" and torch.backends.mkldnn.is_available():
         packed = left.to_mkldnn(), right.to_mkldnn()
         products.append(lambda: F.linear(*packed))
-    with torch.inference_mode():
-        multiply = min(products, key=lambda one: min(timeit.repeat(one, number=1, repeat=3)))
-        turns.wait()
-        while True:
-            multiply()
-            turns.step(2 * size**3)
+    if len(products) > 1:
+        products.sort(key=lambda multiply: min(timeit.repeat(multiply, number=1, repeat=3)))
+    return products[0], 2 * size**3
 
 
 def _unpack(folder: Path, target: Path) -> None:

@@ -58,7 +58,7 @@ def images_per_second(model: str, devices: int, options: Any) -> dict[str, Any]:
 
 def _step_milliseconds(options: Any) -> dict[str, float]:
     """Each network's measured step on one device, from throughput.py's record."""
-    path = options.out / f"throughput-{options.accelerator}.json"
+    path = side_by_side.record_path("throughput", options)
     if not path.exists():
         return {}
     results = json.loads(path.read_text(encoding="utf-8"))["results"]

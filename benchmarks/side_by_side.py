@@ -322,10 +322,15 @@ def write_record(name: str, options: argparse.Namespace, place: dict[str, Any], 
     """Write one benchmark's record, NAME-ACCELERATOR.json, and say where."""
     record = {"benchmark": name, **occasion(name, place), "versions": versions(), "results": results}
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{name}-{options.accelerator}.json"
+    path = record_path(name, options)
     write_json(path, record)
     print(f"\n{_described(place)}\nRecord: {path}")
     return path
+
+
+def record_path(name: str, options: argparse.Namespace) -> Path:
+    """Where a benchmark's record lies."""
+    return options.out / f"{name}-{options.accelerator}.json"
 
 
 def occasion(name: str, place: dict[str, Any]) -> dict[str, Any]:

@@ -53,7 +53,12 @@ TARGETS: dict[str, dict[str, tuple[float, float | None]]] = {
 
 
 def training_flops(model: str, image_size: int) -> int:
-    """Floating-point operations of forward and backward pass for one image, counted on tensors without data.
+    """Floating-point operations of forward and backward pass for one image."""
+    return sum(training_flops_by_operation(model, image_size).values())
+
+
+def training_flops_by_operation(model: str, image_size: int) -> dict[Any, int]:
+    """The same for each of PyTorch's operations, counted on tensors without data.
 
     The gradient of the images themselves is not needed, and not counted.
     """
@@ -62,7 +67,7 @@ def training_flops(model: str, image_size: int) -> int:
     with FlopCounterMode(display=False) as counter:
         logits = net(torch.empty(2, 1, image_size, image_size, device="meta"))
         F.cross_entropy(logits, torch.zeros(2, dtype=torch.long, device="meta")).backward()
-    return counter.get_total_flops() // 2
+    return {operation: count // 2 for operation, count in counter.get_flop_counts()["Global"].items()}
 
 
 def main() -> None:
@@ -134,7 +139,7 @@ def main() -> None:
     for key, kind in (("peak_flops", "bfloat16" if device == "cuda" else "float32"), ("peak_flops_bf16", "bfloat16")):
         if peaks := [result[key] for result in results if key in result]:
             print(f"Peak in matrix products ({kind}): {statistics.median(peaks) / 1e9:,.0f} GFLOP/s")
-    record = options.out / f"throughput-{options.accelerator}.json"
+    record = side_by_side.record_path("throughput", options)
     if options.update and record.exists():
         new = {(result["network"], result["batch_size"]): result for result in results}
         old = json.loads(record.read_text(encoding="utf-8"))["results"]
@@ -146,33 +151,37 @@ def measure(model: str, batch_size: int, device: str, budget: float, options: An
     """One network's contests: ours against all the others, or as many at a time as fit into the memory."""
     bf16 = BF16 in options.peers and device == "cpu" and cpu_has_bfloat16()
     groups = _groups(options.peers, training_bytes(model, batch_size), device)
-    peaks: dict[str, float] = {}
-    entries: dict[str, dict[str, Any]] = {}
+    turns: dict[str, list[dict[str, Any]]] = {"ours": []}
+    first_rounds: dict[str, int] = {}  # of ours, in which each of the others took part
     missing: dict[str, str] = {}
     for number, peers in enumerate(groups):
         matrices = [PEAK, *([BF16_PEAK] if bf16 else [])] if number == 0 else []
-        turns, absent = _contest(model, batch_size, device, [*peers, *matrices], budget / len(groups), options)
-        peaks |= {name: max(turn["rate"] for turn in turns.pop(name)) for name in matrices if name in turns}
+        first_rounds |= dict.fromkeys(peers, len(turns["ours"]))
+        reports, absent = _contest(model, batch_size, device, [*peers, *matrices], budget / len(groups), options)
+        for name, values in reports.items():
+            turns.setdefault(name, []).extend(values)
         missing |= absent
-        ours, before = turns["ours"], entries["ours"]["turns"] if entries else []
-        for name, reports in turns.items():
-            if name == "ours":
-                reports = before + reports
-            entries[name] = {
-                "contestant": name,
-                "rounds": len(reports),
-                "images_per_second": median(reports),
-                "peak_memory_bytes": max(report["peak_memory_bytes"] for report in reports),
-                "turns": reports,
-            }
-            if name != "ours":
-                entries[name] |= {"ours_over_this": ratios(ours, reports), "first_round_of_ours": len(before)}
+    peaks = {name: max(turn["rate"] for turn in turns.pop(name)) for name in (PEAK, BF16_PEAK) if name in turns}
+    entries = []
+    for name, values in turns.items():
+        entry = {
+            "contestant": name,
+            "rounds": len(values),
+            "images_per_second": median(values),
+            "peak_memory_bytes": max(report["peak_memory_bytes"] for report in values),
+            "turns": values,
+        }
+        if name != "ours":
+            first = first_rounds[name]
+            ours = turns["ours"][first : first + len(values)]
+            entry |= {"ours_over_this": ratios(ours, values), "first_round_of_ours": first}
+        entries.append(entry)
     return {
         "network": model,
         "batch_size": batch_size,
         "peak_flops": peaks[PEAK],
         **({"peak_flops_bf16": peaks[BF16_PEAK]} if bf16 else {}),
-        "contestants": list(entries.values()),
+        "contestants": entries,
         "missing": missing,
     }
 

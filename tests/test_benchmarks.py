@@ -176,6 +176,7 @@ COMMANDS = {
     "throughput": f"{SMALL} --networks lenet --batch_size 8 --seconds 1 --turn 0.05",
     "trainer_overhead": f"{SMALL} --batch_size 512 --seconds 1",
     "freed_memory": f"{SMALL} --recipes vgg11_small --seconds 1 --turn 0.05 --flags=--batch_size=8",
+    "step_profile": "--networks lenet --batch_size 8",
     "data_path": f"{SMALL} --size 32 --batch_size 16 --seconds 1 --turn 0.05",
     "startup": f"{SMALL} --seconds 0",
     "speedrun": f"{SMALL} --seeds 1 --entry 10 lenet --flags=--max_epochs=1 --peer --peer_flags=--epochs=1",

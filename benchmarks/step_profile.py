@@ -1,0 +1,118 @@
+"""Where a training step goes, by kind of operation, and how near its convolutions and linear layers come to the peak.
+
+One step of each network at its tutorial size, as train.py computes it (channels-last, fused Adam, freed memory kept),
+on random images under torch.profiler, after steps to warm up; in bfloat16 on a GPU, in float32 elsewhere. The peak is
+that of one large matrix product, as in throughput.py.
+
+Command: python -m benchmarks.step_profile
+"""
+
+import multiprocessing
+import time
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import side_by_side
+from benchmarks.plain_loops import matrix_product, ours
+from benchmarks.side_by_side import print_table
+from benchmarks.throughput import NETWORKS, training_flops_by_operation
+from memory import keep_freed_memory
+
+WARM_UP = 6  # steps, until VGG has gathered the memory that is kept
+# Kind of operation, and what the names of PyTorch's operations of that kind contain.
+KINDS = {
+    "convolution": ("convolution",),
+    "linear": ("aten::mm", "aten::addmm"),
+    "pooling": ("pool",),
+    "normalisation": ("batch_norm",),
+    "activation": ("threshold", "clamp_min", "relu"),
+    "optimiser": ("adam", "optimizer"),
+}
+
+
+def main() -> None:
+    """Profile a step of each network."""
+    parser = side_by_side.arguments(__doc__ or "", budget=100)
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), help="recipes (default: all five)")
+    parser.add_argument("--batch_size", type=int, help="instead of each recipe's own")
+    options = parser.parse_args()
+    device = {"cpu": "cpu", "gpu": "cuda"}[options.accelerator]
+    place = side_by_side.machine(options.accelerator)
+    peak = _peak(device)
+    results, rows = [], []
+    for model in options.networks:
+        recipe = ours(model)[1]["data"]
+        batch_size, image_size = options.batch_size or recipe["batch_size"], recipe["image_size"]
+        with multiprocessing.get_context("spawn").Pool(1) as pool:  # whose memory no other network has shaped
+            seconds = pool.apply(profiled, (model, batch_size, image_size, device))
+        flops: dict[str, float] = defaultdict(float)
+        for operation, count in training_flops_by_operation(model, image_size).items():
+            flops[_kind(str(operation).replace("aten.", "aten::"))] += batch_size * count
+        whole = sum(seconds.values())
+        shares = {kind: flops[kind] / seconds[kind] / peak for kind in ("convolution", "linear") if seconds[kind]}
+        results.append(
+            {"network": model, "batch_size": batch_size, "image_size": image_size, "seconds": seconds}
+            | {"share_of_step": {kind: value / whole for kind, value in seconds.items()}, "share_of_peak": shares}
+        )
+        cells = [f"{value / whole:.2f}" for value in seconds.values()]
+        near = [f"{shares[kind]:.2f}" if kind in shares else "" for kind in ("convolution", "linear")]
+        rows.append((f"{model} {image_size}, batch {batch_size}", f"{1e3 * whole:,.1f}", *cells, *near))
+    header = ("network", "step, ms", *KINDS, "other", "convolution / peak", "linear / peak")
+    print_table(header, rows)
+    print(f"\nPeak in matrix products: {peak / 1e9:,.0f} GFLOP/s")
+    side_by_side.write_record("step_profile", options, place, {"peak_flops": peak, "networks": results})
+
+
+def profiled(model: str, batch_size: int, image_size: int, device: str) -> dict[str, float]:
+    """Seconds of one step in each kind of operation."""
+    keep_freed_memory()
+    net = ours(model)[0].to(device).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(net.parameters(), fused=True)
+    images = torch.rand(batch_size, 1, image_size, image_size, device=device).to(memory_format=torch.channels_last)
+    labels = torch.randint(0, 10, (batch_size,), device=device)
+
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = F.cross_entropy(net(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    for _ in range(WARM_UP):
+        step()
+    activities = {ProfilerActivity.CPU, ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU}
+    with profile(activities=activities) as profiler:
+        step()
+    seconds = dict.fromkeys((*KINDS, "other"), 0.0)
+    for event in profiler.key_averages():
+        microseconds: Any = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+        seconds[_kind(event.key)] += microseconds / 1e6
+    return seconds
+
+
+def _kind(operation: str) -> str:
+    found = (kind for kind, parts in KINDS.items() if any(part in operation.lower() for part in parts))
+    return next(found, "other")
+
+
+def _peak(device: str) -> float:
+    """Floating-point operations a second, the best of ten."""
+    multiply, operations = matrix_product(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    best = float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        multiply()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return operations / best
+
+
+if __name__ == "__main__":
+    main()
