@@ -1,8 +1,8 @@
 """Where a training step goes, by kind of operation, and how near its convolutions and linear layers come to the peak.
 
 Steps of each network at its tutorial size, as train.py computes them (channels-last, fused Adam, freed memory kept), on
-random images under torch.profiler, after others to warm up; the step of median length is shown, the record has all of
-them. In bfloat16 on a GPU, in float32 elsewhere. The peak is that of one large matrix product, as in throughput.py.
+random images under torch.profiler, after others to warm up: the mean of those steps. In bfloat16 on a GPU, in float32
+elsewhere. The peak is that of one large matrix product, as in throughput.py.
 
 Command: python -m benchmarks.step_profile
 """
@@ -23,7 +23,7 @@ from benchmarks.throughput import NETWORKS, training_flops_by_operation
 from memory import keep_freed_memory
 
 WARM_UP = 6  # steps, until VGG has gathered the memory that is kept
-PROFILED = 5  # steps
+PROFILED = 5  # steps, in one go: reading the events in between would break up the memory that is kept
 # Kind of operation, and what the names of PyTorch's operations of that kind contain.
 KINDS = {
     "convolution": ("convolution",),
@@ -49,8 +49,7 @@ def main() -> None:
         recipe = ours(model)[1]["data"]
         batch_size, image_size = options.batch_size or recipe["batch_size"], recipe["image_size"]
         with multiprocessing.get_context("spawn").Pool(1) as pool:  # whose memory no other network has shaped
-            steps = pool.apply(profiled, (model, batch_size, image_size, device))
-        seconds = sorted(steps, key=lambda step: sum(step.values()))[len(steps) // 2]
+            seconds = pool.apply(profiled, (model, batch_size, image_size, device))
         flops: dict[str, float] = defaultdict(float)
         for operation, count in training_flops_by_operation(model, image_size).items():
             flops[_kind(str(operation).replace("aten.", "aten::"))] += batch_size * count
@@ -59,7 +58,6 @@ def main() -> None:
         results.append(
             {"network": model, "batch_size": batch_size, "image_size": image_size, "seconds": seconds}
             | {"share_of_step": {kind: value / whole for kind, value in seconds.items()}, "share_of_peak": shares}
-            | {"steps": steps}
         )
         cells = [f"{value / whole:.2f}" for value in seconds.values()]
         near = [f"{shares[kind]:.2f}" if kind in shares else "" for kind in ("convolution", "linear")]
@@ -70,8 +68,8 @@ def main() -> None:
     side_by_side.write_record("step_profile", options, place, {"peak_flops": peak, "networks": results})
 
 
-def profiled(model: str, batch_size: int, image_size: int, device: str) -> list[dict[str, float]]:
-    """For each step, the seconds in each kind of operation."""
+def profiled(model: str, batch_size: int, image_size: int, device: str) -> dict[str, float]:
+    """Seconds of a step in each kind of operation."""
     keep_freed_memory()
     net = ours(model)[0].to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(net.parameters(), fused=True)
@@ -90,16 +88,14 @@ def profiled(model: str, batch_size: int, image_size: int, device: str) -> list[
     for _ in range(WARM_UP):
         step()
     activities = {ProfilerActivity.CPU, ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU}
-    steps = []
-    for _ in range(PROFILED):
-        with profile(activities=activities) as profiler:
+    with profile(activities=activities) as profiler:
+        for _ in range(PROFILED):
             step()
-        seconds = dict.fromkeys((*KINDS, "other"), 0.0)
-        for event in profiler.key_averages():
-            microseconds: Any = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
-            seconds[_kind(event.key)] += microseconds / 1e6
-        steps.append(seconds)
-    return steps
+    seconds = dict.fromkeys((*KINDS, "other"), 0.0)
+    for event in profiler.key_averages():
+        microseconds: Any = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+        seconds[_kind(event.key)] += microseconds / 1e6 / PROFILED
+    return seconds
 
 
 def _kind(operation: str) -> str:
