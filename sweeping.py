@@ -81,6 +81,8 @@ def sweep(request: "Request") -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     _print_table(study, request)
+    write_json(folder / "trials.json", {"command": _command(request), "trials": _listed(study, folder)})
+    print(f"All trials: {folder / 'trials.json'}")
     print(f"Recipe: {output}")
     print(f"Train it: python train.py --model {shlex.quote(_model_name(output))}")
     return 0
@@ -294,6 +296,20 @@ def _completed(study: "optuna.Study") -> list[FrozenTrial]:
     trials = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
     each = {trial.user_attrs["folder"]: trial for trial in reversed(trials)}
     return sorted(each.values(), key=lambda trial: (-(trial.value or 0), trial.number))
+
+
+def _listed(study: "optuna.Study", folder: Path) -> list[dict[str, Any]]:
+    """Every trial that ended, in order: what it set, and how far it came."""
+    listed = []
+    for trial in _finished(study):
+        own = trial.user_attrs["folder"]
+        record = _record(folder / own)
+        how = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "given up early"}.get(trial.state, "failed")
+        epochs = [epoch["val/accuracy"] for epoch in _epochs(folder / own)]
+        settings = [text.removeprefix("--") for text in trial.user_attrs["settings"]]
+        known = {name: record.get(name) for name in ("seed", "commit", "machine", "versions", "fit_seconds")}
+        listed.append({"trial": own, "settings": settings, "ended": how, "val_accuracy_by_epoch": epochs} | known)
+    return listed
 
 
 def _record(folder: Path) -> dict[str, Any]:

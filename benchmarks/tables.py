@@ -239,9 +239,11 @@ def _startup(record: dict[str, Any]) -> tuple[str, str]:
 def _speedrun(record: dict[str, Any]) -> tuple[str, str]:
     english, chinese = [], []
     for entry in record["results"]:
-        if "recipe" not in entry:
-            continue  # the peer
         reached, seconds = down(100 * entry["mean_accuracy"], 2), up(entry["mean_seconds"], 1)
+        if "peer" in entry:
+            english.append(f"{reached} % in {seconds} s ({entry['peer']}-style loop)")
+            chinese.append(f"{seconds} 秒达到 {reached}%（{entry['peer']} 风格的循环）")
+            continue
         wanted, limit = f"{entry['accuracy_wanted']:g}", entry["limit_seconds"]
         aim = (f"; aim: {wanted} % in {limit:g} s", f"；目标 {limit:g} 秒内 {wanted}%") if limit else ("", "")
         english.append(f"{reached} % in {seconds} s (`{entry['recipe']}`{aim[0]})")
@@ -260,6 +262,20 @@ def _precision(record: dict[str, Any]) -> tuple[str, str]:
         ]
         english.append(f"{entry['network']}: {bf16} and {plain} % ({agree[0]}), {times} times as fast")
         chinese.append(f"{entry['network']}：{bf16}% 与 {plain}%（{agree[1]}），速度 {times} 倍")
+    return "; ".join(english), "；".join(chinese)
+
+
+def _step(record: dict[str, Any]) -> tuple[str, str]:
+    english, chinese = [], []
+    for entry in record["results"]["networks"]:
+        name, step, peak = NETWORKS[entry["network"]], entry["share_of_step"], entry["share_of_peak"]
+        convolution = f"{down(step['convolution'], 2)} (at {down(peak['convolution'], 2)} of the peak)"
+        chinese_convolution = f"{down(step['convolution'], 2)}（为峰值的 {down(peak['convolution'], 2)}）"
+        if step["linear"] >= 0.01:
+            convolution += f", linear layers {down(step['linear'], 2)} (at {down(peak['linear'], 2)})"
+            chinese_convolution += f"、全连接 {down(step['linear'], 2)}（{down(peak['linear'], 2)}）"
+        english.append(f"{name}: convolutions {convolution}")
+        chinese.append(f"{name}：卷积 {chinese_convolution}")
     return "; ".join(english), "；".join(chinese)
 
 
@@ -357,6 +373,15 @@ LINES = (
             "bfloat16 与 float32 的测试准确率（多个种子的均值）",
         ),
         _precision,
+    ),
+    Line(
+        "step_profile-{}",
+        "step_profile",
+        (
+            "share of a step (of large matrix products' peak) under the profiler",
+            "性能分析器下各类运算占一步的比例（及其相对大矩阵乘法峰值的速度）",
+        ),
+        _step,
     ),
     Line("scaling-{}", "scaling", ("images a second of several devices", "多设备的训练速度"), _scaling),
     Line("reliability", "reliability", ("kills while a checkpoint was written", "写检查点时杀死进程"), _kills),

@@ -148,6 +148,10 @@ def test_a_sweep_outlives_a_failing_trial_and_goes_on_after_ctrl_c(tmp_path: Pat
     assert [epoch["epoch"] for epoch in run.record["epochs"]] == list(range(1, 16))
     assert run.record["epochs"][: len(first)] == first
     assert "test" not in run.record
+    failed, finished = json.loads((folder / "trials.json").read_text(encoding="utf-8"))["trials"]
+    assert (failed["ended"], failed["settings"]) == ("failed", ["model.optimizer.lr=1e30"])
+    assert (finished["ended"], finished["fit_seconds"]) == ("finished", run.record["fit_seconds"])
+    assert finished["val_accuracy_by_epoch"] == [epoch["val/accuracy"] for epoch in run.record["epochs"]]
     assert find_runs([tmp_path / "logs"]) == []  # compare.py lists no trials
 
     # The recipe is that trial's, whole.
