@@ -137,12 +137,13 @@ def _run_trial(study: "optuna.Study", trial: Trial, request: "Request", folder: 
             study.tell(trial, twin.value)
             return f"the same as {twin.user_attrs['folder']}: validation accuracy {twin.value:.4f}"
     code = _train(trial, request, folder / own)
-    epochs = _epochs(folder / own)
+    record = _record(folder / own)
+    epochs = _epochs(record)
     if code is None:
         study.tell(trial, state=TrialState.PRUNED)
         return f"given up after epoch {len(epochs)}, validation accuracy {_accuracy(epochs):.4f}"
     if code == 0 and epochs:
-        seconds = _record(folder / own)["fit_seconds"]
+        seconds = record["fit_seconds"]
         trial.set_user_attr("seconds", seconds)
         study.tell(trial, _accuracy(epochs))
         return f"validation accuracy {_accuracy(epochs):.4f} in {seconds:.1f} s"
@@ -168,7 +169,7 @@ def _train(trial: Trial, request: "Request", folder: Path) -> int | None:
                     code = process.wait(POLL_SECONDS)
                 except subprocess.TimeoutExpired:
                     code = None
-                for epoch in _epochs(folder)[reported:]:
+                for epoch in _epochs(_record(folder))[reported:]:
                     trial.report(epoch["val/accuracy"], epoch["epoch"])
                     reported += 1
                     if code is None and trial.should_prune():
@@ -305,7 +306,7 @@ def _listed(study: "optuna.Study", folder: Path) -> list[dict[str, Any]]:
         own = trial.user_attrs["folder"]
         record = _record(folder / own)
         how = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "given up early"}.get(trial.state, "failed")
-        epochs = [epoch["val/accuracy"] for epoch in _epochs(folder / own)]
+        epochs = [epoch["val/accuracy"] for epoch in _epochs(record)]
         settings = [text.removeprefix("--") for text in trial.user_attrs["settings"]]
         known = {name: record.get(name) for name in ("seed", "commit", "machine", "versions", "fit_seconds")}
         listed.append({"trial": own, "settings": settings, "ended": how, "val_accuracy_by_epoch": epochs} | known)
@@ -318,8 +319,8 @@ def _record(folder: Path) -> dict[str, Any]:
     return json.loads(files[-1].read_text(encoding="utf-8")) if files else {}
 
 
-def _epochs(folder: Path) -> list[dict[str, Any]]:
-    return [epoch for epoch in _record(folder).get("epochs", []) if "val/accuracy" in epoch]
+def _epochs(record: dict[str, Any]) -> list[dict[str, Any]]:
+    return [epoch for epoch in record.get("epochs", []) if "val/accuracy" in epoch]
 
 
 def _accuracy(epochs: Iterable[dict[str, Any]]) -> float:

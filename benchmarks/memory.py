@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import side_by_side
-from benchmarks.plain_loops import build
+from benchmarks.plain_loops import ours
 from benchmarks.side_by_side import print_table, run_folder, trained
 from lit_modules.activation_checkpointing import apply_activation_checkpointing
 
@@ -84,10 +83,7 @@ def training_bytes(model: str, batch_size: int, precision: str = "32", checkpoin
         checkpointing: With activation checkpointing.
     """
     with FakeTensorMode(), LiveBytes() as live:
-        net, recipe = build(model)
-        for layer in net.modules():
-            if isinstance(layer, nn.ReLU):
-                layer.inplace = True  # as the networks have it; build() takes it away
+        net, recipe = ours(model)
         if checkpointing:
             apply_activation_checkpointing(net)
         size = recipe["data"]["image_size"]

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks.side_by_side import Turns
-from command_line import recipes
+from command_line import load_yaml, recipes
 from datamodules.fashion_mnist_files import NAMES, load, prepare
 
 WORKERS = min(4, os.cpu_count() or 1)  # the tutorials' 4, or as many as there are cores
@@ -44,7 +43,7 @@ class PictureDataset(Dataset):
 
 def ours(model: str) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a recipe, and the recipe."""
-    recipe = yaml.safe_load(recipes()[model].read_text(encoding="utf-8"))
+    recipe = load_yaml(recipes()[model])
     module, _, name = recipe["model"]["net"]["class_path"].rpartition(".")
     return getattr(__import__(module, fromlist=[name]), name)(**recipe["model"]["net"].get("init_args", {})), recipe
 
@@ -141,7 +140,7 @@ def timm(options: argparse.Namespace, turns: Turns) -> None:
         from timm.utils import AverageMeter
     except ImportError as error:
         turns.missing(f"timm is not installed (pip install timm): {error}")
-    _, recipe = build(options.model)
+    recipe = load_yaml(recipes()[options.model])
     if not options.model.startswith("vgg"):
         turns.missing(f"timm has no {options.model} of this kind; only its vgg11 is compared")
     cuda = options.device == "cuda"

@@ -9,6 +9,7 @@ Command: python -m benchmarks.step_profile
 
 import multiprocessing
 import time
+import timeit
 from collections import defaultdict
 from typing import Any
 
@@ -20,6 +21,7 @@ from benchmarks import side_by_side
 from benchmarks.plain_loops import matrix_product, ours
 from benchmarks.side_by_side import print_table
 from benchmarks.throughput import NETWORKS, training_flops_by_operation
+from command_line import load_yaml, recipes
 from memory import keep_freed_memory
 
 WARM_UP = 6  # steps, until VGG has gathered the memory that is kept
@@ -41,12 +43,17 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), help="recipes (default: all five)")
     parser.add_argument("--batch_size", type=int, help="instead of each recipe's own")
     options = parser.parse_args()
+    begun = time.monotonic()
     device = {"cpu": "cpu", "gpu": "cuda"}[options.accelerator]
     place = side_by_side.machine(options.accelerator)
     peak = _peak(device)
-    results, rows = [], []
+    results: list[dict[str, Any]] = []
+    rows = []
     for model in options.networks:
-        recipe = ours(model)[1]["data"]
+        if results and time.monotonic() - begun > options.seconds:
+            print(f"No time left for {model}: give it --seconds")
+            continue
+        recipe = load_yaml(recipes()[model])["data"]
         batch_size, image_size = options.batch_size or recipe["batch_size"], recipe["image_size"]
         with multiprocessing.get_context("spawn").Pool(1) as pool:  # whose memory no other network has shaped
             seconds = pool.apply(profiled, (model, batch_size, image_size, device))
@@ -106,14 +113,13 @@ def _kind(operation: str) -> str:
 def _peak(device: str) -> float:
     """Floating-point operations a second, the best of ten."""
     multiply, operations = matrix_product(device, torch.bfloat16 if device == "cuda" else torch.float32)
-    best = float("inf")
-    for _ in range(10):
-        start = time.perf_counter()
+
+    def finish() -> None:
         multiply()
         if device == "cuda":
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return operations / best
+
+    return operations / min(timeit.repeat(finish, number=1, repeat=10))
 
 
 if __name__ == "__main__":

@@ -269,13 +269,13 @@ def _step(record: dict[str, Any]) -> tuple[str, str]:
     english, chinese = [], []
     for entry in record["results"]["networks"]:
         name, step, peak = NETWORKS[entry["network"]], entry["share_of_step"], entry["share_of_peak"]
-        convolution = f"{down(step['convolution'], 2)} (at {down(peak['convolution'], 2)} of the peak)"
-        chinese_convolution = f"{down(step['convolution'], 2)}（为峰值的 {down(peak['convolution'], 2)}）"
+        part, speed = down(step["convolution"], 2), down(peak["convolution"], 2)
+        english.append(f"{name}: convolutions {part} (at {speed} of the peak)")
+        chinese.append(f"{name}：卷积 {part}（为峰值的 {speed}）")
         if step["linear"] >= 0.01:
-            convolution += f", linear layers {down(step['linear'], 2)} (at {down(peak['linear'], 2)})"
-            chinese_convolution += f"、全连接 {down(step['linear'], 2)}（{down(peak['linear'], 2)}）"
-        english.append(f"{name}: convolutions {convolution}")
-        chinese.append(f"{name}：卷积 {chinese_convolution}")
+            part, speed = down(step["linear"], 2), down(peak["linear"], 2)
+            english[-1] += f", linear layers {part} (at {speed})"
+            chinese[-1] += f"、全连接 {part}（{speed}）"
     return "; ".join(english), "；".join(chinese)
 
 

@@ -32,6 +32,7 @@ from benchmarks.our_turns import StepTurns, command
 from benchmarks.plain_loops import LOOPS, build
 from benchmarks.side_by_side import Contestant, Missing, contest, median, print_table, ratios, run_folder
 from checks import cpu_has_bfloat16
+from command_line import load_yaml, recipes
 
 NETWORKS = ("lenet", "alexnet", "vgg11", "nin", "googlenet")
 SHARES = {"lenet": 0.1, "alexnet": 0.22, "vgg11": 0.3, "nin": 0.22, "googlenet": 0.16}  # of the time budget
@@ -89,7 +90,7 @@ def main() -> None:
     settings = [(model, size) for model in options.networks for size in options.batch_size or [None]]
     shares = sum(SHARES.get(model, 0.2) for model, _ in settings)
     for model, wanted in settings:
-        recipe = build(model)[1]
+        recipe = load_yaml(recipes()[model])
         batch_size, image_size = wanted or recipe["data"]["batch_size"], recipe["data"]["image_size"]
         budget = options.seconds * SHARES.get(model, 0.2) / shares
         result = measure(model, batch_size, device, budget, options)
