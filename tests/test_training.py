@@ -403,6 +403,7 @@ EVALUATE = """
 import sys
 import lightning.pytorch as pl
 import torch
+from callbacks.processes import end_process
 from datamodules import FashionMNISTDataModule
 from lit_modules import LitClassifier
 from models import VGG, LeNet
@@ -425,6 +426,7 @@ for net, size in ((LeNet(), 28), (narrow, 32)):
                 print(trainer.world_size, file=file)
                 for name, value in sorted(found.items()):
                     print(name, value.hex(), f"{value:.17g}", file=file)
+end_process(0)  # as train.py ends
 """
 
 
