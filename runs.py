@@ -163,9 +163,10 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
 
 def matches(run: Run, wanted: dict[str, Any]) -> bool:
     """Whether a run computed what the settings say; what they leave to the machine matches anything."""
-    names = run.settings.keys() | wanted.keys()
+    own = run.settings | ({"trainer.precision": run.record["precision"]} if "precision" in run.record else {})
+    names = own.keys() | wanted.keys()
     return all(
-        run.settings.get(name) == wanted.get(name) or (name in OPEN and wanted.get(name) == OPEN[name])
+        own.get(name) == wanted.get(name) or (name in OPEN and wanted.get(name) == OPEN[name])
         for name in names
     )
 

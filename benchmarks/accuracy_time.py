@@ -37,7 +37,8 @@ def points(results: Results) -> list[Point]:
     """All entries that have records, but for the recipes as they stand where they are trained in another way too."""
     found = []
     for (entry, device), runs in results.runs.items():
-        if entry.family in FAMILIES:
+        runs = [run for run in runs if "background" not in run.record]
+        if entry.family in FAMILIES and runs:
             seconds = [run.record["fit_seconds"] for run in runs]
             shares = [float(value) for value in accuracies(runs)]
             found.append(Point(entry.recipe + entry.suffix, entry.family, device, _spread(shares), _spread(seconds)))

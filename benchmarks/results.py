@@ -7,10 +7,13 @@
 
 One seed of each entry (entries.yaml) comes first, then the second of each, the cheapest entry first. The record of each
 finished run is kept as OUT/runs/NAME-seedN-DEVICE.json; what has one is not repeated unless its recipe has changed.
+With --background it trains beside other work: at the lowest priority, on one thread, and the records say so, since their
+times then say nothing.
 Further flags go to each `train.py`; those that change what is trained need a folder of their own, --out.
 """
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -89,6 +92,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--families", nargs="+", default=[], metavar="NAME", help="only these: reproduction, best, ...")
     parser.add_argument("--recipes", nargs="+", default=[], metavar="NAME", help="only these, best/* for a folder")
     parser.add_argument("--seeds", type=int, help="at most so many of each (default: as entries.yaml says)")
+    parser.add_argument("--background", action="store_true", help="lowest priority, one thread; gives no training time")
     parser.add_argument("--list", action="store_true", help="train nothing, show what would be trained")
     parser.add_argument("--tables", action="store_true", help="train nothing, write tables and plot")
     parser.add_argument("--check", action="store_true", help="write nothing, compare tables and plot with the records")
@@ -135,6 +139,10 @@ def _train(jobs: list[Job], options: argparse.Namespace) -> int:
     """Run what is missing; returns the exit code."""
     end = time.monotonic() + 3600 * options.hours if options.hours else None
     failed = []
+    if options.background:
+        os.nice(19)
+        # Threads that wait by spinning would slow down the work beside this one many times over.
+        os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     with training_lock(options.log_dir):
         for job in _missing(jobs, options):
             flags = [*job.entry.flags, "--accelerator", options.accelerator, "--devices", "1"]
@@ -181,7 +189,7 @@ def _keep(job: Job, options: argparse.Namespace) -> bool:
         raise UserError(f"{job.title} was not trained on the whole data set; name a folder for its record with --out")
     path = job.target(options)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, record)
+    write_json(path, record | ({"background": True} if options.background else {}))
     print(f"Record: {path}", flush=True)
     return True
 
@@ -256,6 +264,7 @@ def _estimate(job: Job, results: Results, options: argparse.Namespace) -> float 
         for (entry, device), runs in results.runs.items()
         if entry.recipe == job.entry.recipe and device == options.accelerator
         for run in runs
+        if "background" not in run.record
     ]
     return fmean(rates) * job.entry.images * job.entry.config["trainer"]["max_epochs"] if rates else None
 

@@ -429,6 +429,7 @@ def _score(runs: Sequence[Run], language: Language) -> tuple[str, str]:
 
 
 def _time(runs: Sequence[Run], device: str) -> str:
+    runs = [run for run in runs if "background" not in run.record]  # a time measured beside other work says nothing
     if not runs:
         return ""
     place = " / ".join(dict.fromkeys(run.machine.removeprefix("NVIDIA ") for run in runs)) if device == "gpu" else "CPU"
