@@ -14,10 +14,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from command_line import FLAGS, PROJECT, did_you_mean, parse_command_line, resolved, take_flag, take_values
+from cli.command import FLAGS, PROJECT, did_you_mean, parse_command_line, resolved, take_flag, take_values
 from errors import UserError
-from report import print_table, write_report
-from runs import Run, find_runs, fold, matches, settings
+from runs.reading import Run, find_runs, fold, matches, settings
+from runs.report import print_table, write_report
 
 HELP = """\
 usage: python compare.py [RUNS...] [--log_dir DIR] [--output DIR]

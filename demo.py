@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from command_line import PROJECT
+from cli.command import PROJECT
 from errors import RunError, UserError
 from export import OneLineParser
 

@@ -7,9 +7,9 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from command_line import did_you_mean, parse_command_line, take_flag, take_values
+from cli.command import did_you_mean, parse_command_line, take_flag, take_values
 from errors import Stopped, UserError
-from search_space import Space, add_setting
+from runs.search_space import Space, add_setting
 
 HELP = """\
 usage: python sweep.py RECIPE --space KEY=VALUES... [--trials N] [--output FILE] [flags of train.py]
@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> int:
         if request is None:
             print(HELP)
             return 0
-        from sweeping import sweep  # here, not above: Optuna takes a second to import
+        from runs.sweeps import sweep  # here, not above: Optuna takes a second to import
 
         return sweep(request)
     except UserError as error:

@@ -5,7 +5,7 @@ Only light modules are imported here, so that `--help` and plain mistakes answer
 
 import sys
 
-from command_line import help_text, parse_command_line
+from cli.command import help_text, parse_command_line
 from errors import Stopped, UserError
 
 
@@ -21,9 +21,9 @@ def main(arguments: list[str]) -> int:
         if command is None:
             print(help_text(predict="predict" in arguments))
             return 0
-        import cli  # here, not above: torch and Lightning take seconds to import
+        from launch.run import run  # here, not above: torch and Lightning take seconds to import
 
-        cli.run(command)
+        run(command)
         return 0
     except UserError as error:
         if str(error):  # else the first process says it

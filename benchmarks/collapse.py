@@ -26,10 +26,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from benchmarks import side_by_side
-from benchmarks.plain_loops import build
-from benchmarks.side_by_side import print_table, run_folder
-from command_line import load_yaml, recipes
+from benchmarks.harness import side_by_side
+from benchmarks.harness.side_by_side import print_table, run_folder
+from benchmarks.peers.plain_loops import build
+from cli.command import load_yaml, recipes
 from datamodules import FashionMNISTDataModule
 from lit_modules import LitClassifier
 

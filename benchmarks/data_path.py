@@ -16,10 +16,10 @@ import torch
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from benchmarks import side_by_side
-from benchmarks.our_turns import StepTurns, command
-from benchmarks.plain_loops import WORKERS, PictureDataset, endless
-from benchmarks.side_by_side import Contestant, Turns, contest, median, print_table, ratios, run_folder
+from benchmarks.harness import side_by_side
+from benchmarks.harness.our_turns import StepTurns, command
+from benchmarks.harness.side_by_side import Contestant, Turns, contest, median, print_table, ratios, run_folder
+from benchmarks.peers.plain_loops import WORKERS, PictureDataset, endless
 from datamodules import FashionMNISTDataModule
 
 SIZES = (28, 96, 224)

@@ -11,10 +11,10 @@ Command: python -m benchmarks.freed_memory --data_dir DIR
 from functools import partial
 from pathlib import Path
 
-from benchmarks import side_by_side
-from benchmarks.our_turns import StepTurns, command
-from benchmarks.side_by_side import Contestant, contest, median, print_table, ratios, run_folder
-from memory import keep_freed_memory
+from benchmarks.harness import side_by_side
+from benchmarks.harness.our_turns import StepTurns, command
+from benchmarks.harness.side_by_side import Contestant, contest, median, print_table, ratios, run_folder
+from launch.memory import keep_freed_memory
 
 RECIPES = ("lenet", "fast/1min", "vgg11_small", "alexnet", "nin", "googlenet")
 KEPT, RETURNED = "kept", "returned"

@@ -23,10 +23,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import side_by_side
-from benchmarks.plain_loops import ours
-from benchmarks.side_by_side import print_table, run_folder, trained
-from lit_modules.activation_checkpointing import apply_activation_checkpointing
+from benchmarks.harness import side_by_side
+from benchmarks.harness.side_by_side import print_table, run_folder, trained
+from benchmarks.peers.plain_loops import ours
+from lit_modules.execution.activation_checkpointing import apply_activation_checkpointing
 
 NETWORKS = ("lenet", "alexnet", "vgg11", "vgg19", "nin", "googlenet")
 BATCH_SIZES = (64, 256)

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import side_by_side
-from benchmarks.side_by_side import print_table, run_folder, trained
+from benchmarks.harness import side_by_side
+from benchmarks.harness.side_by_side import print_table, run_folder, trained
 
 PRECISIONS = ("32", "bf16-mixed")
 

@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 
-import cli  # noqa: F401  # before the forks, which then need not import it
-from checkpoint_io import AtomicCheckpointIO
-from checkpoints import read_checkpoint
+import launch.run  # noqa: F401  # before the forks, which then need not import it
+from checkpoints.reading import read_checkpoint
+from checkpoints.writing import AtomicCheckpointIO
 from errors import UserError
 
 PROJECT = Path(__file__).parents[1]

@@ -7,8 +7,8 @@
 
 One seed of each entry (entries.yaml) comes first, then the second of each, the cheapest entry first. The record of each
 finished run is kept as OUT/runs/NAME-seedN-DEVICE.json; what has one is not repeated unless its recipe has changed.
-With --background it trains beside other work: at the lowest priority, on one thread, and the records say so, since their
-times then say nothing.
+With --background it trains beside other work, at the lowest priority on one thread, and the records say so: their times
+say nothing.
 Further flags go to each `train.py`; those that change what is trained need a folder of their own, --out.
 """
 
@@ -22,15 +22,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from benchmarks import accuracy_time
-from benchmarks.entries import TEST_IMAGES, TRAINING_IMAGES, Entry, Results, read_entries, read_results
-from benchmarks.rounding import duration
-from benchmarks.side_by_side import PROJECT, RESULTS, print_table
-from benchmarks.tables import Language, pages, results_table, written
+from benchmarks.harness.side_by_side import PROJECT, RESULTS, print_table
+from benchmarks.readme import accuracy_time
+from benchmarks.readme.entries import TEST_IMAGES, TRAINING_IMAGES, Entry, Results, read_entries, read_results
+from benchmarks.readme.rounding import duration
+from benchmarks.readme.tables import Language, pages, results_table, written
 from compare import STOPPED, Request, exit_code, runs_of, train_one, training_lock
 from errors import UserError
-from json_file import write_json
-from runs import OPEN, Run, find_runs, matches, settings
+from runs.json_file import write_json
+from runs.reading import OPEN, Run, find_runs, matches, settings
 
 
 class Job(NamedTuple):

@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import side_by_side
-from benchmarks.plain_loops import build
-from benchmarks.side_by_side import PROJECT, print_table, run_folder
+from benchmarks.harness import side_by_side
+from benchmarks.harness.side_by_side import PROJECT, print_table, run_folder
+from benchmarks.peers.plain_loops import build
 
 # Bytes a second that each GPU sends and receives at once: NVLink 4 of H100 and H200 (900 GB/s both ways), as NVIDIA's
 # data sheets state, and one 400 Gbit/s network port a GPU between nodes.

@@ -20,8 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import side_by_side
-from benchmarks.side_by_side import PROJECT, print_table, run_folder, trained
+from benchmarks.harness import side_by_side
+from benchmarks.harness.side_by_side import PROJECT, print_table, run_folder, trained
 
 
 class Entry(NamedTuple):
@@ -61,7 +61,15 @@ def run(recipe: str, options: Any, folder: str, seed: int) -> dict[str, Any]:
 
 def run_peer(options: Any, seed: int) -> dict[str, Any]:
     """One run of airbench.py; returns seconds and test accuracy."""
-    command = [sys.executable, "-m", "benchmarks.airbench", "--accelerator", options.accelerator, "--seed", str(seed)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.peers.airbench",
+        "--accelerator",
+        options.accelerator,
+        "--seed",
+        str(seed),
+    ]
     command += ["--data_dir", options.data_dir, *options.peer_flags.split()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
     if done.returncode:
@@ -76,7 +84,9 @@ def main() -> None:
     parser.add_argument("--entry", nargs=2, action="append", metavar=("PERCENT", "RECIPE"), help="instead of our own")
     parser.add_argument("--flags", default="", help="more flags for train.py, in quotes")
     parser.add_argument("--peer", action="store_true", help="with the airbench-style loop")
-    parser.add_argument("--peer_flags", default="", help="flags for benchmarks.airbench, in quotes: --width, --epochs")
+    parser.add_argument(
+        "--peer_flags", default="", help="flags for benchmarks.peers.airbench, in quotes: --width, --epochs"
+    )
     options = parser.parse_args()
     options.data_dir = str(Path(options.data_dir).resolve())
     place = side_by_side.machine(options.accelerator)

@@ -16,8 +16,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from benchmarks import side_by_side
-from benchmarks.side_by_side import PROJECT, print_table, python_path, run_folder
+from benchmarks.harness import side_by_side
+from benchmarks.harness.side_by_side import PROJECT, print_table, python_path, run_folder
 
 IMPORT = "import lightning.pytorch.cli"
 ANSWER_LIMIT = 0.5  # issue: seconds for help and mistakes

@@ -17,12 +17,12 @@ import torch
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import side_by_side
-from benchmarks.plain_loops import matrix_product, ours
-from benchmarks.side_by_side import print_table
+from benchmarks.harness import side_by_side
+from benchmarks.harness.side_by_side import print_table
+from benchmarks.peers.plain_loops import matrix_product, ours
 from benchmarks.throughput import NETWORKS, training_flops_by_operation
-from command_line import load_yaml, recipes
-from memory import keep_freed_memory
+from cli.command import load_yaml, recipes
+from launch.memory import keep_freed_memory
 
 WARM_UP = 6  # steps, until VGG has gathered the memory that is kept
 PROFILED = 5  # steps, in one go: reading the events in between would break up the memory that is kept

@@ -12,8 +12,8 @@ import subprocess
 import sys
 import time
 
-from benchmarks import side_by_side
-from benchmarks.side_by_side import PROJECT, print_table
+from benchmarks.harness import side_by_side
+from benchmarks.harness.side_by_side import PROJECT, print_table
 
 # Budget in seconds of each, the most wanted first.
 SECONDS = {

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import side_by_side
-from benchmarks.our_turns import EpochTurns, command
-from benchmarks.side_by_side import Contestant, contest, median, print_table, ratios, run_folder
-from callbacks import pictures
-from callbacks.network_graph import network_graph
+from benchmarks.harness import side_by_side
+from benchmarks.harness.our_turns import EpochTurns, command
+from benchmarks.harness.side_by_side import Contestant, contest, median, print_table, ratios, run_folder
+from callbacks.tensorboard import drawing as pictures
 from datamodules import CLASS_NAMES
-from datamodules.fashion_mnist_files import load, prepare
+from datamodules.files.finding import load, prepare
+from inspection.graph import network_graph
 from models import LeNet
 
 EPOCHS = 1000  # as long as the contest may last
@@ -33,7 +33,7 @@ BATCH_SIZE = 256
 def with_pictures(arguments: list[str]) -> int:
     """train.py that draws after every epoch, however long the run."""
     import train
-    from callbacks import tensorboard_pictures
+    from callbacks.tensorboard import pictures as tensorboard_pictures
 
     tensorboard_pictures.TIMES = EPOCHS
     return train.main(arguments)
@@ -41,20 +41,19 @@ def with_pictures(arguments: list[str]) -> int:
 
 def without_pictures(arguments: list[str]) -> int:
     """train.py without the callbacks that draw."""
-    import cli
     import train
     from callbacks.confusion import Confusion
-    from callbacks.grad_cam import MistakesExplained
-    from callbacks.tensorboard_pictures import TensorBoardPictures
+    from callbacks.tensorboard.grad_cam import MistakesExplained
+    from callbacks.tensorboard.pictures import TensorBoardPictures
+    from launch import classifier_cli, trainer
 
     drawing = (Confusion, MistakesExplained, TensorBoardPictures)
 
-    class Bare(cli.ClassifierCLI):
-        def _fit_callbacks(self, logger: Any) -> list[Any]:
-            callbacks = super()._fit_callbacks(logger)
-            return [callback for callback in callbacks if not isinstance(callback, drawing)]
+    class Bare(trainer.RunCallbacks):
+        def _of_fit(self, *args: Any) -> list[Any]:
+            return [callback for callback in super()._of_fit(*args) if not isinstance(callback, drawing)]
 
-    cli.ClassifierCLI = Bare  # type: ignore[misc]
+    classifier_cli.RunCallbacks = Bare  # type: ignore[misc]
     return train.main(arguments)
 
 

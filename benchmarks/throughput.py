@@ -26,13 +26,13 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import side_by_side
+from benchmarks.harness import side_by_side
+from benchmarks.harness.our_turns import StepTurns, command
+from benchmarks.harness.side_by_side import Contestant, Missing, contest, median, print_table, ratios, run_folder
 from benchmarks.memory import training_bytes
-from benchmarks.our_turns import StepTurns, command
-from benchmarks.plain_loops import LOOPS, build
-from benchmarks.side_by_side import Contestant, Missing, contest, median, print_table, ratios, run_folder
-from checks import cpu_has_bfloat16
-from command_line import load_yaml, recipes
+from benchmarks.peers.plain_loops import LOOPS, build
+from cli.command import load_yaml, recipes
+from launch.checks import cpu_has_bfloat16
 
 NETWORKS = ("lenet", "alexnet", "vgg11", "nin", "googlenet")
 SHARES = {"lenet": 0.1, "alexnet": 0.22, "vgg11": 0.3, "nin": 0.22, "googlenet": 0.16}  # of the time budget
@@ -222,7 +222,7 @@ def _contest(
             loop_name = PEAK if name == BF16_PEAK else name
             assert loop_name in LOOPS
             fast = ["--fast"] if device == "cuda" or name == BF16_PEAK else []
-            loop = ["-m", "benchmarks.plain_loops", loop_name, "--device", device, *shared, *fast]
+            loop = ["-m", "benchmarks.peers.plain_loops", loop_name, "--device", device, *shared, *fast]
             contestants[name] = partial(Contestant, loop)
         return contest(contestants, budget, options.turn)
 

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from benchmarks import side_by_side
-from benchmarks.our_turns import EpochTurns, command
-from benchmarks.side_by_side import Contestant, Turns, contest, median, print_table, ratios, run_folder
+from benchmarks.harness import side_by_side
+from benchmarks.harness.our_turns import EpochTurns, command
+from benchmarks.harness.side_by_side import Contestant, Turns, contest, median, print_table, ratios, run_folder
 from datamodules.fashion_mnist import TrainBatches
-from datamodules.fashion_mnist_files import load, prepare
+from datamodules.files.finding import load, prepare
+from launch.memory import keep_freed_memory
 from lit_modules.schedules import WarmupDecay
-from memory import keep_freed_memory
 from models import LeNet
 
 EPOCHS = 1000  # as long as the contest may last

@@ -6,8 +6,8 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from lr_finder import Curve
-from summary import shown
+from launch.learning_rate import Curve
+from launch.summary import shown
 
 
 class LearningRateCurve(Callback):

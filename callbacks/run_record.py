@@ -21,10 +21,10 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
 from callbacks.confusion import Confusion
-from callbacks.model_table import stages
 from callbacks.speed import Speed
 from errors import Stopped
-from json_file import write_json
+from inspection.stages import stages
+from runs.json_file import write_json
 
 try:
     import resource

@@ -1,6 +1,6 @@
 """The data sets, as LightningDataModules."""
 
 from datamodules.fashion_mnist import CLASS_NAMES, FashionMNISTDataModule
-from datamodules.fashion_mnist_files import DatasetError
+from datamodules.files.finding import DatasetError
 
 __all__ = ["CLASS_NAMES", "DatasetError", "FashionMNISTDataModule"]

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from checkpoints import check_hyper_parameters
-from datamodules.fashion_mnist_files import DatasetError, load, prepare
+from checkpoints.reading import check_hyper_parameters
+from datamodules.files.finding import DatasetError, load, prepare
 
 CLASS_NAMES = (
     "T-shirt/top",

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from callbacks.model_table import stages
-from command_line import load_yaml, recipes
+from cli.command import load_yaml, recipes
 from errors import UserError
+from inspection.stages import stages
 
 DOCS = Path(__file__).resolve().parent
 SECTION = re.compile(r"(<!-- (table|recipes) ([^>]*?) -->\n).*?(<!-- /\2 -->)", re.DOTALL)

@@ -16,9 +16,9 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
-from checkpoints import check_hyper_parameters
-from lit_modules.activation_checkpointing import apply_activation_checkpointing
-from lit_modules.cuda_graphs import MODES, CudaGraphs
+from checkpoints.reading import check_hyper_parameters
+from lit_modules.execution.activation_checkpointing import apply_activation_checkpointing
+from lit_modules.execution.cuda_graphs import MODES, CudaGraphs
 from lit_modules.mean_loss import MeanLoss
 
 # A batch that only fills up a process's share of an evaluation set carries this label, and no metric counts it.

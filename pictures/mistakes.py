@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from callbacks.confusion import Mistake
+from inspection.grad_cam import grad_cam, heat_map
 from pictures.contact_sheet import FAINT, PAPER
-from pictures.grad_cam import grad_cam, heat_map
 
 SIZE, EDGE = 28, 112  # pixels of an image, and of its picture
 GAP, LINE, MARGIN = 8, 20, 12

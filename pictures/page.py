@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from checkpoints import listed
+from checkpoints.reading import listed
 from datamodules import CLASS_NAMES, DatasetError, FashionMNISTDataModule
-from datamodules.fashion_mnist_files import load
+from datamodules.files.finding import load
 from errors import RunError
+from inspection.grad_cam import EDGE, grad_cam, heat_map
 from lit_modules import LitClassifier
 from pictures.cleaning import as_fashion_mnist
-from pictures.grad_cam import EDGE, grad_cam, heat_map
 from pictures.reading import PictureError, read_picture
-from trained import load_trained
+from weights.trained import load_trained
 
 TOP = 3
 CHINESE = ("T恤", "裤子", "套头衫", "连衣裙", "外套", "凉鞋", "衬衫", "运动鞋", "包", "短靴")

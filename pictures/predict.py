@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from callbacks.confusion import Mistake
 from datamodules import FashionMNISTDataModule
 from errors import UserError
+from inspection.grad_cam import check_captum, grad_cam, overlay
 from lit_modules import LitClassifier
 from pictures.cleaning import Invert, as_fashion_mnist
 from pictures.contact_sheet import Tile, contact_sheet, thumbnail
-from pictures.grad_cam import check_captum, grad_cam, overlay
 from pictures.mistakes import explain_mistakes
 from pictures.reading import PictureError, find_pictures, read_picture
 

@@ -54,7 +54,7 @@ def run_forked(
 def start_server() -> None:
     """Start the process that the others are forked from."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cli"])
+    context.set_forkserver_preload(["launch.run"])
     kept = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
     os.environ |= {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     try:

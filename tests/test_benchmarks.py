@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.airbench import augmented, triangle
+from benchmarks.harness.side_by_side import Contestant, Missing, contest, median, ratios
 from benchmarks.memory import LiveBytes, training_bytes
+from benchmarks.peers.airbench import augmented, triangle
 from benchmarks.precision import compared, pooled_deviation
 from benchmarks.scaling import all_reduce_seconds
-from benchmarks.side_by_side import Contestant, Missing, contest, median, ratios
 from benchmarks.throughput import PROCESS_BYTES, _groups, training_flops
 
 PROJECT = Path(__file__).parents[1]
 CONTESTANT = """
 import sys, time
-from benchmarks.side_by_side import Turns
+from benchmarks.harness.side_by_side import Turns
 turns = Turns(warm_up=0.01)
 turns.wait()
 while True:
@@ -53,7 +53,7 @@ def test_contestants_take_turns(tmp_path):
 
 
 def test_a_contestant_that_can_not_take_part_is_named(tmp_path):
-    absent = "from benchmarks.side_by_side import Turns; Turns().missing('it is not installed')"
+    absent = "from benchmarks.harness.side_by_side import Turns; Turns().missing('it is not installed')"
 
     turns, missing = contest(
         {"A": lambda: contestant("A", tmp_path / "log"), "B": lambda: Contestant(["-c", absent])}, 0, 0.01
@@ -67,7 +67,7 @@ def test_a_contestant_that_fails_is_an_error():
     with pytest.raises(RuntimeError, match="has ended early"):
         Contestant(["-c", "raise SystemExit(1)"])
     with pytest.raises(Missing, match="why"):
-        Contestant(["-c", "from benchmarks.side_by_side import Turns; Turns().missing('why')"])
+        Contestant(["-c", "from benchmarks.harness.side_by_side import Turns; Turns().missing('why')"])
 
 
 def test_medians_and_ratios():

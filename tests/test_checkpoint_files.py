@@ -17,8 +17,8 @@ import torch
 from commands import DATA, ENVIRONMENT, REPO, run_forked
 from stoppable import checkpoint, flags, train, write
 
-from checkpoint_io import AtomicCheckpointIO
-from checkpoints import read_checkpoint
+from checkpoints.reading import read_checkpoint
+from checkpoints.writing import AtomicCheckpointIO
 from errors import RunError
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import FLAGS, SUBCOMMANDS, help_text, load_yaml, parse_command_line, recipes
+from cli.command import FLAGS, SUBCOMMANDS, help_text, load_yaml, parse_command_line, recipes
 from errors import UserError
 
 REPO = Path(__file__).parents[1]

@@ -19,10 +19,10 @@ from conftest import Run
 from PIL import Image
 
 import compare
-import report
 from datamodules import CLASS_NAMES
 from errors import UserError
-from runs import find_runs, fold, wilson
+from runs import report
+from runs.reading import find_runs, fold, wilson
 
 TRAIN = ("--train", "lenet", "--max_epochs", "2", f"--data_dir={DATA}", "--val_size", "200", "--accelerator", "cpu")
 

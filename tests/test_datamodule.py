@@ -11,7 +11,7 @@ from torchvision.transforms import functional as TF
 
 from datamodules import CLASS_NAMES, DatasetError, FashionMNISTDataModule
 from datamodules.fashion_mnist import EvalBatches, ImageTensors, TrainBatches
-from datamodules.fashion_mnist_files import load
+from datamodules.files.finding import load
 
 
 def data_module(stage="fit", **settings):

@@ -16,7 +16,7 @@ from PIL import Image
 from test_pictures import photograph
 
 import demo
-from datamodules.fashion_mnist_files import load
+from datamodules.files.finding import load
 from pictures.cleaning import as_fashion_mnist
 
 CHROMIUM = find_chromium()

@@ -13,7 +13,7 @@ import pytest
 from commands import run_forked
 from nbclient import NotebookClient
 
-from command_line import parse_command_line
+from cli.command import parse_command_line
 
 PROJECT = Path(__file__).parents[1]
 DOCS = PROJECT / "docs"

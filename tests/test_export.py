@@ -10,11 +10,11 @@ import torch
 from commands import DATA, ENVIRONMENT, REPO, run_forked
 
 import export
-import exporting
 from datamodules import CLASS_NAMES, FashionMNISTDataModule
-from datamodules.fashion_mnist_files import load
+from datamodules.files.finding import load
 from errors import RunError
 from lit_modules import LitClassifier
+from weights import exporting
 
 FORMATS = ["onnx", "torch_export"]
 IMAGES = load(DATA, "test")[0]

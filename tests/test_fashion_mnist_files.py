@@ -27,9 +27,10 @@ import pytest
 import torch
 from filelock import FileLock
 
-from datamodules import fashion_mnist_download, fashion_mnist_files
-from datamodules.fashion_mnist_download import DownloadError, debian_package_files, download
-from datamodules.fashion_mnist_files import KNOWN, NAMES, SYSTEM_DIR, DatasetError, is_sample, load, prepare
+from datamodules.files import download as fashion_mnist_download
+from datamodules.files import finding as fashion_mnist_files
+from datamodules.files.download import DownloadError, debian_package_files, download
+from datamodules.files.finding import KNOWN, NAMES, SYSTEM_DIR, DatasetError, is_sample, load, prepare
 
 REPO = Path(__file__).parents[1]
 SAMPLE = Path(__file__).parent / "data"
@@ -465,7 +466,7 @@ from pathlib import Path
 package = types.ModuleType("datamodules")
 package.__path__ = ["datamodules"]
 sys.modules["datamodules"] = package
-from datamodules.fashion_mnist_files import DatasetError, load, prepare
+from datamodules.files.finding import DatasetError, load, prepare
 
 def attempt(data_dir, *mirrors, system_dir="/nonexistent", **kwargs):
     try:

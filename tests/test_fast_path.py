@@ -14,13 +14,13 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from benchmarks.memory import LiveBytes
-from checks import check_accumulation
 from datamodules import FashionMNISTDataModule
 from datamodules.fashion_mnist import ImageTensors, TrainBatches
 from errors import UserError
+from launch.checks import check_accumulation
 from lit_modules import LitClassifier
-from lit_modules.activation_checkpointing import apply_activation_checkpointing
 from lit_modules.classifier import _he_initialization
+from lit_modules.execution.activation_checkpointing import apply_activation_checkpointing
 from models import VGG, AlexNet, GoogLeNet, LeNet, NiN
 
 STEPS = 50

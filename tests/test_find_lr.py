@@ -10,8 +10,8 @@ import yaml
 from commands import DATA, Answer, run_forked
 from PIL import Image
 
-from cli import _replace
-from lr_finder import LIGHTNINGS_SMOOTHING, _as_measured, _smoothed
+from launch.learning_rate import LIGHTNINGS_SMOOTHING, _as_measured, _smoothed
+from launch.start import _replace
 
 SAMPLE = ("fit", "--model", "lenet", "--data_dir", str(DATA), "--val_size", "200", "--accelerator", "cpu")
 

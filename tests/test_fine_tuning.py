@@ -21,7 +21,7 @@ from torchvision.models import get_model, get_model_weights
 
 from errors import UserError
 from models import VGG, LeNet, NiN
-from pretrained import _first_convolution, _weights_for, start_from_imagenet
+from weights.imagenet import _first_convolution, _weights_for, start_from_imagenet
 
 MEAN, STD = 0.449, 0.226
 NOWHERE = "http://127.0.0.1:9/"  # where nobody listens

@@ -7,7 +7,7 @@ from commands import REPO
 from conftest import train_once
 
 from datamodules import DatasetError
-from datamodules.fashion_mnist_files import SYSTEM_DIR, load
+from datamodules.files.finding import SYSTEM_DIR, load
 
 
 def full_set():

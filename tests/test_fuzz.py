@@ -19,11 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import cli
-from checkpoints import read_checkpoint
-from command_line import FLAGS, SUBCOMMANDS, Command, load_yaml, parse_command_line, recipes
-from datamodules.fashion_mnist_files import NAMES, DatasetError, _parse_idx, load, prepare
+from checkpoints.reading import read_checkpoint
+from cli.command import FLAGS, SUBCOMMANDS, Command, load_yaml, parse_command_line, recipes
+from datamodules.files.finding import NAMES, DatasetError, _parse_idx, load, prepare
 from errors import UserError
+from launch.run import run
 from pictures.reading import PictureError, read_picture
 
 # Deadlines are off: other programs share the machine. A hang is caught by the time limit of the test run.
@@ -157,11 +157,11 @@ def test_mutated_settings(folder: Path, data: st.DataObject) -> None:
     path = folder / "mutated.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # cli.run sets its own filters
+        warnings.simplefilter("ignore")  # run sets its own filters
         try:
             command = parse_command_line(["--model", str(path), "--accelerator", "cpu", "--print_model"])
             assert command
-            cli.run(command)
+            run(command)
         except UserError as error:
             assert str(error) and "\n" not in str(error)
         except SystemExit as end:

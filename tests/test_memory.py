@@ -10,7 +10,7 @@ import yaml
 from commands import DATA, run_forked
 from torch import nn
 
-from memory import advice, is_out_of_memory, largest_batch_size
+from launch.memory import advice, is_out_of_memory, largest_batch_size
 
 SAMPLE = ("--data_dir", str(DATA), "--val_size", "200", "--max_epochs", "1", "--accelerator", "cpu")
 
@@ -82,7 +82,7 @@ def test_largest_batch_size_is_bounded_by_most() -> None:
 
 
 def test_largest_batch_size_shrinks_with_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memory._free", lambda device: 1 << 20)
+    monkeypatch.setattr("launch.memory._free", lambda device: 1 << 20)
     net = nn.Sequential(nn.Flatten(), nn.Linear(784, 4096), nn.ReLU(), nn.Linear(4096, 10))
     size = largest_batch_size(net, torch.optim.Adam, (1, 28, 28), torch.device("cpu"), None, most=8192)
     assert size < 8192

@@ -11,7 +11,7 @@ import pytest
 import torch
 from commands import DATA, REPO, run, run_forked
 
-from checkpoints import read_checkpoint
+from checkpoints.reading import read_checkpoint
 from errors import UserError
 
 # What the line must say, beside the command; {files} is a folder of broken files.

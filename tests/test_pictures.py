@@ -15,17 +15,17 @@ from conftest import train_once
 from PIL import Image, ImageDraw
 
 from callbacks.confusion import Mistake
-from command_line import PREDICT_FLAGS, help_text, parse_command_line
+from cli.command import PREDICT_FLAGS, help_text, parse_command_line
 from datamodules import CLASS_NAMES, FashionMNISTDataModule
-from datamodules.fashion_mnist_files import NAMES, SYSTEM_DIR, load
+from datamodules.files.finding import NAMES, SYSTEM_DIR, load
 from errors import UserError
+from inspection.grad_cam import grad_cam, last_feature_maps
 from lit_modules import LitClassifier
 from lit_modules.classifier import _he_initialization
 from models import VGG, AlexNet, GoogLeNet, LeNet, NiN
 from pictures import fonts
 from pictures.cleaning import as_fashion_mnist
 from pictures.contact_sheet import COLUMNS, Tile, contact_sheet, fitting, thumbnail
-from pictures.grad_cam import grad_cam, last_feature_maps
 from pictures.mistakes import explain_mistakes
 from pictures.reading import LONGEST_EDGE, PictureError, find_pictures, read_picture
 

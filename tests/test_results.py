@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from commands import DATA, REPO
 
-from benchmarks import accuracy_time
-from benchmarks.entries import Entry, Results, read_entries, read_results
+from benchmarks.harness.side_by_side import RESULTS
+from benchmarks.readme import accuracy_time
+from benchmarks.readme.entries import Entry, Results, read_entries, read_results
+from benchmarks.readme.rounding import down, duration, mean_and_range, up
+from benchmarks.readme.tables import Language, pages, results_table, written
 from benchmarks.results import _jobs, main
-from benchmarks.rounding import down, duration, mean_and_range, up
-from benchmarks.side_by_side import RESULTS
-from benchmarks.tables import Language, pages, results_table, written
-from runs import Run, find_runs
+from runs.reading import Run, find_runs
 
 READMES = [REPO / "README.md", REPO / "README.zh-CN.md"]
 ENGLISH = Language(0, " to ")

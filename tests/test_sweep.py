@@ -13,10 +13,10 @@ import yaml
 from commands import DATA, ENVIRONMENT, REPO
 
 import sweep
-import sweeping
 from errors import UserError
-from runs import find_runs, settings
-from search_space import Choice, Range, add_setting
+from runs import sweeps as sweeping
+from runs.reading import find_runs, settings
+from runs.search_space import Choice, Range, add_setting
 
 SAMPLE = ("--data_dir", str(DATA), "--val_size", "200", "--accelerator", "cpu")
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
 
-from callbacks import pictures
 from callbacks.confusion import Mistake
-from callbacks.network_graph import network_graph
-from callbacks.tensorboard_pictures import is_drawn
+from callbacks.tensorboard import drawing as pictures
+from callbacks.tensorboard.pictures import is_drawn
 from datamodules import CLASS_NAMES, FashionMNISTDataModule
+from inspection.graph import network_graph
 from lit_modules import LitClassifier
 from models import GoogLeNet, LeNet
 from pictures.mistakes import explain_mistakes

@@ -16,7 +16,7 @@ from commands import DATA, ENVIRONMENT, REPO, run, run_forked
 from jsonargparse import ArgumentParser
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from command_line import recipes
+from cli.command import recipes
 from datamodules import CLASS_NAMES, FashionMNISTDataModule
 from lit_modules import LitClassifier
 

@@ -9,13 +9,13 @@ import torch
 from commands import DATA, REPO, run_forked
 from test_full_dataset import full_set
 
-from checkpoints import LISTING, read_checkpoint
+from checkpoints.reading import LISTING, read_checkpoint
 from datamodules import FashionMNISTDataModule
-from datamodules.fashion_mnist_files import load
+from datamodules.files.finding import load
 from errors import UserError
 from lit_modules import LitClassifier
-from trained import load_trained
 from weights import pack
+from weights.trained import load_trained
 
 WEIGHTS = REPO / "weights"
 LISTED = json.loads((WEIGHTS / LISTING).read_text(encoding="utf-8"))

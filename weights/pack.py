@@ -16,13 +16,13 @@ from typing import Any
 import torch
 import yaml
 
-from checkpoints import LISTING
+from checkpoints.reading import LISTING
 from datamodules import DatasetError, FashionMNISTDataModule
 from errors import RunError, UserError
 from export import OneLineParser
-from json_file import write_json
 from lit_modules import LitClassifier
-from trained import load_trained
+from runs.json_file import write_json
+from weights.trained import load_trained
 
 FOLDER = Path(__file__).parent
 # Share of the test images by which rounding may change the accuracy; a single image always may.

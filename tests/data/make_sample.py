@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from datamodules.fashion_mnist_files import load, prepare
+from datamodules.files.finding import load, prepare
 
 HERE = Path(__file__).parent
 

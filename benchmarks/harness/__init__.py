@@ -1,0 +1,1 @@
+"""What the benchmarks share: contestants that take turns, and ours among them."""

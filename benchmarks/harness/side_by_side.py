@@ -1,0 +1,391 @@
+"""Contestants side by side: each in a process of its own, taking turns (A B A B ...) until the time is used up.
+
+A contestant is a command that calls `Turns.step` after each step of its work. In a process of its own it has its own
+settings, caches and peak memory, and it sleeps while another one is measured.
+"""
+
+import argparse
+import json
+import os
+import platform
+import pty
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from runs.json_file import write_json
+
+PROJECT = Path(__file__).resolve().parents[2]
+RESULTS = PROJECT / "benchmarks" / "results"
+PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "timm", "d2l", "pillow")
+SETTLE = 0.3  # seconds between turns, in which a contestant's loader workers fill their queue and fall asleep
+START_LIMIT = 600.0  # seconds that a contestant may take to start, or for one turn
+
+
+class Missing(Exception):
+    """A contestant can't take part; the message says why."""
+
+
+class Ended(RuntimeError):
+    """A contestant's process has ended before its time."""
+
+
+class Turns:
+    """The contestant's end: tells when to work, and measures the work.
+
+    Args:
+        device: "cpu" or "cuda"; work on the latter is waited for at the beginning and the end of a turn.
+        warm_up: Seconds of unmeasured steps at the beginning of a turn. Where one step takes longer than that, only
+            the very first is not measured.
+    """
+
+    def __init__(self, device: str = "cpu", warm_up: float = 0.3) -> None:
+        # Not standard output, which the contestant may use as it likes.
+        self._out = os.fdopen(int(os.environ["CONTEST_REPORTS"]), "w")
+        self._device = device
+        self._warm_up = warm_up
+        self._step_seconds = 0.0
+        self._amount = 0.0
+        self._steps = 0
+        self._measuring = False
+        self._start_clocks()
+        self._last = self._begun
+        self._seconds = 0.0
+
+    def wait(self) -> None:
+        """Say that everything is ready, and wait for the first turn."""
+        self._report({"ready": True})
+
+    def step(self, amount: float) -> None:
+        """Note that one step is done; returns when the next one is due, which may be after the others' turns.
+
+        Args:
+            amount: What the step has done: images, or floating-point operations.
+        """
+        now = time.perf_counter()
+        if not self._measuring:
+            self._step_seconds, self._last = now - self._last, now
+            if now - self._begun >= self._warm_up:
+                self._synchronize()
+                self._start_clocks()
+                self._measuring = True
+            return
+        self._steps += 1
+        self._amount += amount
+        if now - self._begun >= self._seconds:
+            self._synchronize()
+            elapsed = time.perf_counter() - self._begun
+            self._step_seconds = elapsed / self._steps
+            values = {"rate": self._amount / elapsed, "steps": self._steps, "seconds": elapsed}
+            self.report(values | {"cpu_seconds": time.process_time() - self._cpu_begun})
+
+    def report(self, values: dict[str, Any]) -> None:
+        """End the turn with values that the contestant has measured itself."""
+        self._report(values | {"peak_memory_bytes": self._peak_memory()})
+
+    def missing(self, why: str) -> None:
+        """Say that this contestant can't take part, and end."""
+        self._out.write(json.dumps({"missing": why}) + "\n")
+        self._out.flush()
+        sys.exit(0)
+
+    def _report(self, values: dict[str, Any]) -> None:
+        self._out.write(json.dumps(values) + "\n")
+        self._out.flush()
+        line = sys.stdin.readline()
+        if not line:
+            os._exit(0)  # the contest is over; nothing here is worth saving
+        self._seconds = float(line)
+        self._amount, self._steps = 0.0, 0
+        self._measuring = self._step_seconds > self._warm_up  # long steps need no further warm-up
+        self._start_clocks()
+        self._last = self._begun
+
+    def _start_clocks(self) -> None:
+        self._begun, self._cpu_begun = time.perf_counter(), time.process_time()
+
+    def _synchronize(self) -> None:
+        if self._device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+
+    def _peak_memory(self) -> int:
+        if self._device == "cuda":
+            import torch
+
+            return torch.cuda.max_memory_allocated()
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Contestant:
+    """The contest's end of one contestant.
+
+    Args:
+        command: Arguments for Python.
+        terminal: Let the contestant's standard output be a terminal, as where somebody watches it.
+    """
+
+    def __init__(self, command: Sequence[str], terminal: bool = False) -> None:
+        reports, writer = os.pipe()
+        environment = os.environ | {"PYTHONPATH": python_path(), "CONTEST_REPORTS": str(writer)}
+        self._errors = Path(os.environ.get("CONTEST_LOG", os.devnull)).open("ab")  # noqa: SIM115
+        output: Any = self._errors
+        if terminal:
+            watcher, output = pty.openpty()
+            environment |= {"TERM": "xterm-256color", "COLUMNS": "160", "LINES": "40"}
+            threading.Thread(target=_drain, args=(watcher,), daemon=True).start()
+        self.process = subprocess.Popen(
+            [sys.executable, *command],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=self._errors,
+            text=True,
+            env=environment,
+            cwd=PROJECT,
+            pass_fds=(writer,),
+        )
+        os.close(writer)
+        if terminal:
+            os.close(output)
+        self._reports = os.fdopen(reports)
+        try:
+            self._read()
+        except BaseException:
+            self.stop()
+            raise
+
+    def turn(self, seconds: float) -> dict[str, Any]:
+        """Let it work for about this many seconds; returns what it reports."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{seconds}\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def stop(self) -> None:
+        """End it."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._reports.close()
+        self._errors.close()
+
+    def _read(self) -> dict[str, Any]:
+        watchdog = threading.Timer(START_LIMIT, self.process.kill)
+        watchdog.start()
+        try:
+            line = self._reports.readline()
+        finally:
+            watchdog.cancel()
+        if not line:
+            command = " ".join(map(str, self.process.args[1:]))  # type: ignore[index]
+            raise Ended(f"a contestant has ended early; set CONTEST_LOG=FILE to see why: {command}")
+        values = json.loads(line)
+        if "missing" in values:
+            raise Missing(values["missing"])
+        return values
+
+
+def contest(
+    contestants: Mapping[str, Callable[[], Contestant]], budget: float, turn: float, least_rounds: int = 2
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
+    """Let all contestants take turns.
+
+    Args:
+        contestants: Name to what starts it; they take turns in this order.
+        budget: Seconds for the whole contest, start included.
+        turn: Seconds for each turn, at least; a turn holds at least one step.
+        least_rounds: Number of rounds that are run even if the budget is used up.
+
+    Returns:
+        The reports of each contestant's turns, and why others could not take part.
+    """
+    start = time.monotonic()
+    running: dict[str, Contestant] = {}
+    missing: dict[str, str] = {}
+    turns: dict[str, list[dict[str, Any]]] = {}
+    try:
+        for name, begin in contestants.items():
+            try:
+                running[name] = begin()
+                turns[name] = []
+            except (Missing, Ended) as reason:
+                if not running:
+                    raise  # the first is the one that the others are compared with
+                missing[name] = str(reason)
+        round_seconds = 0.0
+        while running:
+            begun = time.monotonic()
+            if len(next(iter(turns.values()))) >= least_rounds and begun + round_seconds > start + budget:
+                break
+            for name, contestant in [*running.items()]:
+                time.sleep(SETTLE)
+                try:
+                    turns[name].append(contestant.turn(turn))
+                except Ended as reason:  # often for want of memory; the others go on
+                    if name == next(iter(contestants)):
+                        raise
+                    running.pop(name).stop()
+                    turns.pop(name)
+                    missing[name] = str(reason)
+            round_seconds = time.monotonic() - begun
+    finally:
+        for contestant in running.values():
+            contestant.stop()
+    return turns, missing
+
+
+def trained(arguments: Sequence[str], folder: str) -> dict[str, Any]:
+    """Run train.py to its end, its logs within the folder; returns the record that it leaves.
+
+    Raises:
+        RuntimeError: If it fails; with the end of what it said.
+    """
+    import tempfile
+
+    logs = tempfile.mkdtemp(dir=folder)
+    command = [sys.executable, str(PROJECT / "train.py"), *arguments, "--log_dir", logs]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
+    (record,) = Path(logs).rglob("record.json")
+    return json.loads(record.read_text(encoding="utf-8"))
+
+
+def median(turns: Sequence[dict[str, Any]], key: str = "rate") -> float:
+    """The median of one value over the turns."""
+    return statistics.median(turn[key] for turn in turns)
+
+
+def ratios(turns: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], key: str = "rate") -> dict[str, float]:
+    """Median, least and greatest of the ratio of two contestants' values within one round."""
+    values = [mine[key] / theirs[key] for mine, theirs in zip(turns, others, strict=True)]
+    return {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
+
+
+def arguments(description: str, budget: float) -> argparse.ArgumentParser:
+    """The flags that all benchmarks share."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--seconds", type=float, default=budget, help="time budget (default: %(default)g)")
+    parser.add_argument("--data_dir", default="data", help="folder of Fashion-MNIST (default: data)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record (default: benchmarks/results)")
+    return parser
+
+
+def machine(accelerator: str) -> dict[str, Any]:
+    """Where this runs: system, processor, cores, threads, and the GPU if it is used."""
+    import torch
+
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+    found: dict[str, Any] = {
+        "platform": platform.platform(),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    }
+    if accelerator == "gpu":
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that matter, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_record(name: str, options: argparse.Namespace, place: dict[str, Any], results: Any) -> Path:
+    """Write one benchmark's record, NAME-ACCELERATOR.json, and say where."""
+    record = {"benchmark": name, **occasion(name, place), "versions": versions(), "results": results}
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = record_path(name, options)
+    write_json(path, record)
+    print(f"\n{_described(place)}\nRecord: {path}")
+    return path
+
+
+def record_path(name: str, options: argparse.Namespace) -> Path:
+    """Where a benchmark's record lies."""
+    return options.out / f"{name}-{options.accelerator}.json"
+
+
+def occasion(name: str, place: dict[str, Any]) -> dict[str, Any]:
+    """How, when, with which code and where a benchmark runs."""
+    return {
+        "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "machine": place,
+    }
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a Markdown table, ready for the README."""
+    lines = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    lines.insert(1, ["-" * width for width in widths])
+    for line in lines:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
+
+
+def python_path() -> str:
+    """The value of PYTHONPATH with which a process finds this project, and the peers wherever they are installed."""
+    return os.pathsep.join(filter(None, (str(PROJECT), os.environ.get("PYTHONPATH"))))
+
+
+@contextmanager
+def run_folder() -> Iterator[str]:
+    """A folder for the runs that a benchmark makes, removed afterwards."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
+def _described(place: dict[str, Any]) -> str:
+    where = f"{place['cpu']}, {place['cores']} cores, {place['threads']} threads"
+    load = f"load {place['load_before']:.1f} before the start" if place["load_before"] is not None else ""
+    return ", ".join(part for part in (place.get("gpu", ""), where, load, str(versions())) if part)
+
+
+def _commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(
+            command, cwd=PROJECT, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _drain(descriptor: int) -> None:
+    try:
+        while os.read(descriptor, 1 << 16):
+            pass
+    except OSError:
+        pass  # the contestant has closed its end
+    os.close(descriptor)

@@ -1,0 +1,208 @@
+"""The runs that the READMEs' tables show: what is trained (entries.yaml), and the records there are of it."""
+
+import contextlib
+import importlib
+import io
+import re
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from cli.command import load_yaml, recipes
+from errors import UserError
+from inspection.stages import stages
+from runs.reading import Run, find_runs, matches, settings
+from train import main as train
+
+TABLE = Path(__file__).with_name("entries.yaml")
+RECORD = re.compile(r"(.+)-seed(\d+)-(cpu|gpu)\.json")
+# What the whole data set holds; a record of other data is none of the READMEs'.
+TRAINING_IMAGES, TEST_IMAGES = 60_000, 10_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A recipe as it is trained for the tables.
+
+    Attributes:
+        family: reproduction, best, fast or default.
+        recipe: Its name.
+        flags: Flags of train.py beside it.
+        suffix: What its records' names have after that of the recipe.
+        seeds: How many seeds are trained.
+        line: The same for entries that share a line of the table.
+        network: Its name in English and in Chinese; empty: that of the class.
+        published: Published test accuracy, or None.
+    """
+
+    family: str
+    recipe: str
+    flags: tuple[str, ...] = ()
+    suffix: str = ""
+    seeds: int = 3
+    line: str = ""
+    network: tuple[str, ...] = ()
+    published: float | None = None
+
+    @property
+    def name(self) -> str:
+        """With what the names of its records begin."""
+        return self.recipe.replace("/", "-") + self.suffix
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration that train.py makes of it."""
+        return resolve(self.recipe, self.flags)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Parameters, and floating-point operations of an image's forward pass."""
+        return _size(self.recipe, self.flags)
+
+    @property
+    def images(self) -> int:
+        """Training images an epoch."""
+        return TRAINING_IMAGES - self.config["data"]["val_size"]
+
+    @property
+    def cost(self) -> int:
+        """Floating-point operations of all its forward passes: only good for an order."""
+        return self.size[1] * self.images * self.config["trainer"]["max_epochs"]
+
+
+@dataclass
+class Results:
+    """Records beside the entries.
+
+    Attributes:
+        entries: All of them.
+        runs: By entry and device (cpu, gpu), in the order of the seeds.
+        stale: Records that no entry stands for, or whose recipe has changed since.
+    """
+
+    entries: list[Entry]
+    runs: dict[tuple[Entry, str], list[Run]] = field(default_factory=dict)
+    stale: list[Path] = field(default_factory=list)
+
+    def of(self, entry: Entry, device: str) -> list[Run]:
+        """The finished runs of an entry on a device."""
+        return self.runs.get((entry, device), [])
+
+    @cached_property
+    def devices(self) -> list[str]:
+        """Those that have records."""
+        return sorted({device for _, device in self.runs})
+
+
+def read_entries(families: Iterable[str] = (), wanted: Iterable[str] = (), more: tuple[str, ...] = ()) -> list[Entry]:
+    """The entries, patterns of recipes filled in.
+
+    Args:
+        families: Only these.
+        wanted: Only these recipes, or entries by the names of their records; patterns such as best/* too.
+        more: Flags of train.py, for all entries.
+
+    Raises:
+        UserError: If a family or recipe is unknown.
+    """
+    content = load_yaml(TABLE)
+    entries = [entry for family, section in content.items() for entry in _family(family, section, more)]
+    for family in families:
+        if family not in content:
+            raise UserError(f"there is no family {family!r}; there are {', '.join(content)}")
+    for name in wanted:
+        if not any(_called(entry, name) for entry in entries):
+            names = ", ".join(dict.fromkeys(entry.recipe for entry in entries))
+            raise UserError(f"no entry of {TABLE.name} is called {name!r}; its recipes are {names}")
+    chosen = [entry for entry in entries if entry.family in list(families or content)]
+    return [entry for entry in chosen if not wanted or any(_called(entry, name) for name in wanted)]
+
+
+def read_results(folder: Path, more: tuple[str, ...] = ()) -> Results:
+    """The records in a folder's `runs/`, beside all entries.
+
+    Args:
+        folder: Where the records are kept.
+        more: Flags of train.py that the runs had beside their entries' own.
+
+    Raises:
+        UserError: If a record is damaged, or unfinished.
+    """
+    results = Results(read_entries(more=more))
+    by_name = {entry.name: entry for entry in results.entries}
+    for path in sorted((folder / "runs").glob("*.json")):
+        found = RECORD.fullmatch(path.name)
+        (run,) = find_runs([path])
+        entry = by_name.get(found[1]) if found else None
+        if not run.finished or not found or run.seed != int(found[2]):
+            raise UserError(f"{path} is not the record of a finished run, or not of the seed that its name says")
+        if entry and run.recipe == entry.recipe and matches(run, settings(entry.config)):
+            results.runs.setdefault((entry, found[3]), []).append(run)
+        else:
+            results.stale.append(path)
+    for runs in results.runs.values():
+        runs.sort(key=lambda run: run.record["seed"])
+    return results
+
+
+@cache
+def resolve(recipe: str, flags: tuple[str, ...]) -> dict[str, Any]:
+    """The configuration that train.py makes of a recipe and flags.
+
+    Raises:
+        UserError: If it is not valid.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    # In this process: importing Lightning once for each would take minutes.
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code: Any = train(["fit", "--model", recipe, *flags, "--print_config"])
+        except SystemExit as end:
+            code = end.code
+    if code:
+        lines = err.getvalue().strip().splitlines() or [f"exit code {code}"]
+        raise UserError(f"{recipe}: {lines[-1].removeprefix('train.py: error: ')}")
+    return yaml.safe_load(out.getvalue())
+
+
+@cache
+def _size(recipe: str, flags: tuple[str, ...]) -> tuple[int, int]:
+    config = resolve(recipe, flags)
+    net, data = config["model"]["net"], config["data"]
+    module, _, name = net["class_path"].rpartition(".")
+    arguments = dict(net.get("init_args") or {})
+    if "image_size" in arguments:
+        arguments["image_size"] = data["image_size"]
+    with torch.device("meta"):  # no memory for the weights
+        network = getattr(importlib.import_module(module), name)(**arguments)
+    total = stages(network, (data["channels"], data["image_size"], data["image_size"]))[1]
+    return total.parameters, total.flops
+
+
+def _family(family: str, section: dict[str, Any], more: tuple[str, ...]) -> Iterable[Entry]:
+    for line in section["entries"]:
+        patterns = line["recipe"] if isinstance(line["recipe"], list) else [line["recipe"]]
+        names = [name for pattern in patterns for name in recipes() if fnmatch(name, pattern)]
+        suffix, published = line.get("suffix", ""), line.get("published")
+        for name in names:
+            yield Entry(
+                family=family,
+                recipe=name,
+                flags=(*shlex.split(line.get("flags", "")), *more),
+                suffix=suffix,
+                seeds=line.get("seeds", section["seeds"]),
+                line=" ".join(names) if len(patterns) > 1 else name + suffix,
+                network=tuple(line.get("network", ())),
+                published=published.get(name) if isinstance(published, dict) else published,
+            )
+
+
+def _called(entry: Entry, name: str) -> bool:
+    return fnmatch(entry.recipe, name) or fnmatch(entry.name, name)

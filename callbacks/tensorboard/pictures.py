@@ -1,0 +1,208 @@
+"""What TensorBoard shows besides the scalars: pictures, the network's graph, and curves laid over each other."""
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import Tensor, nn
+
+from callbacks.confusion import Confusion
+from callbacks.tensorboard import drawing as pictures
+from inspection.graph import network_graph
+from inspection.stages import stage_modules
+
+LAYOUT = {
+    "Train and validation": {
+        "loss": ["Multiline", ["train/loss$", "val/loss$"]],
+        "accuracy": ["Multiline", ["train/accuracy$", "val/accuracy$"]],
+    },
+    "Classes": {"validation accuracy by class": ["Multiline", ["val_class_accuracy/.*"]]},
+}
+INPUTS = 16
+# A run draws its pictures about this many times: they take a hundred times the space of an epoch's scalars.
+TIMES = 10
+
+
+class TensorBoardPictures(Callback):
+    """Fills TensorBoard's Images, Graphs, Custom Scalars and, if wanted, Histograms.
+
+    All of it happens at the end of an epoch, on the first process; a training step costs nothing. The pictures are
+    drawn after the first epoch, after every further tenth of the run (in a run without a set length after each power of
+    two) and after the last epoch, so that the logs of a long run stay small.
+
+    Args:
+        confusion: The callback that counts what is taken for what.
+        histograms: Also log the weights, and the norms of the gradients over the steps of the epoch, of each layer.
+            This does cost time in each step.
+    """
+
+    def __init__(self, confusion: Confusion, histograms: bool = False) -> None:
+        self._confusion = confusion
+        self._histograms = histograms
+        self._gradient_norms: list[Tensor] = []
+        self._inputs_shown = False
+        self._validated: int | None = None  # step of a validation whose pictures were not drawn yet
+        self._drawn = 0  # epochs that were over when pictures were last drawn
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the graph and lay out the curves."""
+        if not writes(trainer):
+            return
+        writer = _writer(trainer)
+        writer.add_custom_scalars(LAYOUT)
+        try:
+            graph = network_graph(pl_module.net, _data(trainer).input_shape)  # type: ignore[arg-type]
+        except NotImplementedError:
+            return  # an operation that can't run without data
+        writer.file_writer.add_event(Event(graph_def=graph.SerializeToString()))
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: tuple[Tensor, Tensor], batch_idx: int
+    ) -> None:
+        """Show the first training images as the network sees them: augmented, resized and normalised."""
+        if self._inputs_shown:
+            return
+        self._inputs_shown = True
+        if writes(trainer):
+            images, labels = (part[:INPUTS].cpu() for part in batch)
+            names = [self._confusion.class_names[label] for label in labels.tolist()]
+            show(trainer, "inputs/training_images", pictures.inputs(images, names), trainer.global_step)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        """Keep the norms of the gradients, if histograms are wanted."""
+        if self._histograms and writes(trainer):
+            norms = [torch.tensor(torch.nan) if p.grad is None else p.grad.norm() for p in pl_module.net.parameters()]  # type: ignore[union-attr]
+            self._gradient_norms.append(torch.stack([norm.to(pl_module.device) for norm in norms]).float())
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the accuracy of each class."""
+        if trainer.sanity_checking or not writes(trainer):
+            return
+        self._validated = trainer.global_step - 1  # the step that the validation's scalars carry
+        writer = _writer(trainer)
+        for name, accuracy in self._confusion.class_accuracy.items():
+            writer.add_scalar(f"val_class_accuracy/{name}", accuracy, self._validated)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the pictures if it is their turn."""
+        if not writes(trainer):
+            return
+        if self._histograms:
+            self._show_histograms(trainer, pl_module.net, trainer.global_step - 1)  # type: ignore[arg-type]
+        if is_drawn(trainer.current_epoch + 1, trainer.max_epochs or -1):
+            self._draw(trainer, pl_module)
+            self._drawn = trainer.current_epoch + 1
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the pictures of the last epoch, which comes early where something stops the run."""
+        # Training that has ended counts its last epoch as over.
+        if writes(trainer) and 0 < trainer.current_epoch != self._drawn:
+            self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._validated is not None:
+            self._draw_validation(trainer, self._validated)
+            self._validated = None
+        net: nn.Module = pl_module.net  # type: ignore[assignment]
+        step = trainer.global_step - 1
+        first = next((module for module in net.modules() if isinstance(module, nn.Conv2d)), None)
+        if first is not None:
+            show(trainer, "filters/first_layer", pictures.filters(first.weight.detach().cpu()), step)
+        data = _data(trainer)
+        image = (data.val_set if len(data.val_set) else data.train_set).images[:1].to(pl_module.device)
+        for number, (title, maps) in enumerate(_feature_maps(net, data.preprocess(image)), start=1):
+            show(trainer, f"feature_maps/{number:02}_{title}", pictures.feature_maps(maps), step)
+
+    def _draw_validation(self, trainer: pl.Trainer, step: int) -> None:
+        """What was taken for what, and the most confident mistakes."""
+        confusion, names = self._confusion, self._confusion.class_names
+        show(trainer, "validation/confusion_matrix", pictures.confusion_matrix(confusion.matrix, names), step)
+        wrong = confusion.mistakes
+        tiles = _data(trainer).val_set.images[[mistake.image for mistake in wrong], 0]
+        labels, guesses = ([names[getattr(mistake, part)] for mistake in wrong] for part in ("label", "guess"))
+        sure = [mistake.probability for mistake in wrong]
+        show(trainer, "validation/most_confident_mistakes", pictures.mistakes(tiles, labels, guesses, sure), step)
+
+    def _show_histograms(self, trainer: pl.Trainer, net: nn.Module, step: int) -> None:
+        writer = _writer(trainer)
+        norms = torch.stack(self._gradient_norms).cpu() if self._gradient_norms else None
+        self._gradient_norms.clear()
+        for index, (name, parameter) in enumerate(net.named_parameters()):
+            weights = parameter.detach().float().cpu()
+            if weights.isfinite().all():
+                writer.add_histogram(f"weights/{name}", weights, step)
+            if norms is not None and len(finite := norms[:, index][norms[:, index].isfinite()]):
+                writer.add_histogram(f"gradient_norms/{name}", finite, step)
+
+
+def is_drawn(epoch: int, max_epochs: int) -> bool:
+    """Whether pictures are drawn after an epoch.
+
+    Args:
+        epoch: Its number, from 1.
+        max_epochs: Length of the run; -1 if it has none.
+    """
+    if max_epochs < 1:
+        return epoch & (epoch - 1) == 0
+    return epoch in (1, max_epochs) or epoch % -(-max_epochs // TIMES) == 0
+
+
+def _feature_maps(net: nn.Module, image: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Name and output (C, H, W), on the CPU, of each stage that has a height and a width.
+
+    A stage that neither has parameters nor changes the shape (an activation) is shown as part of the one before it.
+    """
+    found: list[tuple[str, nn.Module, Tensor]] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        if not isinstance(output, Tensor) or output.dim() != 4 or output.shape[-1] < 2:
+            return
+        maps = output[0].clone()  # an activation in place would change it
+        if found and maps.shape == found[-1][2].shape and next(module.parameters(), None) is None:
+            found[-1] = (*found[-1][:2], maps)
+        else:
+            found.append((names[module], module, maps))
+
+    names = stage_modules(net)
+    handles = [module.register_forward_hook(keep) for module in names]
+    was_training = net.training
+    try:
+        net.eval()
+        with torch.no_grad():
+            # Not net(...): a compiled network would be compiled anew for a single image.
+            net.forward(image.to(next(net.parameters()).dtype))
+    finally:
+        net.train(was_training)
+        for handle in handles:
+            handle.remove()
+    for name, module, maps in found:
+        yield f"{name}_{type(module).__name__}_{'x'.join(map(str, maps.shape))}", maps.float().cpu()
+
+
+def show(trainer: pl.Trainer, tag: str, picture: Image.Image, step: int) -> None:
+    """Add a picture to TensorBoard's Images; for a process that `writes`."""
+    content = io.BytesIO()
+    picture.save(content, "PNG", compress_level=1)  # SummaryWriter.add_image compresses harder, four times as long
+    image = Summary.Image(height=picture.height, width=picture.width, colorspace=3)
+    image.encoded_image_string = content.getvalue()
+    _writer(trainer).file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+
+def writes(trainer: pl.Trainer) -> bool:
+    """Whether there is a TensorBoard log and this process keeps it."""
+    return trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger)
+
+
+def _writer(trainer: pl.Trainer) -> Any:
+    return trainer.logger.experiment  # type: ignore[union-attr]
+
+
+def _data(trainer: pl.Trainer) -> Any:
+    return trainer.datamodule  # type: ignore[attr-defined]

@@ -1,0 +1,1 @@
+"""The command line, read and checked without importing torch: flags, recipes, messages."""

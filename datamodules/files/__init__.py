@@ -1,0 +1,1 @@
+"""The data set's files: finding, fetching and verifying them."""

@@ -1,0 +1,159 @@
+"""Contradictions between configuration, machine, network and checkpoint, found before anything is written."""
+
+import importlib
+import inspect
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from cli.messages import one_line
+from errors import UserError
+from inspection.stages import stages
+from lit_modules.execution.cuda_graphs import MODES
+
+# What a continued run may change: how it runs, not what it computes.
+FREE_ON_RESUME = (
+    "data.data_dir",
+    "data.num_workers",
+    "data.dataset_on_device",
+    "data.eval_batch_size",
+    "model.compile",
+    "model.checkpoint_activations",
+    "model.channels_last",
+    "model.flip_test",
+)
+
+
+def imported(class_path: str) -> Any:
+    """The class or function of that dotted name."""
+    module, _, name = class_path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def check_accelerator(accelerator: Any) -> None:
+    """Refuse a device that this machine does not have."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if {"gpu": cuda or mps, "cuda": cuda, "mps": mps}.get(accelerator, True):
+        return
+    raise UserError(
+        f"accelerator={accelerator}: PyTorch finds no such device on this machine; use --accelerator cpu or auto"
+    )
+
+
+def check_learning_rate(scheduler: Any, flags: Sequence[str]) -> None:
+    """Refuse a learning rate that the schedule would ignore."""
+    lr = any(re.match(r"--model\.optimizer\.(init_args\.)?lr\b", flag) for flag in flags)
+    names = inspect.signature(imported(scheduler.class_path)).parameters if scheduler and lr else ()
+    for own in {"max_lr", "base_lr"} & set(names):
+        raise UserError(
+            f"{scheduler.class_path} sets the learning rate itself, so --lr would change nothing; "
+            f"set --model.scheduler.init_args.{own}"
+        )
+
+
+def check_nulls(settings: Any, owner: Any, name: str) -> None:
+    """Refuse null where the parameter of `owner` does not take it, which the parser lets pass for any."""
+    parameters = inspect.signature(owner).parameters
+    for key, value in settings.items(branches=True) if settings else ():
+        if "." in key or key not in parameters:
+            continue
+        needed = parameters[key].default is not None and "None" not in str(parameters[key].annotation)
+        if value is None and needed:
+            raise UserError(f"{name}.{key} is null; give it a value, or leave it out")
+        if hasattr(value, "class_path"):
+            check_nulls(value.get("init_args"), imported(value.class_path), f"{name}.{key}.init_args")
+
+
+def check_accumulation(compile: Any, batches: Any) -> None:
+    """Refuse to sum gradients over batches where CUDA graphs overwrite them at each."""
+    if compile in MODES and batches != 1:
+        raise UserError(
+            f"--model.compile {compile} can't go with accumulate_grad_batches={batches}: its CUDA graphs overwrite the "
+            "gradients at each batch; use --compile"
+        )
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU computes in bfloat16 instead of imitating it, many times slower."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def check_input(net: nn.Module, shape: tuple[int, int, int], num_classes: int) -> None:
+    """Try the network on the shape (C, H, W) of one image."""
+    name = type(net).__name__
+    try:
+        _, total = stages(net, shape)
+    except NotImplementedError:
+        return  # an operation that can't run without data: training will tell
+    except (RuntimeError, ValueError) as error:
+        size = "x".join(map(str, shape))
+        raise UserError(
+            f"{name} can't take images of {size} (channels x height x width): {one_line(str(error))}"
+        ) from None
+    if total.shape != (num_classes,):
+        raise UserError(
+            f"{name} gives outputs of shape {total.shape} for one image; {num_classes} logits were expected"
+        )
+
+
+def check_settings(stored: dict[str, Any], wanted: dict[str, Any], *, resume: bool) -> None:
+    """Refuse what the checkpoint would override in silence.
+
+    Args:
+        stored: The configuration in the checkpoint.
+        wanted: The configuration of this run.
+        resume: Whether training goes on; otherwise only the network must be the same.
+    """
+    keys: tuple[str, ...] = ("model.net",)
+    if resume:
+        keys = ("model", "data", "seed_everything", "pretrained", "trainer.accumulate")
+    if resume and wanted["model"]["scheduler"]:
+        keys += ("trainer.max_epochs", "trainer.max_steps")  # the schedule is as long as the run
+    for name, (then, now) in _differences(stored, wanted).items():
+        if resume and name == "trainer.callbacks":
+            then, now = _own_callbacks(then), _own_callbacks(now)
+        elif not name.startswith(keys) or name in FREE_ON_RESUME:
+            continue
+        if then != now:
+            raise UserError(
+                f"the checkpoint was made with {name}={then}, not {now}; "
+                "a checkpoint keeps its settings: leave that setting as it was, or start anew without --ckpt_path"
+            )
+
+
+def check_weights(path: str | None, stored: dict[str, tuple[int, ...]], model: nn.Module) -> None:
+    """Refuse a checkpoint whose tensors are not those of the model.
+
+    Args:
+        path: The checkpoint, for the message.
+        stored: Name and shape of its tensors; empty where there is no checkpoint.
+        model: The LightningModule.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in (shapes | stored) if stored else ():
+        then, own = stored.get(name, "missing"), shapes.get(name, "missing")
+        if then != own:
+            raise UserError(
+                f"{path} holds another network's weights: {name} is {then} there, {own} in "
+                f"{type(model.net).__name__}; give the --model that it was trained with"
+            )
+
+
+def _own_callbacks(callbacks: Any) -> list[Any]:
+    """Those that recipes name from this project, which change what training computes."""
+    listed = callbacks if isinstance(callbacks, list) else [callbacks]
+    named = [entry for entry in listed if isinstance(entry, dict)]
+    return [entry for entry in named if str(entry.get("class_path")).startswith("callbacks.")]
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in then.keys() & now.keys():
+        if isinstance(then[key], dict) and isinstance(now[key], dict):
+            found |= _differences(then[key], now[key], f"{prefix}{key}.")
+        elif then[key] != now[key]:
+            found[f"{prefix}{key}"] = (then[key], now[key])
+    return dict(sorted(found.items()))

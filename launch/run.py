@@ -1,0 +1,123 @@
+"""What one command does, from top to bottom; and every way in which it can end, as one line."""
+
+import errno
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from callbacks.divergence_guard import ADVICE, is_overflow
+from callbacks.processes import Processes
+from cli.command import Command
+from cli.messages import one_line
+from datamodules import DatasetError
+from errors import Diverged, RunError, UserError
+from launch import verbs
+from launch.classifier_cli import ClassifierCLI
+from launch.memory import advice, is_out_of_memory, keep_freed_memory
+from launch.start import Start
+
+# Errors that lie with the disk, not with the program.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
+LOST_CONNECTION = r"(?i)gloo|nccl|connection (closed|reset|refused)|broken pipe"
+
+
+def run(command: Command) -> None:
+    """Run a checked command line.
+
+    Raises:
+        UserError: For every mistake of the user's.
+    """
+    _prepare_process()
+    processes = Processes()
+    cli = ClassifierCLI(command, processes)
+    with _one_line_errors(cli), _no_process_left(processes):
+        cli.start = Start.of(command)
+        cli.build()
+        verbs.run(cli)
+
+
+def _prepare_process() -> None:
+    _quiet()
+    if not torch.cuda.is_available():
+        # Lightning has PyTorch ask NVIDIA's library for GPUs; where there is none, each optimiser step looks for it.
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
+    keep_freed_memory()
+    sys.path.append(str(Path.cwd()))  # where networks of the user's own lie
+
+
+@contextmanager
+def _no_process_left(processes: Processes) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        if re.search(LOST_CONNECTION, str(error)):
+            processes.await_loss()
+        processes.kill_children()
+        raise
+    finally:
+        if workers := multiprocessing.active_children():
+            # Of the loaders of a run that was broken off: they ignore the signals that stop a run.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else PyTorch reports their end as an error
+            for worker in workers:
+                worker.kill()
+
+
+@contextmanager
+def _one_line_errors(cli: ClassifierCLI) -> Iterator[None]:
+    try:
+        yield
+    except DatasetError as error:
+        raise UserError(str(error)) from None
+    except (MisconfigurationException, ArgumentError) as error:
+        raise UserError(one_line(str(error))) from None
+    except (RuntimeError, MemoryError) as error:
+        if is_overflow(error):
+            first = os.environ.get("LOCAL_RANK", "0") == "0"
+            raise Diverged(f"the optimiser's step is too large for the weights; {ADVICE}" if first else "") from None
+        if not is_out_of_memory(error):
+            raise
+        data = cli.config.data
+        size, flag = data.batch_size, "--batch_size"
+        if cli.command.subcommand != "fit":
+            size, flag = data.eval_batch_size or size, "--data.eval_batch_size"
+        raise RunError(advice(size, data.image_size, flag)) from None
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise RunError(f"{error.filename or 'a file of the run'} can't be written: {error.strerror}") from None
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning turns into exit code 1
+            raise KeyboardInterrupt from None
+        raise
+
+
+def _quiet() -> None:
+    """Keep Lightning's hints and notices out of a normal run."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning_fabric", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        "LightningCLI's args parameter is intended",  # the arguments are translated on purpose
+        ".*does not have many workers",  # fetching a batch takes microseconds
+        "The number of training batches .* is smaller than the logging interval",
+        "You have overridden `on_before_batch_transfer`",  # LitClassifier seeds the step there, for any data module
+        "Be aware that when using `ckpt_path`, callbacks",  # a test needs no checkpoint callback
+        "Checkpoint directory .* exists and is not empty",  # a continued run goes on in its own folder
+        "You are using a custom batch sampler `EvalBatches`",  # which returns every image
+        ".*LeafSpec.* is deprecated",  # inside Lightning
+        "The dirpath has changed from",  # the folder of the runs was moved, or a test has none
+        "torch.distributed.nn.functional.all_gather is deprecated",  # inside Lightning
+        "Total length of `.*` across ranks is zero",  # no validation images are wanted
+        "You're resuming from a checkpoint that ended before the epoch",  # TrainBatches goes on where it ended
+    ):
+        warnings.filterwarnings("ignore", message)

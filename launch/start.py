@@ -1,0 +1,125 @@
+"""Where a run starts: anew, or from a checkpoint, whose settings it then takes over."""
+
+import os
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from checkpoints.reading import read_checkpoint, stored_config
+from cli.command import Command, load_yaml
+from errors import UserError
+from launch.summary import shown
+
+
+@dataclass
+class Start:
+    """What a checkpoint says of the run that goes on from it; empty without one.
+
+    Attributes:
+        command: The checked command line.
+        recipe: Name of the recipe.
+        settings: The configuration that the checkpoint was made with.
+        shapes: Name and shape of its tensors.
+    """
+
+    command: Command
+    recipe: str = "unnamed"
+    settings: dict[str, Any] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, command: Command) -> "Start":
+        """Read the checkpoint, if the command names one.
+
+        Raises:
+            UserError: If it can't be used.
+        """
+        if not command.ckpt_path:
+            return cls(command, command.recipe or "unnamed")
+        checkpoint = _newest_valid(command)
+        path = str(command.ckpt_path)
+        if command.subcommand == "fit" and "optimizer_states" not in checkpoint:
+            raise UserError(
+                f"{path} holds weights alone, without the optimiser's state: training can't continue from it"
+            )
+        settings = {}
+        if "config" in checkpoint or not command.configs:
+            # The classes that a recipe of the user's own names are trusted: the user named them.
+            trust = command.trust_checkpoint or bool(command.configs)
+            settings = stored_config(checkpoint, path, trust)
+        shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
+        return cls(command, command.recipe or str(checkpoint.get("recipe") or "unnamed"), settings, shapes)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run that the checkpoint belongs to, or the current one."""
+        parent = Path(self.command.ckpt_path or "").parent
+        return parent.parent if parent.name == "checkpoints" else Path()
+
+    def arguments(self) -> list[str]:
+        """For LightningCLI: the checkpoint's settings, then the recipe, then the flags; later ones win."""
+        command = self.command
+        arguments = []
+        if self.settings and not command.configs:
+            base = {"model": self.settings["model"], "data": self.settings["data"]}
+            base["seed_everything"] = self.settings.get("seed_everything", 0)
+            base["trainer"] = {"precision": (self.settings.get("trainer") or {}).get("precision")}
+            if command.subcommand == "fit":
+                base["trainer"] = self.settings.get("trainer") or {}
+                base["pretrained"] = bool(self.settings.get("pretrained"))
+            arguments.append(f"--config={yaml.safe_dump(base)}")
+        for path in command.outer_configs:
+            arguments.append(f"--config={yaml.safe_dump(load_yaml(path).get(command.subcommand) or {})}")
+        arguments += [f"--config={path}" for path in command.configs]
+        if command.ckpt_path:
+            arguments.append(f"--ckpt_path={command.ckpt_path}")
+        arguments += ["--weights_only=true", *command.overrides]
+        if command.images:
+            # A few pictures are worth neither processes nor a bar nor compiling, and Grad-CAM hooks into plain modules.
+            arguments += ["--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.enable_progress_bar=false"]
+            arguments.append("--model.compile=false")
+        return arguments
+
+
+def how_to_continue(command: Command, config: Any, path: Path) -> str:
+    """The same command line with the checkpoint in it."""
+    arguments = list(command.arguments)
+    _remove(arguments, "--ckpt_path")
+    if command.find_batch_size:
+        _replace(arguments, "--batch_size", config.data.batch_size)
+    if command.find_lr:
+        _replace(arguments, "--lr", config.model.optimizer.init_args.lr)
+    named = any(token.split("=")[0] == "--model" for token in arguments)
+    return shlex.join(["python", "train.py", *arguments, "--ckpt_path", "last" if named else shown(path)])
+
+
+def _newest_valid(command: Command) -> dict[str, Any]:
+    """The checkpoint to start from; with `--ckpt_path last`, an older one if that is damaged."""
+    damages = []
+    for path in (str(command.ckpt_path), *command.fallbacks):
+        try:
+            checkpoint = read_checkpoint(Path(path))
+        except UserError as error:
+            damages.append(error)
+            continue
+        if damages and os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"train.py: warning: {damages[0]}; starting from {path}", file=sys.stderr, flush=True)
+        command.ckpt_path = path
+        return checkpoint
+    raise damages[0]
+
+
+def _replace(arguments: list[str], flag: str, value: float) -> None:
+    """Give the flag's value in place of what stands there."""
+    _remove(arguments, flag)
+    arguments.append(f"{flag}={value}")
+
+
+def _remove(arguments: list[str], flag: str) -> None:
+    for position, token in reversed([*enumerate(arguments)]):
+        if token.split("=")[0] == flag:
+            del arguments[position : position + (1 if "=" in token else 2)]

@@ -1,0 +1,124 @@
+"""The Trainer's logger, callbacks and plugins: this project's beside the user's own."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO
+
+from callbacks.confusion import Confusion
+from callbacks.divergence_guard import DivergenceGuard
+from callbacks.exact_resume import ExactResume
+from callbacks.graceful_stop import GracefulStop
+from callbacks.lr_curve import LearningRateCurve
+from callbacks.model_table import ModelTable
+from callbacks.no_profiler import NoProfiler
+from callbacks.prediction_writer import PredictionWriter
+from callbacks.processes import Processes
+from callbacks.progress import progress_callback
+from callbacks.run_record import RunRecord
+from callbacks.speed import Speed
+from callbacks.temperature import Temperature
+from callbacks.tensorboard.grad_cam import MistakesExplained
+from callbacks.tensorboard.pictures import TensorBoardPictures
+from checkpoints.writing import AtomicCheckpointIO
+from datamodules import CLASS_NAMES
+from errors import UserError
+from launch.learning_rate import Curve
+from launch.start import Start, how_to_continue
+
+
+class RunCallbacks:
+    """The callbacks that a run is made with, by the names under which it asks them afterwards.
+
+    Args:
+        start: Where the run starts.
+        processes: The callback that watches the run's other processes.
+    """
+
+    def __init__(self, start: Start, processes: Processes) -> None:
+        self.start = start
+        self.processes = processes
+        self.speed = Speed()
+        self.confusion = Confusion(CLASS_NAMES)
+        self.predictions = PredictionWriter(start.folder / "predictions.csv", CLASS_NAMES)
+
+    def trainer_arguments(
+        self, config: Namespace, built: Namespace, text: str, model: Any, data: Any, curve: Curve | None
+    ) -> dict[str, Any]:
+        """What the Trainer is given beside the user's settings.
+
+        Args:
+            config: The resolved configuration.
+            built: The same with its objects built.
+            text: The same as YAML.
+            model: The classifier.
+            data: The data module.
+            curve: What `--lr auto` measured.
+        """
+        command = self.start.command
+        callbacks = _listed(built.trainer.callbacks)
+        logger: Any = False
+        if command.subcommand == "fit":
+            logger = built.trainer.logger
+            if logger in (None, True):
+                logger = self._tensorboard(config.log_dir)
+            callbacks += self._of_fit(config, text, model, data, logger)
+            if command.find_lr:
+                callbacks.append(LearningRateCurve(curve))
+        elif command.subcommand == "predict" and not command.images:
+            callbacks += [self.predictions, *([self.confusion] if command.gradcam else [])]
+        if config.trainer.enable_progress_bar is not False:
+            callbacks.append(progress_callback(self.speed))
+        stop = GracefulStop(self.processes, lambda path: how_to_continue(command, config, path))
+        callbacks += [self.processes, ExactResume(), stop]  # last, so that they see what the others have done
+        plugins = _listed(built.trainer.plugins)
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AtomicCheckpointIO())
+        arguments = {"logger": logger, "callbacks": callbacks, "plugins": plugins, "enable_model_summary": False}
+        if torch.cuda.is_available() and config.trainer.benchmark is None:
+            arguments["benchmark"] = True
+        if built.trainer.profiler is None:
+            arguments["profiler"] = NoProfiler()
+        return arguments
+
+    def _of_fit(self, config: Namespace, text: str, model: Any, data: Any, logger: Any) -> list[Callback]:
+        callbacks: list[Callback] = [
+            self.speed,
+            self.confusion,
+            RunRecord(self.start.recipe, yaml.safe_load(text), text, self.speed, self.confusion),
+            ModelTable(data.input_shape),
+            Temperature(),
+        ]
+        if logger is not False:
+            callbacks.append(LearningRateMonitor())
+        if isinstance(logger, TensorBoardLogger):
+            callbacks += [TensorBoardPictures(self.confusion, config.histograms), MistakesExplained(self.confusion)]
+        validates = config.data.val_size > 0
+        if config.trainer.enable_checkpointing is not False:
+            # Two callbacks: `save_last` saves only the epochs that are the best so far.
+            best: dict[str, Any] = {"filename": "best", "monitor": "val/accuracy", "mode": "max"}
+            for settings in [*([best] if validates else []), {"filename": "last"}]:
+                callbacks.append(ModelCheckpoint(**settings, enable_version_counter=False))
+        classes = model.hparams["num_classes"]
+        callbacks.append(DivergenceGuard(self.processes, classes, stop_at_chance=config.stop_at_chance))
+        if config.patience:
+            if not validates:
+                raise UserError("--patience needs validation images: set --val_size above 0")
+            callbacks.append(EarlyStopping("val/accuracy", mode="max", patience=config.patience))
+        return callbacks
+
+    def _tensorboard(self, log_dir: str) -> TensorBoardLogger:
+        run, recipe = self.start.folder, self.start.recipe
+        root = Path(log_dir).resolve()  # else a run continued from another working folder forgets its best epoch
+        continued = run.resolve().parent == root / recipe and run.name.startswith("version_")
+        version = int(run.name.removeprefix("version_")) if continued else None
+        return TensorBoardLogger(root, recipe, version, default_hp_metric=False)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value] if value else []

@@ -1,0 +1,89 @@
+"""What fit, validate, test and predict do with a network, data and a Trainer that are built."""
+
+from pathlib import Path
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from callbacks.run_record import RunRecord
+from datamodules import CLASS_NAMES
+from errors import UserError
+from launch.classifier_cli import ClassifierCLI
+from launch.summary import scores, summary
+
+
+def run(cli: ClassifierCLI) -> None:
+    """Do what the command says; without a subcommand, fit and then test."""
+    {"fit": fit, "validate": validate, "test": test, "predict": predict}[cli.command.subcommand](cli)
+
+
+def fit(cli: ClassifierCLI) -> None:
+    """Train; where no subcommand was given, test the best checkpoint; print the summary."""
+    trainer, model, data, config = cli.trainer, cli.model, cli.datamodule, cli.config
+    if config.pretrained and not cli.command.ckpt_path:
+        from weights.imagenet import start_from_imagenet  # here, not above: only this needs torchvision's networks
+
+        started = start_from_imagenet(model.net, config.data.mean, config.data.std)
+        if trainer.is_global_zero:
+            print(started)
+    data.setup("fit")  # before anything is written
+    try:
+        Path(config.log_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"runs can't be written to {error.filename}: {error.strerror}; set --log_dir") from None
+    if trainer.is_global_zero:
+        where = f"{trainer.world_size} x {trainer.strategy.root_device.type}"
+        reason = " (this CPU has no bfloat16 instructions)" if cli.slow_bf16 else ""
+        print(f"Training {cli.start.recipe} on {where}, precision {trainer.precision}{reason}", flush=True)
+
+    trainer.fit(model, data, ckpt_path=cli.command.ckpt_path, weights_only=True)
+
+    callback = trainer.checkpoint_callback
+    best = callback.best_model_path if isinstance(callback, ModelCheckpoint) else ""
+    if cli.command.then_test:
+        trainer.test(model, data, best or None, verbose=False, weights_only=True)
+    if trainer.is_global_zero:
+        record = next(callback.record for callback in trainer.callbacks if isinstance(callback, RunRecord))  # type: ignore[attr-defined]
+        print(summary(record, trainer, best), flush=True)
+
+
+def validate(cli: ClassifierCLI) -> None:
+    """Measure on the validation images; print one line."""
+    cli.trainer.validate(cli.model, cli.datamodule, cli.command.ckpt_path, verbose=False, weights_only=True)
+    _print_scores(cli, "validate", "val", cli.datamodule.val_set)
+
+
+def test(cli: ClassifierCLI) -> None:
+    """Measure on the test images; print one line."""
+    cli.trainer.test(cli.model, cli.datamodule, cli.command.ckpt_path, verbose=False, weights_only=True)
+    _print_scores(cli, "test", "test", cli.datamodule.test_set)
+
+
+def predict(cli: ClassifierCLI) -> None:
+    """Write the classes of the test images, or of the user's pictures."""
+    command, trainer, model, data = cli.command, cli.trainer, cli.model, cli.datamodule
+    folder = cli.start.folder
+    if command.images:
+        from pictures.predict import predict_pictures  # here, not above: only this needs it
+
+        wanted = {name: getattr(command, name) for name in ("images", "invert", "output", "gradcam")}
+        predict_pictures(trainer, model, data, CLASS_NAMES, ckpt_path=str(command.ckpt_path), folder=folder, **wanted)
+        return
+    if command.gradcam:
+        from inspection.grad_cam import check_captum  # here, not above: only this needs it
+
+        check_captum()
+    trainer.predict(model, data, ckpt_path=command.ckpt_path, return_predictions=False, weights_only=True)
+    written = cli.callbacks.predictions
+    print(f"Wrote the class probabilities of {written.images:,} images to {written.path}")
+    if command.gradcam and trainer.is_global_zero:
+        from pictures.predict import write_mistakes
+
+        mistakes = cli.callbacks.confusion.mistakes
+        write_mistakes(trainer, model, data, CLASS_NAMES, mistakes, folder / "mistakes.png")
+
+
+def _print_scores(cli: ClassifierCLI, function: str, stage: str, images: object) -> None:
+    if cli.trainer.is_global_zero:
+        found = cli.trainer.callback_metrics
+        measured = {name.removeprefix(f"{stage}/"): value.item() for name, value in found.items()}
+        print(f"{function} on {len(images):,} images: {scores(measured)}")  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""Other ways to execute the same network."""

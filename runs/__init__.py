@@ -1,0 +1,1 @@
+"""What runs leave behind: records, groups of them, reports, sweeps."""

@@ -1,0 +1,429 @@
+"""Runs the trials of a sweep one after another, keeps their results in Optuna's storage, and writes the best recipe."""
+
+import hashlib
+import itertools
+import json
+import math
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from cli.command import PROJECT, Command, load_yaml, parse_command_line, recipes, resolved
+from errors import RunError, Stopped, UserError
+from runs.json_file import write_json
+from runs.reading import SWEEPS, flat
+from runs.report import rich_table, terminal
+from runs.search_space import CHECKS, Choice, Range, Space
+
+if TYPE_CHECKING:
+    from sweep import Request
+try:
+    import optuna
+    from optuna.trial import FrozenTrial, Trial, TrialState
+except ImportError:
+    raise UserError("a sweep needs the package optuna: pip install -r requirements-extras.txt") from None
+
+POLL_SECONDS = 0.5
+SHOWN = 10  # trials in the table
+MARK = "with the settings that a sweep found"  # in the header of each recipe written here
+# What belongs to the machine and not into a recipe, or follows another setting.
+LEFT_OUT = (
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.enable_progress_bar",
+    "data.data_dir",
+    "data.num_workers",
+    "data.dataset_on_device",
+    "model.net.image_size",
+)
+OF_A_RUN = ("seed_everything", "patience", "stop_at_chance", "pretrained")
+
+
+def sweep(request: "Request") -> int:
+    """Run the trials that are missing, write the best recipe, and show the table.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: If the space or a flag is not valid, or another sweep.py is at work.
+        RunError: If no trial was finished.
+        Stopped: By SIGTERM.
+    """
+    command = parse_command_line(["fit", "--model", request.recipe, *request.flags])
+    assert command is not None
+    assert command.recipe is not None
+    name = command.recipe.replace("/", "-")
+    folder = request.log_dir / SWEEPS / f"{name}-{_fingerprint(request, command)}"
+    output = request.output or folder / f"{name}_best.yaml"
+    _check_output(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{error.filename} can't be written: {error.strerror}; set --log_dir") from None
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            study = _run_trials(request, command, folder, output)
+    except Timeout:
+        raise UserError(f"another sweep.py is at work in {folder}; wait for it, or stop it") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    _print_table(study, request)
+    write_json(folder / "trials.json", {"command": _command(request), "trials": _listed(study, folder)})
+    print(f"All trials: {folder / 'trials.json'}")
+    print(f"Recipe: {output}")
+    print(f"Train it: python train.py --model {shlex.quote(_model_name(output))}")
+    return 0
+
+
+def _run_trials(request: "Request", command: Command, folder: Path, output: Path) -> "optuna.Study":
+    space = _checked_space(request, folder)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    pruner = {
+        "median": optuna.pruners.MedianPruner(n_warmup_steps=2),
+        "hyperband": optuna.pruners.HyperbandPruner(),
+        "none": optuna.pruners.NopPruner(),
+    }[request.pruner]
+    storage = f"sqlite:///{(folder / 'study.db').resolve()}"
+    study = optuna.create_study(
+        study_name="sweep", storage=storage, direction="maximize", pruner=pruner, load_if_exists=True
+    )
+    every = _every_combination(space, request.trials)
+    trials = min(request.trials, len(every) or request.trials)
+    done = _finished(study)
+    print(f"{folder}: {len(done)} of {trials} trials done", flush=True)
+    _enqueue_interrupted(study)
+    while len(done) < trials:
+        # A seed for each trial, so that a sweep that is stopped and continued draws what an uninterrupted one draws.
+        study.sampler = optuna.samplers.TPESampler(seed=_seed(command) + len(done))
+        tried = [trial.params for trial in study.trials]
+        left = [combination for combination in every if combination not in tried]
+        if left and not study.get_trials(states=[TrialState.WAITING]):
+            study.enqueue_trial(left[0])
+        trial = study.ask()
+        settings = [f"--{name}={_suggest(trial, name, values)}" for name, values in _in_order(space)]
+        print(f"Trial {len(done) + 1} of {trials}: {_shown(settings)}", flush=True)
+        trial.set_user_attr("folder", trial.user_attrs.get("folder", f"trial_{len(done) + 1}"))
+        trial.set_user_attr("settings", settings)
+        print(f"  {_run_trial(study, trial, request, folder)}", flush=True)
+        done = _finished(study)
+        if _completed(study):
+            best = study.best_trial
+            _remove_checkpoints(folder, keep=best.user_attrs["folder"])
+            _write_recipe(output, _record(folder / best.user_attrs["folder"]), best, request, command, space)
+    if not _completed(study):
+        raise RunError(f"none of the {len(done)} trials was finished; the reasons are in {folder}")
+    return study
+
+
+def _run_trial(study: "optuna.Study", trial: Trial, request: "Request", folder: Path) -> str:
+    """Train with the trial's settings, and tell Optuna; returns one line for the terminal."""
+    own, settings = trial.user_attrs["folder"], trial.user_attrs["settings"]
+    for twin in study.get_trials(states=[TrialState.COMPLETE]):
+        if twin.user_attrs["settings"] == settings:  # training is deterministic
+            trial.set_user_attr("folder", twin.user_attrs["folder"])
+            study.tell(trial, twin.value)
+            return f"the same as {twin.user_attrs['folder']}: validation accuracy {twin.value:.4f}"
+    code = _train(trial, request, folder / own)
+    record = _record(folder / own)
+    epochs = _epochs(record)
+    if code is None:
+        study.tell(trial, state=TrialState.PRUNED)
+        return f"given up after epoch {len(epochs)}, validation accuracy {_accuracy(epochs):.4f}"
+    if code == 0 and epochs:
+        seconds = record["fit_seconds"]
+        trial.set_user_attr("seconds", seconds)
+        study.tell(trial, _accuracy(epochs))
+        return f"validation accuracy {_accuracy(epochs):.4f} in {seconds:.1f} s"
+    study.tell(trial, state=TrialState.FAIL)
+    return f"failed: {_last_line(folder / own / 'output.txt') or f'exit code {code}'}"
+
+
+def _train(trial: Trial, request: "Request", folder: Path) -> int | None:
+    """Run train.py, or let it go on; returns its exit code, or None if the trial was pruned."""
+    folder.mkdir(exist_ok=True)
+    arguments = ["fit", "--model", request.recipe, f"--log_dir={folder}", *request.flags]
+    arguments += trial.user_attrs["settings"]
+    if stopped := sorted(folder.rglob("last.ckpt")):
+        arguments.append(f"--ckpt_path={stopped[-1]}")
+    reported = 0
+    with (folder / "output.txt").open("a", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            [sys.executable, str(PROJECT / "train.py"), *arguments], stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            while True:
+                try:
+                    code = process.wait(POLL_SECONDS)
+                except subprocess.TimeoutExpired:
+                    code = None
+                for epoch in _epochs(_record(folder))[reported:]:
+                    trial.report(epoch["val/accuracy"], epoch["epoch"])
+                    reported += 1
+                    if code is None and trial.should_prune():
+                        process.terminate()
+                        process.wait()
+                        return None
+                if code in (130, 143, -signal.SIGINT, -signal.SIGTERM):
+                    raise Stopped("the training was stopped; the same command goes on from here", code % 256)
+                if code is not None:
+                    return code
+        except BaseException:  # Ctrl-C, or SIGTERM: it saves a checkpoint to go on from
+            process.terminate()
+            process.wait()
+            raise
+
+
+def _stop(signum: int, frame: Any) -> None:
+    raise Stopped("stopped by SIGTERM; the same command goes on from here", 143)
+
+
+def _fingerprint(request: "Request", command: Command) -> str:
+    """Tells sweeps apart: the recipe's content, the space and the flags."""
+    texts = [path.read_text(encoding="utf-8") for path in (*command.configs, *command.outer_configs)]
+    whole = json.dumps([texts, sorted(request.spelled), request.flags])
+    return hashlib.sha256(whole.encode()).hexdigest()[:8]
+
+
+def _seed(command: Command) -> int:
+    given = [flag.partition("=")[2] for flag in command.overrides if flag.startswith("--seed_everything=")]
+    return int(given[-1]) if given and given[-1].isdecimal() else 0
+
+
+def _checked_space(request: "Request", folder: Path) -> Space:
+    """The space, with whole numbers where a setting takes those; its ends and choices are checked by train.py once."""
+    notes = folder / "sweep.json"
+    if notes.exists():
+        whole = json.loads(notes.read_text(encoding="utf-8"))["whole"]
+        return {name: _as(values, name in whole) for name, values in request.space.items()}
+    print("Checking the settings", flush=True)
+    config = resolved(request.recipe, request.flags)
+    if not config["data"]["val_size"]:
+        raise UserError("a sweep chooses by validation accuracy: set --val_size above 0")
+    now = _leaves(config)
+    space: Space = {}
+    for name, values in request.space.items():
+        space[name] = values
+        if isinstance(values, Range) and isinstance(now.get(name), int | float) and not isinstance(now[name], bool):
+            if isinstance(now[name], int) and not values.whole:
+                raise UserError(f"{name} takes whole numbers, not {values.low:g}..{values.high:g}")
+            space[name] = _as(values, isinstance(now[name], int))
+    unsure = {name: values for name, values in space.items() if not _is_known(values, now.get(name), name)}
+    points = max((len(values.values) if isinstance(values, Choice) else 2 for values in unsure.values()), default=0)
+    with ThreadPoolExecutor(2) as pool:
+        tries = [[f"--{name}={_text(_nth(values, n))}" for name, values in _in_order(space)] for n in range(points)]
+        list(pool.map(lambda settings: resolved(request.recipe, [*request.flags, *settings]), tries))
+    whole = [name for name, values in space.items() if isinstance(values, Range) and values.whole]
+    write_json(notes, {"command": _command(request), "whole": whole})
+    return space
+
+
+def _is_known(values: Range | Choice, now: Any, name: str) -> bool:
+    """Whether train.py need not be asked: the setting is a number already, or was checked on the command line."""
+    return isinstance(now, int | float) if isinstance(values, Range) else CHECKS.get(name) is not None
+
+
+def _as(values: Range | Choice, whole: bool) -> Range | Choice:
+    return replace(values, whole=whole) if isinstance(values, Range) else values
+
+
+def _nth(values: Range | Choice, number: int) -> float | str:
+    if isinstance(values, Choice):
+        return values.values[number % len(values.values)]
+    end = values.high if number % 2 else values.low
+    return int(end) if values.whole else end
+
+
+def _in_order(space: Space) -> list[tuple[str, Range | Choice]]:
+    """A class before its arguments, which it would reset."""
+    return sorted(space.items(), key=lambda item: item[0].count("."))
+
+
+def _suggest(trial: Trial, name: str, values: Range | Choice) -> str:
+    if isinstance(values, Choice):
+        return trial.suggest_categorical(name, values.values)
+    if values.whole:
+        return _text(trial.suggest_int(name, int(values.low), int(values.high), log=values.log))
+    return _text(trial.suggest_float(name, values.low, values.high, log=values.log))
+
+
+def _text(value: float | str) -> str:
+    """As it stands on the command line; four digits are what a recipe needs."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _every_combination(space: Space, most: int) -> list[dict[str, Any]]:
+    """All settings that the space holds, if they are no more than that; otherwise none."""
+    lists: list[Any] = []
+    for values in space.values():
+        if isinstance(values, Range) and not values.whole:
+            return []
+        lists.append(values.values if isinstance(values, Choice) else range(int(values.low), int(values.high) + 1))
+    if math.prod(map(len, lists)) > most:
+        return []
+    return [dict(zip(space, combination, strict=True)) for combination in itertools.product(*lists)]
+
+
+def _enqueue_interrupted(study: "optuna.Study") -> None:
+    """Let a trial that was running when the last sweep.py ended go on, as one that takes its folder over."""
+    for trial in study.get_trials(states=[TrialState.RUNNING]):
+        study.tell(trial.number, state=TrialState.FAIL)
+        if "settings" in trial.user_attrs:
+            study.enqueue_trial(trial.params, user_attrs={**trial.user_attrs, "continues": trial.number})
+
+
+def _finished(study: "optuna.Study") -> list[FrozenTrial]:
+    """Those that ran to an end of their own."""
+    trials = study.get_trials(deepcopy=False)
+    taken_over = {trial.user_attrs.get("continues") for trial in trials}
+    begun = [trial for trial in trials if "settings" in trial.user_attrs and trial.number not in taken_over]
+    return [trial for trial in begun if trial.state.is_finished()]
+
+
+def _completed(study: "optuna.Study") -> list[FrozenTrial]:
+    """Finished trials, the best first, each of them once."""
+    trials = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    each = {trial.user_attrs["folder"]: trial for trial in reversed(trials)}
+    return sorted(each.values(), key=lambda trial: (-(trial.value or 0), trial.number))
+
+
+def _listed(study: "optuna.Study", folder: Path) -> list[dict[str, Any]]:
+    """Every trial that ended, in order: what it set, and how far it came."""
+    listed = []
+    for trial in _finished(study):
+        own = trial.user_attrs["folder"]
+        record = _record(folder / own)
+        how = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "given up early"}.get(trial.state, "failed")
+        epochs = [epoch["val/accuracy"] for epoch in _epochs(record)]
+        settings = [text.removeprefix("--") for text in trial.user_attrs["settings"]]
+        known = {name: record.get(name) for name in ("seed", "commit", "machine", "versions", "fit_seconds")}
+        listed.append({"trial": own, "settings": settings, "ended": how, "val_accuracy_by_epoch": epochs} | known)
+    return listed
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """What the run in a trial's folder has recorded so far; empty before the end of its first epoch."""
+    files = sorted(folder.rglob("record.json"))
+    return json.loads(files[-1].read_text(encoding="utf-8")) if files else {}
+
+
+def _epochs(record: dict[str, Any]) -> list[dict[str, Any]]:
+    return [epoch for epoch in record.get("epochs", []) if "val/accuracy" in epoch]
+
+
+def _accuracy(epochs: Iterable[dict[str, Any]]) -> float:
+    """That of the best epoch, whose checkpoint train.py keeps."""
+    return max((epoch["val/accuracy"] for epoch in epochs), default=0.0)
+
+
+def _last_line(file: Path) -> str:
+    lines = file.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
+    return lines[-1].removeprefix("train.py: error: ")
+
+
+def _remove_checkpoints(folder: Path, keep: str) -> None:
+    """Of all trials but the best: those of twenty VGGs fill a disk."""
+    for checkpoints in list(folder.glob("trial_*/**/checkpoints")):
+        if checkpoints.relative_to(folder).parts[0] != keep:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def _check_output(output: Path) -> None:
+    """Never write over a recipe that a person wrote."""
+    if output.is_dir() or (output.exists() and MARK not in output.read_text(encoding="utf-8", errors="replace")):
+        raise UserError(f"{output} exists and was not written by a sweep; give another --output")
+
+
+def _write_recipe(
+    output: Path, record: dict[str, Any], best: FrozenTrial, request: "Request", command: Command, space: Space
+) -> None:
+    """Write the best trial's configuration, without what is a default or belongs to the machine."""
+    files = [load_yaml(path) for path in command.configs]
+    files += [load_yaml(path).get("fit") or {} for path in command.outer_configs]
+    flags = {flag.lstrip("-").partition("=")[0].replace(".init_args", "") for flag in command.overrides} | set(space)
+    given = flags | {name for content in files for name in _leaves(content)}
+
+    def wanted(name: str, value: Any) -> bool:
+        if name in OF_A_RUN:
+            return value is not None and value is not False
+        if value is None or not name.startswith(("model.", "data.", "trainer.")) or name in LEFT_OUT:
+            return False
+        return name.endswith(".class_path") or any(name == prefix or name.startswith(f"{prefix}.") for prefix in given)
+
+    config = _selected(record["config"], wanted)
+    epoch = max(record["epochs"], key=lambda epoch: epoch.get("val/accuracy", 0))["epoch"]
+    header = [
+        f"# {request.recipe} {MARK}",
+        f"# Command: python train.py --model {_model_name(output)}",
+        f"# Expected: {best.value:.4f} validation accuracy (epoch {epoch}); not measured on the test images",
+        f"# Source: {_command(request)}",
+    ]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(config, sort_keys=False)
+    output.write_text("\n".join([*header, text]), encoding="utf-8")
+
+
+def _selected(config: dict[str, Any], wanted: Any, prefix: str = "") -> dict[str, Any]:
+    """The part of nested mappings whose leaves, under dotted names without `init_args`, are wanted."""
+    selected = {}
+    for key, value in config.items():
+        name = prefix if key == "init_args" else f"{prefix}.{key}".lstrip(".")
+        if isinstance(value, dict):
+            if inner := _selected(value, wanted, name):
+                selected[key] = inner
+        elif wanted(name, value):
+            selected[key] = value
+    return selected
+
+
+def _leaves(mapping: dict[str, Any]) -> dict[str, Any]:
+    """Dotted name without `init_args`, and value, of what nested mappings hold."""
+    return {name.replace(".init_args", ""): value for name, value in flat(mapping).items() if value != {}}
+
+
+def _model_name(output: Path) -> str:
+    """What --model takes for a recipe's file."""
+    names = {PROJECT / "configs" / f"{name}.yaml": name for name in (*recipes(), output.stem)}
+    return names.get(output.resolve(), str(output))
+
+
+def _command(request: "Request") -> str:
+    words = [request.recipe, "--space", *request.spelled, "--trials", str(request.trials), *request.flags]
+    return shlex.join(["python", "sweep.py", *words])
+
+
+def _shown(settings: Iterable[str]) -> str:
+    return ", ".join(
+        f"{name.rpartition('.')[2]} {value}" for name, _, value in (text.partition("=") for text in settings)
+    )
+
+
+def _print_table(study: "optuna.Study", request: "Request") -> None:
+    console = terminal()
+    completed, finished = _completed(study), _finished(study)
+    rows = []
+    for trial in completed[:SHOWN]:
+        values = dict(text.removeprefix("--").split("=", 1) for text in trial.user_attrs["settings"])
+        cells = [trial.user_attrs["folder"].removeprefix("trial_"), f"{trial.value:.4f}"]
+        cells += [values[name] for name in request.space]
+        rows.append([*cells, f"{trial.user_attrs['seconds']:.1f} s"])
+    columns = ("trial", "validation accuracy", *(text.partition("=")[0] for text in request.spelled), "time")
+    console.print(rich_table(columns, rows, bold_first=True))
+    counts = {state: sum(trial.state == state for trial in finished) for state in TrialState}
+    rest = {"given up early": counts[TrialState.PRUNED], "failed": counts[TrialState.FAIL]}
+    if more := len(completed) - SHOWN:
+        rest["further ones finished"] = max(more, 0)
+    if left := ", ".join(f"{count} {what}" for what, count in rest.items() if count):
+        print(left)

@@ -1,0 +1,191 @@
+"""Writes a trained classifier, preprocessing included, as ONNX or torch.export, and checks what was written."""
+
+import importlib
+import json
+import logging
+import statistics
+import time
+import uuid
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from datamodules import CLASS_NAMES, DatasetError, FashionMNISTDataModule
+from datamodules.files.finding import load, prepare
+from errors import RunError, UserError
+from lit_modules import LitClassifier
+from weights.trained import load_trained
+
+CHECKED_IMAGES = 1000
+TOLERANCE = 1e-4  # of probabilities
+SINGLE = 20  # of them one by one
+BATCH = 100
+Predict = Callable[[Tensor], Tensor]
+
+
+class Exported(nn.Module):
+    """Preprocessing, network and calibrated softmax in one module.
+
+    Args:
+        classifier: The trained network and its temperature.
+        data: Knows how the network wants its images.
+    """
+
+    def __init__(self, classifier: LitClassifier, data: FashionMNISTDataModule) -> None:
+        super().__init__()
+        self.net = classifier.net
+        self.temperature = classifier.temperature
+        self._preprocess = data.preprocess
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, 28, 28) uint8, light on dark, to probabilities (N, num_classes) float32."""
+        return (self.net(self._preprocess(images)).float() / self.temperature).softmax(dim=1)
+
+
+def export(ckpt_path: Path, format: str, output: Path, data_dir: Path | None, trust: bool) -> str:
+    """Export a checkpoint.
+
+    Args:
+        ckpt_path: A checkpoint of a training run.
+        format: "onnx" or "torch_export".
+        output: The file to write; it is replaced only by a file that passed the check.
+        data_dir: Folder of the data set; None takes the training run's.
+        trust: Let the checkpoint name any class.
+
+    Returns:
+        What was written: agreement, size and latency, as text.
+
+    Raises:
+        UserError: If the checkpoint, the data set, an optional package or the target can't be used.
+        RunError: If the exported file computes something else than the checkpoint.
+    """
+    write, read = {"onnx": (_write_onnx, _read_onnx), "torch_export": (_write_torch_export, _read_torch_export)}[format]
+    if format == "onnx":
+        _check_packages("onnx", "onnxscript", "onnxruntime")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    classifier, data, checkpoint = load_trained(ckpt_path, trust)
+    metadata = _metadata(str(checkpoint.get("recipe", "")), classifier.temperature)
+    images = _test_images(data, data_dir)
+    module = Exported(classifier, data).eval()
+    # Weights in the usual order of dimensions: what another program does with them is its own affair.
+    module.to(memory_format=torch.contiguous_format)
+
+    partial = output.with_name(f".{uuid.uuid4().hex}{output.suffix}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what PyTorch's exporters say of themselves
+            write(module, images[:2].clone(), partial, metadata)  # a view would be stored with all images
+            exported = read(partial)
+        lines = _check(lambda batch: classifier.probabilities(data.preprocess(batch)), exported, images)
+        partial.replace(output)
+    except OSError as error:
+        raise RunError(f"{output} can't be written: {error.strerror or error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return "\n".join([f"Wrote {output} ({output.stat().st_size / 1e6:.1f} MB)", *lines])
+
+
+def _check_packages(*names: str) -> None:
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            raise UserError(f"--format onnx needs the package {name}: pip install -r requirements-extras.txt") from None
+
+
+def _metadata(recipe: str, temperature: float) -> dict[str, str]:
+    """What the exported file says of itself."""
+    return {
+        "class_names": json.dumps(CLASS_NAMES),
+        "recipe": recipe,
+        "temperature": repr(temperature),
+        "input": "images: uint8 (N, 28, 28), grey, light on dark",
+        "output": f"probabilities: float32 (N, {len(CLASS_NAMES)})",
+    }
+
+
+def _test_images(data: FashionMNISTDataModule, data_dir: Path | None) -> Tensor:
+    try:
+        images, _ = load(prepare(data_dir or data.data_dir), "test")
+    except DatasetError as error:
+        raise UserError(f"the check needs the test images: {error}") from None
+    return images[:CHECKED_IMAGES]
+
+
+def _check(checkpoint: Predict, exported: Predict, images: Tensor) -> list[str]:
+    """Hold one against the other, on single images and on batches; returns agreement and speed as lines.
+
+    Raises:
+        RunError: If a class differs, or a probability by more than the tolerance.
+    """
+    probabilities, alone, batched = [], [], []
+    for predict in (checkpoint, exported):
+        first = [_timed(predict, images[index : index + 1]) for index in range(SINGLE)]
+        rest = [_timed(predict, batch) for batch in images[SINGLE:].split(BATCH)]
+        probabilities.append(torch.cat([output for output, _ in first + rest]))
+        alone.append(statistics.median(seconds for _, seconds in first))
+        batched.append((len(images) - SINGLE) / sum(seconds for _, seconds in rest))
+    expected, given = probabilities
+    difference = float((given - expected).abs().max())
+    others = int((given.argmax(dim=1) != expected.argmax(dim=1)).sum())
+    if others or not difference <= TOLERANCE:
+        raise RunError(
+            f"the exported file differs from the checkpoint: another class on {others} of {len(images)} test images, "
+            f"probabilities by up to {difference:.1e}; nothing was written"
+        )
+    return [
+        f"Checked on {len(images):,} test images: same class on all, probabilities within {difference:.1e}",
+        f"Latency of one image: {alone[1] * 1000:.2f} ms (checkpoint in PyTorch: {alone[0] * 1000:.2f} ms), CPU",
+        f"In batches of {BATCH}: {batched[1]:,.0f} images/s (checkpoint in PyTorch: {batched[0]:,.0f})",
+    ]
+
+
+def _timed(predict: Predict, images: Tensor) -> tuple[Tensor, float]:
+    start = time.perf_counter()
+    probabilities = predict(images)
+    return probabilities, time.perf_counter() - start
+
+
+def _write_onnx(module: nn.Module, example: Tensor, path: Path, metadata: dict[str, str]) -> None:
+    program = torch.onnx.export(
+        module,
+        (example,),
+        dynamo=True,
+        input_names=["images"],
+        output_names=["probabilities"],
+        dynamic_shapes={"images": {0: Dim("N")}},
+        verbose=False,
+    )
+    assert program is not None
+    program.model.metadata_props.update(metadata)
+    program.save(path)
+
+
+def _read_onnx(path: Path) -> Predict:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def _write_torch_export(module: nn.Module, example: Tensor, path: Path, metadata: dict[str, str]) -> None:
+    program = torch.export.export(module, (example,), dynamic_shapes={"images": {0: Dim("N")}})
+    torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata)})
+
+
+def _read_torch_export(path: Path) -> Predict:
+    module: Any = torch.export.load(path).module()
+
+    def predict(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return module(images)
+
+    return predict
