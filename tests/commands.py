@@ -10,6 +10,8 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import NamedTuple
 
+from datamodules.files.finding import SYSTEM_DIR, DatasetError, load
+
 REPO = Path(__file__).parents[1]
 DATA = REPO / "tests" / "data"
 # Two cores at most are free on a small machine, and idle OpenMP threads spin.
@@ -77,3 +79,14 @@ def _child(arguments: tuple[str, ...], folder: Path, streams: str, prepare: Call
     import train
 
     sys.exit(train.main(list(arguments)))
+
+
+def whole_set() -> Path | None:
+    """The folder of the full data set on this machine; None where there is none."""
+    for folder in (REPO / "data", REPO / "data" / "FashionMNIST" / "raw", SYSTEM_DIR):
+        try:
+            if len(load(folder, "train")[1]) == 60_000 and len(load(folder, "test")[1]) == 10_000:
+                return folder
+        except DatasetError:
+            continue
+    return None

@@ -75,6 +75,10 @@ WARMUP = {"class_path": "lit_modules.schedules.WarmupDecay"}
 PLATEAU = {"class_path": "torch.optim.lr_scheduler.ReduceLROnPlateau", "init_args": {"mode": "max", "patience": 0}}
 
 
+# What a checkpoint holds of the computation.
+COMPUTED = ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step", "loops")
+
+
 def write(folder: Path, *, ema: bool = False, scheduler: dict | None = None, **data: Any) -> Path:
     """An experiment of three epochs of five or six batches in a folder of its own."""
     folder.mkdir()

@@ -1,23 +1,37 @@
-"""Each benchmark runs end to end in a tiny setting and writes a record; what they calculate is checked by hand."""
+"""The benchmarks, and the tables that are written from their records."""
 
 import json
 import math
 import os
+import re
+import statistics
 import subprocess
 import sys
+from argparse import Namespace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from commands import DATA, REPO
 from torch.nn import functional as F
 
-from benchmarks.harness.side_by_side import Contestant, Missing, contest, median, ratios
+from benchmarks.harness.side_by_side import RESULTS, Contestant, Missing, contest, median, ratios
 from benchmarks.memory import LiveBytes, training_bytes
 from benchmarks.peers.airbench import augmented, triangle
 from benchmarks.precision import compared, pooled_deviation
+from benchmarks.readme import accuracy_time
+from benchmarks.readme.entries import Entry, Results, read_entries, read_results
+from benchmarks.readme.rounding import down, duration, mean_and_range, up
+from benchmarks.readme.tables import Language, pages, results_table, written
+from benchmarks.results import _jobs, main
 from benchmarks.scaling import all_reduce_seconds
 from benchmarks.throughput import PROCESS_BYTES, _groups, training_flops
+from runs.reading import Run, find_runs
+
+# ---- Each benchmark runs end to end in a tiny setting and writes a record; what they calculate is checked by hand.
 
 PROJECT = Path(__file__).parents[1]
 CONTESTANT = """
@@ -238,3 +252,258 @@ def leaves(value):
             yield from leaves(inner)
     elif isinstance(value, int | float):
         yield value
+
+
+# ---- `python -m benchmarks.results`, and that every number in the READMEs' tables comes from a record or a network.
+
+READMES = [REPO / "README.md", REPO / "README.zh-CN.md"]
+ENGLISH = Language(0, " to ")
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    return read_results(RESULTS)
+
+
+def rows(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+
+
+def test_tables_and_plot_are_what_the_records_say(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--check"]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", READMES, ids=lambda page: page.name)
+def test_no_table_with_numbers_was_written_by_hand(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert "<!-- results " in text
+    assert "<!-- throughput " in text
+    assert "<!-- measured " in text
+    outside = re.sub(r"<!-- (results|throughput|measured) .*?<!-- /\1 -->", "", text, flags=re.DOTALL)
+    by_hand = [line for line in outside.splitlines() if line.startswith("|") and re.search(r"\d", line)]
+    assert not by_hand, "these numbers must come from records: give them a line in benchmarks/tables.py"
+
+
+@pytest.mark.parametrize("page", READMES, ids=lambda page: page.name)
+def test_any_digit_that_is_changed_is_noticed(page: Path, tmp_path: Path, results: Results) -> None:
+    text = page.read_text(encoding="utf-8")
+    copy = tmp_path / page.name
+    changed = 0
+    for region in re.finditer(r"<!-- (results|throughput|measured) \w+ -->\n(.*?)<!-- /", text, re.DOTALL):
+        digits = [region.start(2) + digit.start() for digit in re.finditer(r"\d", region[2])]
+        for position in (digits[0], digits[len(digits) // 2], digits[-1]):
+            other = str((int(text[position]) + 1) % 10)
+            copy.write_text(text[:position] + other + text[position + 1 :], encoding="utf-8")
+            assert written(copy, results, RESULTS) == text
+            changed += 1
+    assert changed >= 9
+
+
+def test_scores_are_those_of_the_records(results: Results) -> None:
+    """Calculated anew, by other means than the tables are."""
+    cells = {row[0] + row[1]: row for family in ("reproduction", "fast") for row in rows(table(family, results))}
+    checked = 0
+    for (entry, device), runs in results.runs.items():
+        if entry.family not in ("reproduction", "fast"):
+            continue
+        shares = [round(run.record["test"]["accuracy"], 4) for run in runs]  # of 10,000 images
+        row = cells[f"`{entry.recipe}`{entry.network[0]}"]
+        mean, *spread = map(float, re.findall(r"\.\d{4}", row[7]))
+        assert 0 <= statistics.mean(shares) - mean < 1e-4 + 1e-12
+        assert len(spread) == (3 if len(shares) > 1 else 0)
+        if spread:
+            assert -1e-12 <= spread[0] - statistics.stdev(shares) < 1e-4
+            assert spread[1:] == [min(shares), max(shares)]
+        assert row[8] == f"{len(runs)} ({sum(share < 0.15 for share in shares)})"
+        if device == "cpu" and row[9].endswith(" s, CPU"):
+            seconds = statistics.mean(run.record["fit_seconds"] for run in runs)
+            assert 0 <= float(row[9].removesuffix(" s, CPU")) - seconds < 1
+        checked += 1
+    assert checked >= 3
+
+
+def table(family: str, results: Results) -> str:
+    return results_table(family, results, ENGLISH)
+
+
+def test_ratios_are_those_of_the_turns() -> None:
+    record = json.loads((RESULTS / "throughput-cpu.json").read_text(encoding="utf-8"))
+    text = READMES[0].read_text(encoding="utf-8").partition("<!-- throughput cpu -->")[2].partition("<!-- /")[0]
+    header, _, *lines = rows(text)
+    column = header.index("times the tutorial's loop")
+    for network, row in zip(record["results"], lines, strict=True):
+        turns = {one["contestant"]: [turn["rate"] for turn in one["turns"]] for one in network["contestants"]}
+        ours = float(row[1].replace(",", ""))
+        assert 0 <= statistics.median(turns["ours"]) - ours < (1 if ours >= 10 else 0.1)
+        (tutorial,) = (one for one in network["contestants"] if one["contestant"] == "tutorial")
+        first = tutorial.get("first_round_of_ours", 0)  # where not all fitted into the memory at once
+        mine = turns["ours"][first : first + len(tutorial["turns"])]
+        ratios = [one / other for one, other in zip(mine, turns["tutorial"], strict=True)]
+        written_ratios = map(float, re.findall(r"\d+\.\d+", row[column]))
+        for exact, shown in zip((statistics.median(ratios), min(ratios), max(ratios)), written_ratios, strict=True):
+            assert 0 <= exact - shown < 0.01 + 1e-9
+
+
+def test_records_are_complete(results: Results) -> None:
+    for runs in results.runs.values():
+        for run in runs:
+            record = run.record
+            assert re.fullmatch(r"[0-9a-f]{64}", record["config_sha256"])
+            assert re.match(r"[0-9a-f]{40}", record["commit"])
+            assert {"python", "torch", "lightning"} <= record["versions"].keys()
+            assert {"platform", "cpu", "cores"} <= record["machine"].keys()
+            assert min(record["fit_seconds"], record["images_per_second"], record["peak_memory_bytes"]) > 0
+            assert [epoch["epoch"] for epoch in record["epochs"]] == list(range(1, record["max_epochs"] + 1))
+            assert all({"train/loss", "train/accuracy", "seconds"} <= epoch.keys() for epoch in record["epochs"])
+            assert {"accuracy", "loss", "class_accuracy"} <= record["test"].keys()
+            assert record["train_images"] + record["val_images"] == 60_000
+            assert record["test"]["images"] == 10_000
+    for (entry, _), runs in results.runs.items():
+        assert {(run.record["parameters"], run.record["flops"]) for run in runs} == {entry.size}
+
+
+def test_every_record_belongs_to_a_recipe_as_it_is_now(results: Results) -> None:
+    assert not results.stale, (
+        "trained with other settings than their recipes have now: train them again, or remove them"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "below", "above"),
+    [
+        (1.999, 2, "1.99", "2.00"),
+        (0.29, 2, "0.29", "0.29"),  # 0.29 * 100 is less than 29
+        (23_914.007, 0, "23,914", "23,915"),
+        (Fraction(2, 3), 4, "0.6666", "0.6667"),
+        (0.00001, 3, "0.000", "0.001"),
+    ],
+)
+def test_rounding(value: Any, digits: int, below: str, above: str) -> None:
+    assert (down(value, digits), up(value, digits)) == (below, above)
+
+
+def test_scores_are_never_rounded_up() -> None:
+    shares = [Fraction(9_135, 10_000), Fraction(9_071, 10_000), Fraction(9_092, 10_000)]
+    assert mean_and_range(shares) == ".9099 ± .0033 (.9071 to .9135)"  # .90993; .003262
+    assert mean_and_range(shares[:1]) == ".9135"
+    assert [duration(seconds) for seconds in (9.91, 16.2, 100, 6000, 7300)] == [
+        "10.0 s",
+        "17 s",
+        "2 min",
+        "1.7 h",
+        "2.1 h",
+    ]
+
+
+def test_a_collapsed_run_and_a_gpu_are_told(results: Results) -> None:
+    (entry, _), runs = next(item for item in results.runs.items() if item[0][0].recipe == "fast/1min")
+    broken = json.loads(json.dumps(runs[0].record))
+    broken["test"]["accuracy"] = 0.1
+    broken["machine"]["gpu"] = "NVIDIA X100"
+    broken["fit_seconds"] = 600.0
+    flipped = Entry("best", "best/lenet", ("--val_size", "0"), "-all")
+    broken["test"]["accuracy_flip"] = 0.2
+    made = Results([entry, flipped, Entry("best", "best/lenet")])
+    made.runs = {(entry, "gpu"): [*runs[:2], Run(Path(), broken)], (flipped, "gpu"): [Run(Path(), broken)]}
+    row = rows(results_table(entry.family, made, ENGLISH))[2]
+    assert row[-2] == "3 (1)"
+    assert "X100" in row[-1]
+    assert rows(results_table("best", made, ENGLISH))[2][-5:] == ["", ".1000", ".2000", "1 (1)", "10 min, X100"]
+
+
+def test_one_seed_of_each_comes_first_and_the_cheapest_before() -> None:
+    jobs = _jobs(read_entries(wanted=["nin", "lenet*"]), Namespace(flags=(), ours=True, seeds=2))
+    names = [(job.seed, job.entry.name) for job in jobs]
+    assert names == sorted(names, key=lambda name: name[0])
+    first = [name for seed, name in names if seed == 0]
+    assert first[-2:] == ["nin-all", "nin-all-tutorial"]
+    assert {"lenet", "lenet_classic", "lenet_classic-all-max", "lenet_classic-all-average"} == set(first[:-2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipes", "lenett"], "no entry of entries.yaml is called 'lenett'"),
+        (["--families", "bset"], "there is no family 'bset'; there are reproduction, best"),
+        (["--recipes", "lenet", "--families", "best"], "none of these recipes"),
+        (["--hours", "0"], "--hours must be above 0"),
+        (["--seeds", "0"], "--seeds must be at least 1"),
+        (["--tables", "--max_epochs", "1"], "--max_epochs is unknown, or a flag of train.py"),
+        (["--recipes", "lenet", "--max_epochs", "1"], "changes trainer.max_epochs of lenet; name a folder with --out"),
+        (["--recipes", "lenet", "--no_such_flag", "1"], "unknown flag --no_such_flag"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.startswith("benchmarks.results: error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_region_without_an_end_is_one_line(tmp_path: Path, results: Results) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- results best -->\nno end\n", encoding="utf-8")
+    with pytest.raises(Exception, match="has no end"):
+        written(page, results, RESULTS)
+
+
+def test_the_plot_knows_what_it_shows(tmp_path: Path, results: Results) -> None:
+    pytest.importorskip("matplotlib")
+    found = accuracy_time.points(results)
+    assert len({(point.name, point.device) for point in found}) == len(found) >= 3
+    accuracy_time.draw(found, tmp_path / "plot.png")
+    assert accuracy_time.is_current(found, tmp_path / "plot.png")
+    assert not accuracy_time.is_current(found[1:], tmp_path / "plot.png")
+    assert not accuracy_time.is_current(found, tmp_path / "none.png")
+
+
+# Stands for a scheduler, at a moment that no machine's speed decides.
+STOP = """
+import os, signal
+from lightning.pytorch.callbacks import Callback
+
+class StopAtBatch(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+SAMPLE = ["--recipes", "lenet", "--seeds", "1", "--out", "out", "--log_dir", "logs", "--data_dir", str(DATA)]
+SAMPLE += ["--val_size", "200", "--max_epochs", "2", "--trainer.callbacks+=stop.StopAtBatch"]
+
+
+@pytest.mark.slow
+def test_what_was_stopped_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    ours = [*pages(), *(RESULTS / "runs").iterdir(), accuracy_time.PICTURE]
+    before = {path: path.stat().st_mtime for path in ours}
+    (tmp_path / "stop.py").write_text(STOP, encoding="utf-8")
+
+    assert main([*SAMPLE, "--hours", "0.0001"]) == 0  # less than any import takes
+    assert capfd.readouterr().out.endswith("The time is over; the same command goes on from here.\n")
+    assert find_runs([tmp_path / "logs"]) == []
+
+    assert main(SAMPLE) == 143
+    (run,) = find_runs([tmp_path / "logs"])
+    assert run.record["epochs"] == []  # found again although it ended no epoch
+    assert not (tmp_path / "out/runs").exists()
+    assert main([*SAMPLE, "--list"]) == 0
+    assert re.search(r"lenet +\| 0 +\| stopped", capfd.readouterr().out)
+
+    (tmp_path / "stop.py").write_text(STOP.replace("== 5", "== -1"), encoding="utf-8")
+    assert main(SAMPLE) == 0
+    assert "lenet, seed 0: going on" in capfd.readouterr().out
+    record = json.loads((tmp_path / "out/runs/lenet-seed0-cpu.json").read_text(encoding="utf-8"))
+    assert [epoch["epoch"] for epoch in record["epochs"]] == [1, 2]
+    assert record["epochs"][0]["elapsed_seconds"] > run.record["stopped_after_seconds"] + record["epochs"][0]["seconds"]
+    assert (tmp_path / "out/accuracy-time.png").is_file()
+    assert main(SAMPLE) == 0
+    assert "seed 0:" not in capfd.readouterr().out
+    assert before == {path: path.stat().st_mtime for path in before}

@@ -1,21 +1,26 @@
-"""The trained networks in weights/, and the command that packs them."""
+"""The trained networks in weights/, packing and exporting."""
 
 import json
 import re
 import shutil
+import subprocess
+import sys
+from typing import Any
 
 import pytest
 import torch
-from commands import DATA, REPO, run_forked
-from test_full_dataset import full_set
+from commands import DATA, ENVIRONMENT, REPO, run_forked, whole_set
 
+import export
 from checkpoints.reading import LISTING, read_checkpoint
-from datamodules import FashionMNISTDataModule
+from datamodules import CLASS_NAMES, FashionMNISTDataModule
 from datamodules.files.finding import load
-from errors import UserError
+from errors import RunError, UserError
 from lit_modules import LitClassifier
-from weights import pack
+from weights import exporting, pack
 from weights.trained import load_trained
+
+# ---- The trained networks in weights/, and the command that packs them.
 
 WEIGHTS = REPO / "weights"
 LISTED = json.loads((WEIGHTS / LISTING).read_text(encoding="utf-8"))
@@ -43,7 +48,7 @@ def test_every_file_is_listed_and_intact():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LISTED)
 def test_files_score_what_is_said(name):
-    folder = full_set()
+    folder = whole_set()
     if folder is None:
         pytest.skip("the full data set is not on this machine")
     classifier, data, _ = load_trained(WEIGHTS / name)
@@ -103,3 +108,193 @@ def test_what_scores_otherwise_is_not_kept(trained, tmp_path, capsys):
     assert pack.main([str(trained.best), *arguments, f"--record={tmp_path / 'gone.json'}"]) == 2
     assert "gone.json is not the record of a run that was tested" in capsys.readouterr().err
     assert not list(folder.iterdir())
+
+
+# ---- Exported files: what is in them, that they compute the same, and what happens if they don't.
+
+FORMATS = ["onnx", "torch_export"]
+TEST_IMAGES = load(DATA, "test")[0]
+# As the README shows it.
+THREE_LINES = """
+classifier = LitClassifier.load_from_checkpoint("logs/lenet/version_0/checkpoints/best.ckpt")
+data = FashionMNISTDataModule.load_from_checkpoint("logs/lenet/version_0/checkpoints/best.ckpt")
+probabilities = classifier.probabilities(data.preprocess(images))
+"""
+
+
+@pytest.fixture(scope="module")
+def unusual(tmp_path_factory):
+    """A checkpoint whose images are shrunk, normalised and made three channels."""
+    folder = tmp_path_factory.mktemp("unusual")
+    flags = "fit --model lenet --image_size 20 --data.mean 0.28 --data.std 0.35 --data.channels 3 --val_size 300"
+    more = "--model.net.in_channels 3 --max_epochs 1 --batch_size 64 --accelerator cpu --devices 1"
+    answer = run_forked(*flags.split(), *more.split(), f"--data_dir={DATA}", folder=folder)
+    assert answer.code == 0, answer.err
+    return folder / "logs" / "lenet" / "version_0" / "checkpoints" / "best.ckpt"
+
+
+def read(path):
+    """The file's function, numbers of a batch in and out, and its metadata; by means of its own format alone."""
+    if path.suffix == ".pt2":
+        files = {"metadata.json": ""}
+        module = torch.export.load(path, extra_files=files).module()
+        return module, json.loads(files["metadata.json"])
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(path)
+    (given,), (made,) = session.get_inputs(), session.get_outputs()
+    assert (given.name, given.type, given.shape[1:]) == ("images", "tensor(uint8)", [28, 28])
+    assert (made.name, made.type, made.shape[1:]) == ("probabilities", "tensor(float)", [10])
+
+    def predict(images):
+        return torch.from_numpy(session.run(["probabilities"], {"images": images.numpy()})[0])
+
+    return predict, session.get_modelmeta().custom_metadata_map
+
+
+def reference(path, images):
+    """Probabilities by the plain route: preprocess as for validation, network, softmax at the stored temperature."""
+    checkpoint = torch.load(path, weights_only=True)
+    classifier = LitClassifier.load_from_checkpoint(path).eval()
+    data = FashionMNISTDataModule.load_from_checkpoint(path)
+    pixels, _ = data.on_after_batch_transfer((images[:, None], torch.zeros(len(images))), 0)
+    with torch.no_grad():
+        return (classifier(pixels) / checkpoint["temperature"]).softmax(dim=1)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("kind", ["usual", "unusual"])
+def test_file_computes_what_the_checkpoint_does(trained, unusual, tmp_path, capsys, format, kind):
+    if format == "onnx":
+        pytest.importorskip("onnxscript")
+    path = trained.best if kind == "usual" else unusual
+    target = tmp_path / "new" / f"net{export.SUFFIXES[format]}"
+    assert export.main([f"--ckpt_path={path}", f"--format={format}", f"--output={target}"]) == 0
+    out = capsys.readouterr().out
+    assert "Checked on 500 test images: same class on all" in out
+    assert f"Wrote {target} ({target.stat().st_size / 1e6:.1f} MB)" in out
+    assert [file.name for file in target.parent.iterdir()] == [target.name]
+
+    predict, metadata = read(target)
+    assert json.loads(metadata["class_names"]) == list(CLASS_NAMES)
+    assert metadata["recipe"] == "lenet"
+    expected = reference(path, TEST_IMAGES)
+    for batch in (slice(0, 1), slice(1, 8), slice(8, 500)):
+        given = predict(TEST_IMAGES[batch])
+        assert torch.equal(given.argmax(dim=1), expected[batch].argmax(dim=1))
+        assert torch.allclose(given, expected[batch], atol=1e-4)
+
+
+def test_file_lies_beside_the_checkpoint_and_holds_no_images(trained, tmp_path):
+    path = tmp_path / "best.ckpt"
+    path.write_bytes(trained.best.read_bytes())
+    assert export.main([f"--ckpt_path={path}", "--format=torch_export"]) == 0
+    assert (tmp_path / "best.pt2").stat().st_size < path.stat().st_size  # which holds the optimiser's state as well
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda output: output.roll(1, dims=1), r"another class on 4\d\d of 500"),
+        (lambda output: output + 2e-4, "another class on 0 of 500 test images, probabilities by up to 2.0e-04"),
+        (lambda output: output * torch.nan, "probabilities by up to nan"),
+    ],
+)
+def test_check_sees_differences(spoil, message):
+    def right(images):
+        return images.flatten(1)[:, 300:310].float().softmax(dim=1)
+
+    assert "same class on all, probabilities within 0.0e+00" in exporting._check(right, right, TEST_IMAGES)[0]
+    with pytest.raises(RunError, match=message):
+        exporting._check(right, lambda images: spoil(right(images)), TEST_IMAGES)
+
+
+def damaged(path, folder):
+    target = folder / "damaged.ckpt"
+    target.write_bytes(path.read_bytes()[:5000])
+    return target
+
+
+def changed(path, folder, **changes):
+    """A copy of a checkpoint with other entries."""
+    target = folder / "changed.ckpt"
+    torch.save({**torch.load(path, weights_only=True), **changes}, target)
+    return target
+
+
+def test_mistakes_answer_with_one_line(trained, tmp_path, capsys):
+    stored = torch.load(trained.best, weights_only=True)
+    foreign = stored["config"].replace("models.lenet.LeNet", "subprocess.Popen")
+    other = stored["config"].replace("padding: 2", "padding: 0")
+    (tmp_path / "folder.pt2").mkdir()
+    cases = [
+        ([], "the following arguments are required: --ckpt_path, --format"),
+        (["--ckpt_path=x.ckpt", "--format=onx"], "argument --format: invalid choice: 'onx'"),
+        (["--ckpt_path=x.ckpt", "--format=onnx", "--outptu=y"], "unrecognized arguments: --outptu=y"),
+        (
+            ["--ckpt_path=x.ckpt", "--format=onnx", "--output=y.pt2"],
+            "--output y.pt2: a file of the format onnx ends",
+        ),
+        (["--ckpt_path=gone.ckpt", "--format=torch_export"], "the checkpoint gone.ckpt does not exist"),
+        (["--ckpt_path=https://a/b.ckpt", "--format=torch_export"], "https:/a/b.ckpt is an address"),
+        ([f"--ckpt_path={damaged(trained.best, tmp_path)}", "--format=torch_export"], "damaged"),
+    ]
+    for arguments, message in cases:
+        assert export.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.startswith("export.py: error: ")
+        assert len(error.splitlines()) == 1
+    for config, message in ((foreign, "names the class subprocess.Popen"), (other, "does not fit")):
+        path = changed(trained.best, tmp_path, config=config)
+        assert export.main([f"--ckpt_path={path}", "--format=torch_export"]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.splitlines()) == 1
+    output = tmp_path / "folder.pt2"
+    assert export.main([f"--ckpt_path={trained.best}", "--format=torch_export", f"--output={output}"]) == 1
+    assert "folder.pt2 can't be written: Is a directory" in capsys.readouterr().err
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "package"),
+    [
+        ("export", ["--format=onnx"], "onnxscript"),
+        ("train", ["predict", "--accelerator=cpu", "--images=x.png", "--gradcam"], "captum"),
+    ],
+)
+def test_missing_package_is_named(trained, tmp_path, script, arguments, package):
+    arguments = [*arguments, f"--ckpt_path={trained.best}"]
+    code = f"import sys; sys.modules[{package!r}] = None; import {script}; sys.exit({script}.main({arguments!r}))"
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(REPO)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert f"needs the package {package}: pip install -r requirements-extras.txt" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_help_does_not_import_torch():
+    code = "import sys, export\ntry: export.main(['--help'])\nexcept SystemExit: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True, capture_output=True, timeout=30)
+    assert b"--ckpt_path" in done.stdout
+
+
+def test_three_lines_of_python_suffice(trained, monkeypatch):
+    monkeypatch.chdir(trained.start)
+    names: dict[str, Any] = {
+        "LitClassifier": LitClassifier,
+        "FashionMNISTDataModule": FashionMNISTDataModule,
+        "images": TEST_IMAGES,
+    }
+    exec(THREE_LINES, names)  # warnings are errors here
+    assert names["probabilities"].shape == (500, 10)
+    assert torch.allclose(names["probabilities"], reference(trained.best, TEST_IMAGES), atol=1e-6)
+
+
+def test_only_bytes_are_preprocessed(trained):
+    data = FashionMNISTDataModule.load_from_checkpoint(trained.best)
+    assert torch.equal(data.preprocess(TEST_IMAGES), data.preprocess(TEST_IMAGES[:, None]))
+    with pytest.raises(ValueError, match=r"torch\.float32; torch\.uint8, from 0 to 255"):
+        data.preprocess(TEST_IMAGES.float())

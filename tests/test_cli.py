@@ -1,4 +1,4 @@
-"""The light layer: short flags and recipe names become LightningCLI's long form."""
+"""The command line: flags, recipes, and mistakes that are seen without torch."""
 
 import itertools
 import subprocess

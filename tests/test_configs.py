@@ -1,4 +1,4 @@
-"""The pieces of configs/best: batch norm in every network, averaged weights, and both kinds of testing in one run."""
+"""The recipes."""
 
 import json
 from functools import partial

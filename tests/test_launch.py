@@ -1,0 +1,1266 @@
+"""Whole runs: training, testing, stopping, continuing, searching for settings, and mistakes of one line."""
+
+import csv
+import json
+import math
+import os
+import pickle
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from commands import DATA, ENVIRONMENT, REPO, Answer, run, run_forked
+from jsonargparse import ArgumentParser
+from PIL import Image
+from stoppable import AUGMENTATION, COMPUTED, PLATEAU, checkpoint, differences, finish, start, train, write
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from checkpoints.reading import read_checkpoint
+from cli.command import recipes
+from datamodules import CLASS_NAMES, FashionMNISTDataModule
+from errors import UserError
+from launch.learning_rate import LIGHTNINGS_SMOOTHING, _as_measured, _smoothed
+from launch.memory import advice, is_out_of_memory, largest_batch_size
+from launch.start import _replace
+from lit_modules import LitClassifier
+
+# ---- Whole runs of the command on the sample, and what they leave behind.
+
+LENET = ["--model", "lenet", "--data_dir", str(DATA), "--val_size", "200"]
+FAST = ["--max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
+NUMBER = r"(\d\.\d{4})"
+
+
+def good(answer):
+    """The output of a run that went well, which says nothing on standard error."""
+    assert (answer.code, answer.err) == (0, ""), answer
+    return answer.out
+
+
+def config(*arguments, folder):
+    return yaml.safe_load(good(run_forked(*arguments, "--print_config", folder=folder)))
+
+
+def line_after(start, text):
+    (rest,) = (line.removeprefix(start) for line in text.splitlines() if line.startswith(start))
+    return rest
+
+
+def record(folder):
+    return json.loads((folder / "record.json").read_text())
+
+
+# --- the session's run -----------------------------------------------------------------------------------------------
+
+
+def test_a_normal_run_prints_no_warning(trained):
+    assert trained.answer.err == ""
+
+
+def test_one_line_an_epoch_in_a_pipe(trained):
+    lines = [line for line in trained.answer.out.splitlines() if line.startswith("epoch ")]
+    assert [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3"]
+    measured = rf"loss {NUMBER} accuracy {NUMBER}"
+    pattern = rf"epoch ./3  train {measured}  val {measured}  lr \S+  .* images/s  \S+ s"
+    assert all(re.fullmatch(pattern, line) for line in lines), lines
+    assert "\r" not in trained.answer.out
+    assert "\x1b" not in trained.answer.out
+
+
+def test_the_summary_names_what_a_user_needs_next(trained):
+    summary = trained.answer.out.rpartition("\n\n")[2]
+    assert re.search(rf"^Test on 500 images: accuracy {NUMBER}, loss {NUMBER}$", summary, re.MULTILINE)
+    assert re.search(r"^Training: 3 epochs in \S+ s, \S+ images/s", summary, re.MULTILINE)
+    checkpoint = line_after("Checkpoint: ", summary)
+    assert (trained.start / checkpoint).resolve() == trained.best.resolve()
+    logs = line_after("Logs: ", summary)
+    assert (trained.start / logs).resolve() == trained.folder.resolve()
+    assert f"python train.py predict --ckpt_path {checkpoint}" in summary
+
+
+def test_the_run_learned_something(trained):
+    found = record(trained.folder)
+    assert found["epochs"][-1]["train/loss"] < found["epochs"][0]["train/loss"] < 2.4
+    assert found["test"]["accuracy"] > 0.5  # chance is 0.1
+
+
+def test_the_record(trained):
+    found = record(trained.folder)
+    assert found["recipe"] == "lenet"
+    assert (found["train_images"], found["val_images"], found["test"]["images"]) == (1203, 297, 500)
+    assert (found["devices"], found["batch_size"], found["image_size"], found["seed"]) == (1, 32, 28, 0)
+    assert (found["parameters"], found["max_epochs"], found["precision"]) == (61_706, 3, "32-true")
+    assert found["versions"]["torch"] == version("torch")
+    assert [epoch["epoch"] for epoch in found["epochs"]] == [1, 2, 3]
+    for epoch in found["epochs"]:
+        assert {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "seconds"} <= epoch.keys()
+        # 1,203 images in that time
+        assert epoch["images_per_second"] == pytest.approx(1203 / epoch["seconds"])
+    assert found["best_val_accuracy"] == max(epoch["val/accuracy"] for epoch in found["epochs"])
+    assert found["fit_seconds"] >= sum(epoch["seconds"] for epoch in found["epochs"])
+
+
+def test_record_and_output_agree(trained):
+    found = record(trained.folder)
+    for epoch in found["epochs"]:
+        assert f"train loss {epoch['train/loss']:.4f} accuracy {epoch['train/accuracy']:.4f}" in trained.answer.out
+        assert f"val loss {epoch['val/loss']:.4f} accuracy {epoch['val/accuracy']:.4f}" in trained.answer.out
+    assert f"accuracy {found['test']['accuracy']:.4f}, loss {found['test']['loss']:.4f}" in trained.answer.out
+
+
+def test_the_event_files(trained):
+    events = EventAccumulator(str(trained.folder))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    found = record(trained.folder)
+    for stage in ("train", "val"):
+        for name in ("loss", "accuracy"):
+            values = [event.value for event in events.Scalars(f"{stage}/{name}")]
+            assert values == pytest.approx([epoch[f"{stage}/{name}"] for epoch in found["epochs"]])
+    for name in ("loss", "accuracy"):
+        assert [event.value for event in events.Scalars(f"test/{name}")] == pytest.approx([found["test"][name]])
+    for name in ("images_per_second", "epoch_seconds"):
+        assert len(events.Scalars(f"speed/{name}")) == 3
+    assert [event.value for event in events.Scalars("best/val_accuracy")] == pytest.approx([found["best_val_accuracy"]])
+    rate = next(tag for tag in tags if tag.startswith("lr"))
+    rates = [event.value for event in events.Scalars(rate)]
+    assert 0 < max(rates) <= 0.005
+    assert rates[-1] < max(rates)  # the recipe's schedule ends low
+
+
+def test_the_hparams_tab(trained):
+    events = EventAccumulator(str(trained.folder))
+    events.Reload()
+    content = {tag: data for tag, data in events.summary_metadata.items() if data.plugin_data.plugin_name == "hparams"}
+    text = b"".join(data.plugin_data.content for data in content.values())
+    for name in (
+        b"model.net",
+        b"LeNet",
+        b"model.optimizer.lr",
+        b"data.batch_size",
+        b"best/val_accuracy",
+        b"test/accuracy",
+    ):
+        assert name in text
+
+
+def test_the_configuration_lies_beside_the_run_and_in_the_checkpoints(trained):
+    saved = yaml.safe_load((trained.folder / "config.yaml").read_text())
+    assert saved["data"]["batch_size"] == 32
+    assert saved["model"]["net"]["class_path"] == "models.lenet.LeNet"
+    for name in ("best", "last"):
+        content = torch.load(trained.folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+        assert content["recipe"] == "lenet"
+        inside = yaml.safe_load(content["config"])
+        assert inside["model"]["net"]["init_args"]["image_size"] == 28
+        assert inside["data"] == saved["data"]
+
+
+def test_best_is_the_best_epoch(trained):
+    epochs = record(trained.folder)["epochs"]
+    content = torch.load(trained.best, weights_only=True)
+    best = max(epochs, key=lambda epoch: epoch["val/accuracy"])
+    assert content["epoch"] + 1 == best["epoch"]
+    last = torch.load(trained.folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["epoch"] + 1 == 3
+
+
+# --- what a checkpoint is good for ------------------------------------------------------------------------------------
+
+
+def test_test_needs_the_checkpoint_alone(trained, tmp_path):
+    found = record(trained.folder)["test"]
+    out = good(run_forked("test", "--ckpt_path", str(trained.best), folder=tmp_path))
+    assert out == f"test on 500 images: accuracy {found['accuracy']:.4f}, loss {found['loss']:.4f}\n"
+
+
+def test_validate_measures_the_images_held_out(trained, tmp_path):
+    best = max(record(trained.folder)["epochs"], key=lambda epoch: epoch["val/accuracy"])
+    out = good(run_forked("validate", f"--ckpt_path={trained.best}", folder=tmp_path))
+    assert out == f"validate on 297 images: accuracy {best['val/accuracy']:.4f}, loss {best['val/loss']:.4f}\n"
+
+
+def test_predict_writes_one_line_an_image(trained, tmp_path):
+    path = tmp_path / "best.ckpt"  # outside the run's folder, so that the file lands in the working folder
+    path.write_bytes(trained.best.read_bytes())
+    out = good(run_forked("predict", f"--ckpt_path={path}", folder=tmp_path))
+    assert out == "Wrote the class probabilities of 500 images to predictions.csv\n"
+    with (tmp_path / "predictions.csv").open(newline="") as file:
+        header, *lines = csv.reader(file)
+    assert header == ["image", "label", "prediction", *CLASS_NAMES]
+    assert [int(line[0]) for line in lines] == list(range(500))
+    for line in lines:
+        probabilities = [float(text) for text in line[3:]]
+        assert sum(probabilities) == pytest.approx(1, abs=1e-5)
+        assert CLASS_NAMES[probabilities.index(max(probabilities))] == line[2]
+    accuracy = sum(line[1] == line[2] for line in lines) / 500
+    assert accuracy == pytest.approx(record(trained.folder)["test"]["accuracy"])
+
+
+def test_image_size_and_normalisation_come_from_the_checkpoint(tmp_path):
+    flags = ["--image_size=40", "--data.mean=0.3", "--data.std=0.35", "--max_epochs=1", "--batch_size=50"]
+    good(run_forked(*LENET, *flags, folder=tmp_path))
+    folder = tmp_path / "logs" / "lenet" / "version_0"
+    found = record(folder)
+    expected = f"test on 500 images: accuracy {found['test']['accuracy']:.4f}, loss {found['test']['loss']:.4f}\n"
+    checkpoint = f"--ckpt_path={folder / 'checkpoints' / 'best.ckpt'}"
+    assert found["image_size"] == 40
+    assert good(run_forked("test", checkpoint, folder=tmp_path)) == expected
+    assert good(run_forked("test", checkpoint, "--data.mean=0", folder=tmp_path)) != expected
+
+
+def test_last_continues_in_the_same_folder(tmp_path):
+    flags = ["fit", "--model=lenet_classic", f"--data_dir={DATA}", "--val_size=200"]
+    good(run_forked(*flags, "--max_epochs=1", folder=tmp_path))
+    first = record(tmp_path / "logs" / "lenet_classic" / "version_0")
+    good(run_forked(*flags, "--max_epochs=3", "--ckpt_path=last", folder=tmp_path))
+    good(run_forked(*flags, "--max_epochs=3", "--log_dir=straight", folder=tmp_path))
+    runs = list((tmp_path / "logs" / "lenet_classic").iterdir())
+    assert [path.name for path in runs] == ["version_0"]
+    continued, straight = record(runs[0]), record(tmp_path / "straight" / "lenet_classic" / "version_0")
+    assert [epoch["epoch"] for epoch in continued["epochs"]] == [1, 2, 3]
+    assert continued["epochs"][0] == first["epochs"][0]
+    for name in ("train/loss", "train/accuracy", "val/loss", "val/accuracy"):  # as if it had never stopped
+        assert [epoch[name] for epoch in continued["epochs"]] == [epoch[name] for epoch in straight["epochs"]]
+
+
+# --- the command's forms ----------------------------------------------------------------------------------------------
+
+
+def test_fit_alone_does_not_test(tmp_path):
+    out = good(run_forked("fit", *LENET, *FAST, folder=tmp_path))
+    assert "Test on" not in out
+    assert "test" not in record(tmp_path / "logs" / "lenet" / "version_0")
+
+
+def test_from_another_folder_with_a_relative_path(tmp_path):
+    """As a user would type it, from anywhere."""
+    command = [sys.executable, os.path.relpath(REPO / "train.py", tmp_path), *LENET, *FAST]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "logs" / "lenet" / "version_0" / "record.json").is_file()
+
+
+def test_config_before_and_after_the_subcommand(tmp_path):
+    path = str(REPO / "configs" / "lenet.yaml")
+    before = config("--config", path, "fit", "--lr=0.5", folder=tmp_path)
+    after = config("fit", "--lr=0.5", "--config", path, folder=tmp_path)
+    assert before == after == config("fit", "--model=lenet", "--lr=0.5", folder=tmp_path)
+    assert after["model"]["optimizer"]["init_args"]["lr"] == 0.5
+
+
+def test_a_config_sectioned_by_subcommand(tmp_path):
+    content = yaml.safe_load((REPO / "configs" / "lenet.yaml").read_text())
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump({"fit": content | {"data": {"batch_size": 77}}}))
+    found = config("--config", "all.yaml", "fit", folder=tmp_path)
+    assert found["data"]["batch_size"] == 77
+    assert found["model"] == config("fit", "--model=lenet", folder=tmp_path)["model"]
+
+
+def test_flags_win_over_files_in_whatever_order(tmp_path):
+    (tmp_path / "over.yaml").write_text("data: {batch_size: 7}\ntrainer: {max_epochs: 7}\n")
+    for words in (
+        "--batch_size=5 --config=over.yaml --model=lenet",
+        "--model=lenet --config=over.yaml --data.batch_size 5",
+        "--config=over.yaml --data.batch_size=5 --model=lenet",
+    ):
+        found = config(*words.split(), folder=tmp_path)
+        assert (found["data"]["batch_size"], found["trainer"]["max_epochs"]) == (5, 7)
+
+
+@pytest.mark.parametrize(
+    "words", ["--lr=0.5 --model.optimizer=torch.optim.SGD", "--model.optimizer=torch.optim.SGD --lr=0.5"]
+)
+def test_a_rate_survives_a_change_of_optimizer(words, tmp_path):
+    found = config("--model=lenet", *words.split(), folder=tmp_path)["model"]["optimizer"]
+    assert found["class_path"] == "torch.optim.SGD"
+    assert found["init_args"]["lr"] == 0.5
+
+
+def test_print_config_round_trip(tmp_path):
+    out = good(run_forked(*LENET, "--lr=0.03", "--image_size=32", "--print_config", folder=tmp_path))
+    (tmp_path / "resolved.yaml").write_text(out)
+    again = good(run_forked("--model=resolved.yaml", "--print_config", folder=tmp_path))
+    assert yaml.safe_load(again) == yaml.safe_load(out)
+    assert yaml.safe_load(out)["data"]["image_size"] == 32
+
+
+def test_the_saved_configuration_trains_again(trained, tmp_path):
+    good(run_forked("fit", "--config", str(trained.folder / "config.yaml"), "--log_dir=logs", folder=tmp_path))
+    (folder,) = (tmp_path / "logs").glob("*/version_0")
+    for again, first in zip(record(folder)["epochs"], record(trained.folder)["epochs"], strict=True):
+        assert again["train/loss"] == first["train/loss"]
+        assert again["val/accuracy"] == first["val/accuracy"]
+
+
+def test_print_model_shows_the_stages_and_writes_nothing(tmp_path):
+    out = good(run_forked("--model=alexnet", "--print_model", folder=tmp_path))
+    assert re.search(r"^total +AlexNet +10 +29,983,434 +1,84\d,", out, re.MULTILINE)
+    for shape in ("96x54x54", "256x12x12", "256x5x5", "4096"):
+        assert shape in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fit_help_is_lightning_clis(tmp_path):
+    out = good(run_forked("fit", "--help", folder=tmp_path))
+    for flag in ("--trainer.max_epochs", "--model.optimizer", "--data.crop_padding", "--patience"):
+        assert flag in out
+
+
+def test_all_images_are_trained_on(tmp_path):
+    good(run_forked("--model=lenet", f"--data_dir={DATA}", "--val_size=0", "--max_epochs=1", folder=tmp_path))
+    folder = tmp_path / "logs" / "lenet" / "version_0"
+    assert record(folder)["train_images"] == 1500
+    assert (folder / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_patience_stops_early(tmp_path):
+    flags = ["--patience=1", "--max_epochs=9", "--model.optimizer=torch.optim.SGD", "--lr=1e-12"]
+    good(run_forked("fit", *LENET, *flags, folder=tmp_path))
+    assert len(record(tmp_path / "logs" / "lenet" / "version_0")["epochs"]) == 2
+
+
+def test_the_same_seed_trains_the_same_network(tmp_path):
+    losses: list[float] = []
+    for seed in (3, 3, 4):
+        good(run_forked("fit", *LENET, *FAST, f"--seed={seed}", f"--log_dir={seed}{len(losses)}", folder=tmp_path))
+        losses.append(record(tmp_path / f"{seed}{len(losses)}" / "lenet" / "version_0")["epochs"][0]["train/loss"])
+    assert losses[0] == losses[1] != losses[2]
+
+
+# --- networks --------------------------------------------------------------------------------------------------------
+
+
+OWN = """
+import torch
+from torch import nn
+
+class Tiny(nn.Module):
+    def __init__(self, hidden: int = 8, num_classes: int = 10):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.AvgPool2d(4), nn.Flatten(), nn.Linear(49, hidden), nn.ReLU(), nn.Linear(hidden, num_classes)
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layers(images)
+"""
+
+
+def test_a_network_of_the_users_own(tmp_path):
+    (tmp_path / "my_networks.py").write_text(OWN)
+    flags = [f"--data_dir={DATA}", "--val_size=200", "--max_epochs=2", "--model.net.hidden=16"]
+    out = good(run("--model.net=my_networks.Tiny", *flags, folder=tmp_path))
+    assert "Test on 500 images" in out
+    (checkpoint,) = tmp_path.glob("logs/*/version_0/checkpoints/best.ckpt")
+    refused = run_forked("test", f"--ckpt_path={checkpoint}", folder=tmp_path)
+    assert refused.code == 2
+    assert "add --trust_checkpoint if you know where the file comes from" in refused.err
+    out = good(run_forked("test", f"--ckpt_path={checkpoint}", "--trust_checkpoint", folder=tmp_path))
+    assert out.startswith("test on 500 images: accuracy")
+
+
+def test_a_recipe_of_the_users_own(tmp_path):
+    (tmp_path / "my_networks.py").write_text(OWN)
+    (tmp_path / "mine.yaml").write_text(
+        "model:\n  net: {class_path: my_networks.Tiny, init_args: {hidden: 12}}\n"
+        f"data: {{data_dir: {DATA}, val_size: 100}}\ntrainer: {{max_epochs: 1}}\n"
+    )
+    good(run_forked("--model=mine.yaml", folder=tmp_path))
+    assert record(tmp_path / "logs" / "mine" / "version_0")["parameters"] == 50 * 12 + 13 * 10
+
+
+def test_a_network_of_torchvisions(tmp_path):
+    flags = ["--model.net=torchvision.models.resnet18", "--model.net.num_classes=10", "--data.channels=3"]
+    good(run_forked(*LENET, *flags, *FAST, "--batch_size=16", "--image_size=32", folder=tmp_path))
+    folder = tmp_path / "logs" / "lenet" / "version_0"
+    assert record(folder)["parameters"] == 11_181_642
+    out = good(run_forked("test", f"--ckpt_path={folder / 'checkpoints' / 'best.ckpt'}", folder=tmp_path))
+    assert out.startswith("test on 500 images")
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_every_recipe_is_built(recipe):
+    """Network, optimiser and schedule, as the YAML says; without memory for the weights."""
+    content = yaml.safe_load(recipes()[recipe].read_text())
+    assert f"--model {recipe}\n" in recipes()[recipe].read_text(), "the header gives the command"
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(LitClassifier, "model")
+    parser.add_class_arguments(FashionMNISTDataModule, "data")
+    settings = parser.parse_object({"model": content["model"], "data": content["data"]})
+    if "image_size" in settings.model.net.init_args:
+        settings.model.net.init_args.image_size = settings.data.image_size
+    with torch.device("meta"):
+        built = parser.instantiate(settings) if hasattr(parser, "instantiate") else parser.instantiate_classes(settings)
+    images = torch.empty(2, *built.data.input_shape, device="meta")
+    assert built.model.net(images).shape == (2, 10)
+    optimizer = built.model.optimizer(built.model.parameters())
+    assert optimizer.param_groups[0]["lr"] == content["model"]["optimizer"]["init_args"]["lr"]
+    if built.model.scheduler:
+        assert built.model.scheduler(optimizer, total_steps=10).optimizer is optimizer
+    assert content["trainer"]["max_epochs"] > 0
+    assert content["seed_everything"] == 0
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+EVALUATE = """
+import sys
+import lightning.pytorch as pl
+import torch
+from callbacks.processes import end_process
+from datamodules import FashionMNISTDataModule
+from lit_modules import LitClassifier
+from models import VGG, LeNet
+
+torch.manual_seed(0)
+narrow = VGG(width_divisor=64, batch_norm=True, image_size=32)
+with torch.no_grad():
+    for _ in range(3):  # so that the statistics are not the ones of the start
+        narrow(torch.rand(64, 1, 32, 32))
+for net, size in ((LeNet(), 28), (narrow, 32)):
+    data = FashionMNISTDataModule(sys.argv[1], eval_batch_size=60, image_size=size, val_size=203)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=int(sys.argv[2]), strategy="auto" if sys.argv[2] == "1" else "ddp",
+        logger=False, enable_progress_bar=False, enable_checkpointing=False, use_distributed_sampler=False
+    )
+    for function in (trainer.test, trainer.validate):
+        (found,) = function(LitClassifier(net), data, verbose=False)
+        if trainer.is_global_zero:
+            with open(sys.argv[3], "a") as file:
+                print(trainer.world_size, file=file)
+                for name, value in sorted(found.items()):
+                    print(name, value.hex(), f"{value:.17g}", file=file)
+end_process(0)  # as train.py ends
+"""
+
+
+def test_evaluation_is_the_same_with_one_two_and_three_processes(tmp_path):
+    """500 test images in batches of 60, and 203 validation images: neither divides. All bits of the results agree."""
+    script = tmp_path / "evaluate.py"
+    script.write_text(EVALUATE)
+    environment = ENVIRONMENT | {"PYTHONPATH": str(REPO)}
+
+    def evaluate(devices):
+        results = tmp_path / f"results-{devices}"
+        command = [sys.executable, str(script), str(DATA), str(devices), str(results)]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        lines = results.read_text().splitlines()
+        assert [line for line in lines if line.isdigit()] == [str(devices)] * 4
+        return [line for line in lines if not line.isdigit()]
+
+    one, two, three = (evaluate(devices) for devices in (1, 2, 3))
+    assert len(one) == 8
+    assert one == two == three
+
+
+def test_two_processes_train_and_test(trained, tmp_path):
+    def train():
+        flags = [*LENET, "--accelerator=cpu", "--devices=2", "--max_epochs=2", "--batch_size=50"]
+        return run(*flags, folder=tmp_path, timeout=240)
+
+    def test():
+        return run("test", f"--ckpt_path={trained.best}", "--accelerator=cpu", "--devices=2", folder=tmp_path)
+
+    with ThreadPoolExecutor(2) as pool:
+        training, testing = pool.submit(train).result(), pool.submit(test).result()
+    out = good(training)
+    found = record(tmp_path / "logs" / "lenet" / "version_0")
+    assert (found["devices"], found["batch_size"]) == (2, 100)
+    assert out.count("Test on 500 images") == 1
+    assert len([line for line in out.splitlines() if line.startswith("epoch ")]) == 2
+    expected = record(trained.folder)["test"]
+    wanted = f"test on 500 images: accuracy {expected['accuracy']:.4f}, loss {expected['loss']:.4f}\n"
+    assert good(testing).endswith(wanted)  # PyTorch 2.8 prints lines about its connections before it
+
+
+# --- precision -------------------------------------------------------------------------------------------------------
+
+
+def _no_bfloat16():
+    torch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False
+
+
+def _bfloat16():
+    torch.cpu._is_avx512_bf16_supported = lambda: True
+
+
+@pytest.mark.parametrize(
+    ("cpu", "flags", "precision"),
+    [
+        (_bfloat16, [], "bf16-mixed"),
+        (_no_bfloat16, [], "32-true"),
+        (_no_bfloat16, ["--precision", "bf16-mixed"], "bf16-mixed"),
+    ],
+)
+def test_a_recipe_in_bfloat16_runs_in_float32_where_the_cpu_only_imitates_it(tmp_path, cpu, flags, precision):
+    recipe = tmp_path / "mine.yaml"
+    text = (REPO / "configs" / "lenet.yaml").read_text()
+    recipe.write_text(text.replace("trainer:", "trainer:\n  precision: bf16-mixed"))
+    command = ["fit", *LENET[2:], *FAST, "--model", str(recipe), "--accelerator", "cpu", *flags]
+    out = good(run_forked(*command, folder=tmp_path, prepare=cpu))
+    assert f"precision {precision}" in out
+    assert ("no bfloat16 instructions" in out) == (precision == "32-true")
+    assert record(tmp_path / "logs" / "mine" / "version_0")["precision"] == precision
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_weights_may_have_another_precision_than_float32(tmp_path, precision):
+    fit = good(run_forked("fit", *LENET[2:], *FAST, "--model", "lenet", "--precision", precision, folder=tmp_path))
+    checkpoint = tmp_path / "logs" / "lenet" / "version_0" / "checkpoints" / "last.ckpt"
+    weights = torch.load(checkpoint, weights_only=True)["state_dict"]["net.classifier.5.weight"]
+    assert weights.dtype == {"bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
+    assert "61,706" in fit
+
+
+# ---- Every mistake ends with one line on standard error and exit code 2; nothing is written. All processes are real.
+
+# What the line must say, beside the command; {files} is a folder of broken files.
+LIGHT = {
+    "unknown recipe": ("--model alexnett", "unknown recipe 'alexnett'; did you mean alexnet?"),
+    "no recipe": ("", "give --model RECIPE"),
+    "recipe without its flag": ("alexnet", "did you mean --model alexnet?"),
+    "two recipes": ("--model lenet --model nin", "two recipes, lenet and nin"),
+    "recipe file that is missing": ("--model own.yaml", "the recipe file own.yaml does not exist"),
+    "unknown subcommand": ("trian --model lenet", "unknown subcommand 'trian'"),
+    "two subcommands": ("fit test --model lenet", "two subcommands, fit and test"),
+    "misspelt flag": ("--model lenet --bath_size 3", "unknown flag --bath_size; did you mean --batch_size?"),
+    "prefix of a flag": ("--model lenet --max_epoch 3", "unknown flag --max_epoch; did you mean --max_epochs?"),
+    "flag without its value": ("--model lenet --lr", "--lr needs a value"),
+    "value of a switch": ("--model lenet --compile=yes", "--compile takes no value"),
+    "word for a number": ("--model lenet --max_epochs two", "--max_epochs must be an integer of at least 1, got 'two'"),
+    "negative lr": ("--model lenet --lr -0.1", "--lr must be a positive number, got '-0.1'"),
+    "NaN lr": ("--model lenet --lr nan", "--lr must be a positive number, got 'nan'"),
+    "infinite lr": ("--model lenet --lr inf", "--lr must be a positive number, got 'inf'"),
+    "batch size 0": ("--model lenet --batch_size 0", "--batch_size must be an integer of at least 1, got '0'"),
+    "negative val size": ("--model lenet --val_size -1", "--val_size must be an integer of at least 0, got '-1'"),
+    "large seed": ("--model lenet --seed 4294967296", "--seed must be an integer from 0 to 4294967295"),
+    "devices": ("--model lenet --devices abc", "--devices must be a number of at least 1"),
+    "precision": ("--model lenet --precision 7", "--precision must be one of 32, bf16"),
+    "accelerator": ("--model lenet --accelerator tpuu", "--accelerator must be one of auto, cpu, gpu"),
+    "linked setting": ("--model lenet --model.net.image_size 32", "set --image_size instead"),
+    "missing YAML": ("--model lenet --config none.yaml", "none.yaml does not exist"),
+    "folder for a YAML": ("--model lenet --config {files}", "is a folder; a YAML file was expected"),
+    "empty YAML": ("--model lenet --config {files}/empty.yaml", "empty.yaml holds no settings"),
+    "broken YAML": ("--model lenet --config {files}/broken.yaml", "broken.yaml is not valid YAML"),
+    "list for a YAML": ("--model lenet --config {files}/list.yaml", "list.yaml holds no settings"),
+    "bytes for a YAML": ("--model lenet --config {files}/bytes.yaml", "bytes.yaml can't be read as a YAML file"),
+    "duplicate key": ("--model lenet --config {files}/twice.yaml", "'lr' stands twice, the second time in line 5"),
+    "no run to continue": ("--model lenet --ckpt_path last", "there is no run of lenet to continue"),
+    "last of what": ("fit --ckpt_path last", "--model RECIPE"),
+    "nothing to test": ("test", "nothing to test: a network needs trained weights; give --ckpt_path PATH"),
+}
+
+HEAVY = {
+    "prefix of a long flag": (
+        "--trainer.max_epoch 3",
+        "unknown flag --trainer.max_epoch; did you mean --trainer.max_epochs?",
+    ),
+    "misspelt group": ("--model.nett 3", "unknown flag --model.nett; did you mean --model.net?"),
+    "misspelt argument": ("--model.net.paddin 1", "unknown setting model.net.paddin; did you mean padding?"),
+    "argument of another class": ("--model.optimizer.momentum=1", "unknown setting model.optimizer.momentum"),
+    "word for a long number": (
+        "--trainer.max_epochs two",
+        "trainer.max_epochs=two is not valid: an integer or null was expected",
+    ),
+    "word for a long lr": ("--model.optimizer.lr=fast", "model.optimizer.lr=fast is not valid: a number was expected"),
+    "negative long lr": ("--model.optimizer.lr=-1", "learning rate: -1.0"),
+    "NaN long lr": ("--model.optimizer.lr=.nan", "learning rate: nan"),
+    "infinite weight decay": (
+        "--model.optimizer.weight_decay=.inf",
+        "optimizer weight_decay=inf must be a finite number",
+    ),
+    "negative weight decay": ("--model.optimizer.weight_decay=-1", "weight_decay value: -1.0"),
+    "NaN mean": ("--data.mean nan", "data.mean=nan is not valid"),
+    "choice": ("--model.net.activation tanh", "model.net.activation=tanh is not valid: relu or sigmoid was expected"),
+    "long batch size 0": ("--data.batch_size 0", "data.batch_size=0 must be at least 1"),
+    "long seed": ("--seed_everything -1", "seed_everything=-1 must lie between 0 and 4294967295"),
+    "smoothing": ("--model.label_smoothing 1.5", "label_smoothing=1.5 must lie in [0, 1)"),
+    "channels": ("--data.channels 2", "data.channels=2 must be 1 or 3"),
+    "long devices": ("--trainer.accelerator cpu --trainer.devices abc", "devices"),
+    "long precision": ("--trainer.precision 7", "trainer.precision=7 is not valid: 64, 32, 16"),
+    "long accelerator": ("--trainer.accelerator tpuu", "invalid accelerator name"),
+    "unknown key": (
+        "--config {files}/unknown.yaml",
+        "unknown.yaml: unknown setting trainer.max_epoch; did you mean trainer.max_epochs?",
+    ),
+    "unknown group": (
+        "--config {files}/group.yaml",
+        "group.yaml: unknown setting traner.max_epochs; did you mean trainer.max_epochs?",
+    ),
+    "unknown argument in YAML": (
+        "--config {files}/argument.yaml",
+        "argument.yaml: unknown setting model.net.init_args.pading; did you mean padding?",
+    ),
+    "word in YAML": (
+        "--config {files}/word.yaml",
+        "word.yaml: trainer.max_epochs=two is not valid: an integer or null was expected",
+    ),
+    "misspelt class": ("--model.net models.lenet.LeNett", "models.lenet has no LeNett; did you mean LeNet?"),
+    "misspelt module": ("--model.net modles.lenet.LeNet", "there is no module modles"),
+    "misspelt torchvision network": ("--model.net torchvision.models.resnet188", "did you mean resnet18?"),
+    "misspelt optimizer": ("--model.optimizer torch.optim.Adm", "torch.optim has no Adm; did you mean Adam?"),
+    "class that is no network": ("--model.net fractions.Fraction", "it is not a subclass of Module"),
+    "network without its arguments": ("--model.net torch.nn.Linear", "it needs in_features, out_features"),
+    "schedule without its argument": ("--model.scheduler torch.optim.lr_scheduler.OneCycleLR", "it needs max_lr"),
+    "schedule that ignores --lr": (
+        "--model.scheduler torch.optim.lr_scheduler.OneCycleLR --model.scheduler.max_lr 0.1 --lr 0.2",
+        "--lr would change nothing; set --model.scheduler.init_args.max_lr",
+    ),
+    "image too small": ("--image_size 8", "image_size=8 is too small for LeNet: with padding=2 it needs at least 12"),
+    "image too small, seen in forward": ("--model.net models.nin.NiN --image_size 66", "at least 67x67"),
+    "image too small for torchvision's": (
+        "--model.net torchvision.models.vgg11 --data.channels 3 --model.net.num_classes 10 --image_size 16",
+        "VGG can't take images of 3x16x16",
+    ),
+    "wrong number of channels": ("--data.channels 3", "LeNet can't take images of 3x28x28"),
+    "wrong number of logits": (
+        "--model.net.num_classes 7",
+        "outputs of shape (7,) for one image; 10 logits were expected",
+    ),
+    "output of wrong shape": ("--model.net torch.nn.Identity", "outputs of shape (1, 28, 28)"),
+    "network that is not a whole one": (
+        "--model.net torch.nn.Conv2d --model.net.in_channels 2 --model.net.out_channels 3 --model.net.kernel_size 3",
+        "Conv2d can't take images of 1x28x28",
+    ),
+    "val size too large": ("--val_size 1500", "data.val_size=1500 leaves none of the 1500 training images"),
+    "patience without validation": ("--val_size 0 --patience 2", "--patience needs validation images"),
+    "file for a data folder": ("--data_dir {files}/empty.yaml", "empty.yaml is a file, but a folder is expected"),
+    "file for a log folder": ("--log_dir {files}/empty.yaml/logs", "runs can't be written to"),
+}
+if not torch.cuda.is_available():
+    HEAVY["no GPU"] = (
+        "--accelerator cuda",
+        "PyTorch finds no such device on this machine; use --accelerator cpu or auto",
+    )
+
+CHECKPOINTS = {
+    "missing": ("none.ckpt", "does not exist"),
+    "folder": ("", "is a folder; give the path of a .ckpt file"),
+    "empty": ("empty.ckpt", "is empty"),
+    "truncated": ("truncated.ckpt", "is damaged or is not a checkpoint"),
+    "cut by a few bytes": ("cut.ckpt", "is damaged or is not a checkpoint"),
+    "bit flipped in a tensor": ("flipped.ckpt", "is damaged: "),
+    "text": ("text.ckpt", "is damaged or is not a checkpoint"),
+    "another file of torch's": ("tensor.ckpt", "it holds no state_dict"),
+    "malicious": ("malicious.ckpt", "holds objects that a checkpoint of this project never holds"),
+    "malicious plain pickle": ("pickle.ckpt", "is damaged or is not a checkpoint"),
+    "malicious class": (
+        "class.ckpt",
+        "names the class os.system, which this project, torch and torchvision do not have",
+    ),
+    "without its configuration": ("unexplained.ckpt", "does not say how it was trained; add --model RECIPE"),
+    "without a weight": ("incomplete.ckpt", "net.classifier.5.bias is missing there"),
+}
+
+
+class Payload:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, trained):
+    """Broken files of every kind."""
+    folder = tmp_path_factory.mktemp("files")
+    for name, text in {
+        "empty": "",
+        "broken": "trainer: {max_epochs: [3}",
+        "list": "- trainer\n",
+        "twice": "model:\n  optimizer:\n    init_args:\n      lr: 1\n      lr: 2\n",
+        "unknown": "trainer: {max_epoch: 2}",
+        "group": "traner: {max_epochs: 2}",
+        "argument": "model: {net: {class_path: models.lenet.LeNet, init_args: {pading: 2}}}",
+        "word": "trainer: {max_epochs: two}",
+    }.items():
+        (folder / f"{name}.yaml").write_text(text)
+    (folder / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+
+    good = trained.best.read_bytes()
+    content = torch.load(trained.best, weights_only=True)
+    payload = {"state_dict": {}, "config": Payload(folder / "executed")}
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1
+    for name, data in {
+        "empty": b"",
+        "truncated": good[: len(good) // 2],
+        "cut": good[:-20],
+        "flipped": bytes(flipped),
+        "text": b"weights\n" * 100,
+        "pickle": pickle.dumps(payload),
+    }.items():
+        (folder / f"{name}.ckpt").write_bytes(data)
+    weights = {name: value for name, value in content["state_dict"].items() if name != "net.classifier.5.bias"}
+    for name, saved in {
+        "tensor": torch.zeros(3),
+        "malicious": payload,
+        "class": content | {"config": content["config"].replace("models.lenet.LeNet", "os.system")},
+        "unexplained": {name: value for name, value in content.items() if name != "config"},
+        "incomplete": content | {"state_dict": weights},
+    }.items():
+        torch.save(saved, folder / f"{name}.ckpt")
+    return folder
+
+
+def check(answer, folder, expected):
+    lines = answer.err.splitlines()
+    assert (len(lines), answer.code, answer.out) == (1, 2, ""), answer
+    assert lines[0].startswith("train.py: error: ")
+    assert expected in lines[0]
+    assert len(lines[0]) < 300
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("case", LIGHT)
+def test_light_mistakes(case, files, tmp_path):
+    line, expected = LIGHT[case]
+    check(run(*line.format(files=files).split(), folder=tmp_path), tmp_path, expected)
+
+
+@pytest.mark.parametrize("case", HEAVY)
+def test_heavy_mistakes(case, files, tmp_path):
+    line, expected = HEAVY[case]
+    line = f"--model lenet --data_dir {DATA} --val_size 200 {line.format(files=files)}"  # a later value wins
+    check(run_forked(*line.split(), folder=tmp_path), tmp_path, expected)
+
+
+@pytest.mark.parametrize("case", CHECKPOINTS)
+@pytest.mark.parametrize("subcommand", ["test", "fit"])
+def test_checkpoints(case, subcommand, files, tmp_path):
+    name, expected = CHECKPOINTS[case]
+    answer = run_forked(subcommand, f"--ckpt_path={files / name}", f"--data_dir={DATA}", folder=tmp_path)
+    check(answer, tmp_path, expected)
+    assert not (files / "executed").exists()
+
+
+def test_the_malicious_pickle_would_have_been_executed(tmp_path):
+    pickle.loads(pickle.dumps(Payload(tmp_path / "executed")))
+    assert (tmp_path / "executed").exists()
+
+
+def test_heavy_mistakes_in_processes_of_their_own(files, tmp_path):
+    """The same end where Python starts from nothing; two at a time."""
+    lines = [
+        "--model lenet --trainer.max_epoch 3",
+        f"--model lenet --data_dir {DATA} --val_size 2000",
+        f"test --ckpt_path {files}/malicious.ckpt",
+        "--model lenet --model.net.activation tanh",
+    ]
+    expected = ["--trainer.max_epochs?", "leaves none of", "never holds", "relu or sigmoid"]
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda line: run(*line.split(), folder=tmp_path), lines))
+    for answer, text in zip(answers, expected, strict=True):
+        check(answer, tmp_path, text)
+    assert not (files / "executed").exists()
+
+
+def test_no_flipped_bit_passes_unnoticed(trained, tmp_path):
+    """Wherever a bit flips, the file is refused or means the same as before."""
+    good = trained.best.read_bytes()
+    whole = torch.load(trained.best, weights_only=True)
+    refused = 0
+    for offset in range(7, len(good), len(good) // 150):
+        damaged = bytearray(good)
+        damaged[offset] ^= 4
+        path = tmp_path / "damaged.ckpt"
+        path.write_bytes(damaged)
+        try:
+            content = read_checkpoint(path)
+        except UserError:
+            refused += 1
+            continue
+        assert content["state_dict"].keys() == whole["state_dict"].keys()
+        for name, tensor in whole["state_dict"].items():
+            assert torch.equal(content["state_dict"][name], tensor), f"byte {offset} changed {name}"
+        assert content["config"] == whole["config"]
+    assert refused > 100
+
+
+def test_a_setting_that_contradicts_the_checkpoint(trained, tmp_path):
+    for line, expected in (
+        ("test --image_size 32", "image_size=28, not 32"),
+        ("test --model alexnet", "models.lenet.LeNet, not models.alexnet.AlexNet"),
+        ("fit --lr 0.1", "lr=0.005, not 0.1"),
+        ("fit --max_epochs 5", "max_epochs=3, not 5"),
+    ):
+        answer = run_forked(*line.split(), f"--ckpt_path={trained.best}", f"--data_dir={DATA}", folder=tmp_path)
+        check(answer, tmp_path, expected)
+
+
+def test_a_plain_mistake_is_answered_before_torch_is_imported():
+    code = "import sys, train; print(train.main(['--model', 'lenet', '--lr', 'x']), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "2 False\n"
+
+
+# ---- Signals end a run in good order; a process that dies takes the others with it.
+
+MINUTE = 60.0
+CONTINUE = re.compile(r"Continue with: python train\.py (.*)")
+
+
+@pytest.mark.parametrize(
+    ("signum", "code", "name"),
+    [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C"), (signal.SIGUSR1, 143, "SIGUSR1")],
+)
+@pytest.mark.parametrize("stage", ["train", "validation"])
+def test_each_signal_saves_and_says_how_to_continue(
+    signum: signal.Signals, code: int, name: str, stage: str, tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "run")
+    answer = train(folder, "--lr", "0.02", at=[stage, 1, 1, 0], signals=(signum,))
+    assert answer.code == code
+    assert "Traceback" not in answer.err
+    assert f"Stopped by {name}" in answer.err
+    assert checkpoint(folder)["global_step"] == (7 if stage == "train" else 10)
+    match = CONTINUE.search(answer.err)
+    assert match, answer.err
+    (folder / "command.json").write_text("{}")
+    # The command as it stands; without a logger there is no run's folder in which "last" could be looked for.
+    command = [token if token != "last" else "checkpoints/last.ckpt" for token in shlex.split(match[1])]
+    assert command[-2] == "--ckpt_path"
+    answer = run_forked(*command, folder=folder)
+    assert answer.code == 0, answer.err
+    assert checkpoint(folder)["global_step"] == 15
+
+
+def test_command_to_continue_works_as_printed(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run")
+    answer = train(folder, "--trainer.logger", "true", "--log_dir", "my runs", at=["train", 1, 1, 0])
+    match = CONTINUE.search(answer.err)
+    assert answer.code == 143 and match, answer.err
+    (folder / "command.json").write_text("{}")
+    answer = run_forked(*shlex.split(match[1]), folder=folder)
+    assert answer.code == 0, answer.err
+    assert [path.name for path in (folder / "my runs" / "recipe").iterdir()] == ["version_0"]
+
+
+def test_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run")
+    answer = train(folder, at=["train", 0, 1, 0], signals=(signal.SIGINT, signal.SIGINT))
+    assert answer.code == 130
+    assert "press Ctrl-C again" in answer.err and "Stopped at once" in answer.err
+    assert not (folder / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_testing_ends_at_once(signum: signal.Signals, code: int, tmp_path: Path) -> None:
+    folder = write(tmp_path / "run")
+    assert train(folder, "--max_epochs", "1").code == 0
+    (folder / "command.json").write_text(f'{{"at": ["test", 0, 1, 0], "signals": [{int(signum)}]}}')
+    arguments = ["test", "--model", "recipe.yaml", "--data_dir", str(DATA), "--max_epochs", "1"]
+    answer = run_forked(*arguments, "--ckpt_path", "checkpoints/last.ckpt", folder=folder)
+    assert answer.code == code, answer
+    assert answer.err.strip().splitlines()[-1].startswith("Stopped by")
+    assert "Traceback" not in answer.err
+
+
+@pytest.mark.parametrize(("devices", "signum", "code"), [(1, signal.SIGTERM, 143), (2, signal.SIGINT, 130)])
+def test_signal_to_the_whole_group_with_workers(
+    devices: int, signum: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    """As a terminal sends Ctrl-C: to the processes and to the loaders' workers alike."""
+    folder = write(tmp_path / "run", num_workers=2)
+    process = start(folder, "--devices", str(devices), "--batch_size", str(250 // devices))
+    os.killpg(process.pid, signum)
+    began = time.monotonic()
+    answer = finish(process, timeout=MINUTE)
+    assert answer.code == code, answer.err
+    assert time.monotonic() - began < 30
+    assert "Traceback" not in answer.err
+    assert answer.err.count("Stopped by") == 1
+    assert checkpoint(folder)["global_step"] > 5
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the processes in /proc")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killing_one_process_ends_the_others(victim: int, tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", batch_size=125)
+    process = start(folder, "--devices", "2")
+    other = int(_children(process.pid)[0])
+    began = time.monotonic()
+    os.kill(other if victim else process.pid, signal.SIGKILL)
+    answer = finish(process, timeout=MINUTE)  # reads until the last process has closed its output
+    assert time.monotonic() - began < MINUTE
+    assert answer.code == (1 if victim else -signal.SIGKILL)
+    lines = [line for line in answer.err.splitlines() if "error" in line]
+    assert len(lines) == 1, answer.err
+    assert f"process {victim} {'was killed by SIGKILL' if victim else 'is gone'}" in lines[0]
+    assert "Traceback" not in answer.err
+    assert not Path(f"/proc/{other}").exists() or Path(f"/proc/{other}/stat").read_text().split()[2] == "Z"
+    assert checkpoint(folder)["global_step"] == 5
+
+
+def test_slurm_job_is_saved_and_requeued(tmp_path: Path) -> None:
+    """With a stand-in for `scontrol`, which is not on this machine; Lightning's SLURM environment is the real one."""
+    folder = write(tmp_path / "run")
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f"#!/bin/sh\necho $@ > {tmp_path}/requeued\n")
+    scontrol.chmod(0o755)
+    job = {"SLURM_JOB_ID": "17", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_NAME": "train"}
+    job |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost"}
+    process = start(folder, environment={**job, "PATH": f"{scontrol.parent}:{os.environ['PATH']}"})
+    os.kill(process.pid, signal.SIGUSR1)
+    answer = finish(process, timeout=MINUTE)
+    assert answer.code == 143, answer.err
+    assert "requeued" in answer.err and "Traceback" not in answer.err
+    assert (tmp_path / "requeued").read_text().split() == ["requeue", "17"]
+    assert checkpoint(folder)["global_step"] > 5
+    assert (folder / "hpc_ckpt_1.ckpt").is_file()  # from which Lightning continues the job by itself
+
+
+def _children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+# ---- A run that is stopped and continued ends with the weights of the uninterrupted run, bit for bit.
+
+# What a continued run must not change: everything that training computes.
+AVERAGED = ("current_model_state", "averaging_state")
+FIRST, MIDDLE, LAST = ["train", 0, 0, 0], ["train", 1, 2, 0], ["train", 1, 4, 0]
+VALIDATION, LAST_OF_ALL = ["validation", 1, 1, 0], ["train", 2, 4, 0]
+
+
+def stop_and_continue(folder: Path, points: list[list], *flags: str) -> None:
+    """Stop at each of the points in turn, then train to the end."""
+    more: tuple[str, ...] = ()
+    for point in points:
+        answer = train(folder, *flags, *more, at=point)
+        assert answer.code == 143, (point, answer)
+        more = ("--ckpt_path", "checkpoints/last.ckpt")
+    answer = train(folder, *flags, *more)
+    assert answer.code == 0, answer.err
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags", "points"),
+    [
+        ({"ema": True}, (), [FIRST, VALIDATION, LAST_OF_ALL]),
+        ({}, ("--data.num_workers", "2"), [FIRST, MIDDLE, LAST, VALIDATION]),
+        ({"scheduler": PLATEAU}, (), [LAST, ["validation", 2, 2, 0]]),
+        ({"val_size": 0}, (), [["train", 0, 5, 0], MIDDLE]),
+        ({}, ("--trainer.max_steps", "12", "--trainer.max_epochs", "-1"), [LAST, VALIDATION]),
+        (
+            {},
+            ("--trainer.accumulate_grad_batches", "2", "--model.checkpoint_activations", "true"),
+            [FIRST, MIDDLE, LAST],
+        ),
+        ({}, ("--trainer.val_check_interval", "0.4"), [["train", 0, 1, 0], ["validation", 1, 0, 0], MIDDLE]),
+        (
+            {"ema": True, "batch_size": 125},
+            ("--devices", "2", "--data.num_workers", "2"),
+            [["train", 0, 4, 1], ["validation", 1, 0, 1]],
+        ),
+    ],
+    ids=[
+        "ema",
+        "workers",
+        "plateau",
+        "no validation",
+        "max_steps",
+        "memory savers",
+        "several validations",
+        "processes",
+    ],
+)
+def test_continued_run_is_bit_equal(settings: dict, flags: tuple[str, ...], points: list[list], tmp_path: Path) -> None:
+    settings = AUGMENTATION | settings
+    whole, parts = write(tmp_path / "whole", **settings), write(tmp_path / "parts", **settings)
+    answer = train(whole, *flags)
+    assert answer.code == 0, answer.err
+    stop_and_continue(parts, points, *flags)
+    expected, found = checkpoint(whole), checkpoint(parts)
+    keys = COMPUTED + (AVERAGED if settings.get("ema") else ())
+    assert not [d for key in keys for d in differences(expected[key], found[key], key)]
+    if settings.get("val_size") != 0:
+        best, found_best = checkpoint(whole, "best"), checkpoint(parts, "best")
+        assert not differences(best["state_dict"], found_best["state_dict"])
+
+
+def test_each_image_is_seen_once_an_epoch(tmp_path: Path) -> None:
+    """Across the stops; without augmentation, so that images can be told apart."""
+    folder = write(tmp_path / "parts", num_workers=2)
+    stop_and_continue(folder, [FIRST, MIDDLE, LAST, VALIDATION])
+    seen = Counter((folder / "seen-0").read_text().splitlines())
+    epochs = [{line.split()[1] for line in seen if line.startswith(f"{epoch} ")} for epoch in range(3)]
+    assert set(seen.values()) == {1}
+    assert epochs[0] == epochs[1] == epochs[2]
+    assert len(epochs[0]) == 1500 - 297
+
+
+def test_epochs_differ_in_order(tmp_path: Path) -> None:
+    folder = write(tmp_path / "whole")
+    assert train(folder).code == 0
+    lines = (folder / "seen-0").read_text().splitlines()
+    orders = [[line.split()[1] for line in lines if line.startswith(f"{epoch} ")] for epoch in range(3)]
+    assert sorted(orders[0]) == sorted(orders[1])
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_continuing_from_an_epochs_end_is_bit_equal(tmp_path: Path) -> None:
+    """As after `kill -9`: the checkpoint is the one that each epoch leaves."""
+    whole, parts = write(tmp_path / "whole", scheduler=PLATEAU), write(tmp_path / "parts", scheduler=PLATEAU)
+    assert train(whole).code == 0
+    assert train(parts, at=["train", 2, 0, 0], signals=(signal.SIGKILL,)).code == -signal.SIGKILL
+    answer = train(parts, "--ckpt_path", "checkpoints/last.ckpt")
+    assert answer.code == 0, answer.err
+    expected, found = checkpoint(whole), checkpoint(parts)
+    assert expected["lr_schedulers"][0]["last_epoch"] == 3  # the schedule has seen each epoch, once
+    assert not [d for key in COMPUTED for d in differences(expected[key], found[key], key)]
+
+
+def test_best_epoch_is_remembered_in_another_working_folder(tmp_path: Path) -> None:
+    folder, elsewhere = write(tmp_path / "run"), write(tmp_path / "elsewhere")
+    logged = ("--trainer.logger", "true", "--log_dir")
+    assert train(folder, *logged, "runs", at=["train", 2, 0, 0]).code == 143
+    saved = folder / "runs" / "recipe" / "version_0" / "checkpoints" / "last.ckpt"
+    before = torch.load(saved, weights_only=True)
+    answer = train(elsewhere, *logged, "../run/runs", "--ckpt_path", f"../run/{saved.relative_to(folder)}")
+    assert answer.code == 0, answer.err
+    after = torch.load(saved, weights_only=True)
+    assert after["global_step"] == 15  # continued in its own folder
+    (key,) = (key for key in after["callbacks"] if "val/accuracy" in key and key.startswith("ModelCheckpoint"))
+    best, path = (after["callbacks"][key][name] for name in ("best_model_score", "best_model_path"))
+    assert best >= before["callbacks"][key]["best_model_score"]
+    assert Path(path) == saved.with_name("best.ckpt")
+    assert len(after["callbacks"][key]["best_k_models"]) == 1
+
+
+def test_probe_sees_a_difference() -> None:
+    """The comparison itself can fail."""
+    state = {"a": torch.zeros(2), "b": [1, {"c": torch.ones(1)}]}
+    other = {"a": torch.zeros(2), "b": [1, {"c": torch.ones(1) + 1e-7}]}
+    assert differences(state, other) == [".b.1.c"]
+    assert differences(state, state) == []
+
+
+# ---- Freed memory is kept, out of memory is one line with advice, and the largest batch that fits can be found.
+
+FIND_BATCH_SIZE = ("--data_dir", str(DATA), "--val_size", "200", "--max_epochs", "1", "--accelerator", "cpu")
+
+
+FAULTS = """
+import json, resource
+from pathlib import Path
+from lightning.pytorch.callbacks import Callback
+
+class Faults(Callback):
+    def on_fit_start(self, trainer, pl_module):
+        self.counts = []
+
+    def on_train_batch_end(self, *args):
+        self.counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+
+    def on_train_end(self, *args):
+        Path("faults.json").write_text(json.dumps(self.counts))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives large blocks back at once")
+def test_steps_use_the_memory_of_those_before(tmp_path: Path) -> None:
+    (tmp_path / "faults.py").write_text(FAULTS)
+    size = ("--batch_size", "16", "--image_size", "128", "--trainer.limit_train_batches", "12")
+    answer = run_forked(
+        *("fit", "--model", "vgg11_small", *FIND_BATCH_SIZE, *size, "--trainer.callbacks+=faults.Faults"),
+        folder=tmp_path,
+    )
+    assert answer.code == 0, answer
+    counts = json.loads((tmp_path / "faults.json").read_text())
+    pages = counts[-1] - counts[-6]
+    # The largest of many tensors, after the first convolution, has 16 * 8 * 128 * 128 * 4 bytes: 2,048 pages of 4 KB.
+    assert pages < 2048, pages
+
+
+@pytest.mark.parametrize(
+    ("model", "subcommand"), [("googlenet", "fit"), ("lenet", "fit")], ids=["in training", "while the network is built"]
+)
+def test_out_of_memory_names_sizes_and_what_to_try(model: str, subcommand: str, tmp_path: Path) -> None:
+    sizes = ("--batch_size", "1200", "--image_size", "20000")  # terabytes, which no machine has
+    answer = run_forked(subcommand, "--model", model, *FIND_BATCH_SIZE, *sizes, folder=tmp_path)
+    assert answer.code == 1, answer
+    lines = answer.err.strip().splitlines()
+    assert len(lines) == 1, answer.err
+    assert "out of memory with batches of 1200 images of 20000x20000" in lines[0]
+    assert "--batch_size 600" in lines[0] and "--image_size 14976" in lines[0]
+
+
+def test_advice() -> None:
+    assert "try --batch_size 64, or --image_size 160, or a smaller network" in advice(128, 224)
+    assert "try --image_size 160" in advice(1, 224)
+    assert "try --batch_size 1, or a smaller" in advice(2, 28)
+    assert "--data.eval_batch_size 4" in advice(8, 96, "--data.eval_batch_size")
+
+
+def test_errors_are_told_apart() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60)
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_largest_batch_size_is_bounded_by_most() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    size = largest_batch_size(net, torch.optim.Adam, (1, 28, 28), torch.device("cpu"), None, most=100)
+    assert size == 64
+
+
+def test_largest_batch_size_shrinks_with_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.memory._free", lambda device: 1 << 20)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 4096), nn.ReLU(), nn.Linear(4096, 10))
+    size = largest_batch_size(net, torch.optim.Adam, (1, 28, 28), torch.device("cpu"), None, most=8192)
+    assert size < 8192
+
+
+def test_batch_size_auto(tmp_path: Path) -> None:
+    answer = run_forked("fit", "--model", "lenet", *FIND_BATCH_SIZE, "--batch_size", "auto", folder=tmp_path)
+    assert answer.code == 0, answer.err
+    assert "Batch size 8192: the largest power of two that fits" in answer.out
+    config = yaml.safe_load((tmp_path / "logs" / "lenet" / "version_0" / "config.yaml").read_text())
+    assert config["data"]["batch_size"] == 8192
+
+
+def test_batch_size_auto_changes_nothing_else(tmp_path: Path) -> None:
+    """The network starts from the same weights as with that size given."""
+    folders = [tmp_path / "auto", tmp_path / "given"]
+    for folder, size in zip(folders, ("auto", "8192"), strict=True):
+        folder.mkdir()
+        flags = ("--batch_size", size, "--trainer.logger", "false")
+        assert run_forked("fit", "--model", "lenet", *FIND_BATCH_SIZE, *flags, folder=folder).code == 0
+    first, second = (torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in folders)
+    for name, value in first["state_dict"].items():
+        assert torch.equal(value, second["state_dict"][name])
+
+
+def test_batch_size_auto_is_for_new_runs(tmp_path: Path) -> None:
+    answer = run_forked("--model", "lenet", "--batch_size", "auto", "--ckpt_path", "x.ckpt", folder=tmp_path)
+    assert answer.code == 2
+    assert "a checkpoint keeps its batch size" in answer.err
+
+
+# ---- `--lr auto`: the rate that is found, the run that follows, and what is left of the search.
+
+FIND_LR = ("fit", "--model", "lenet", "--data_dir", str(DATA), "--val_size", "200", "--accelerator", "cpu")
+
+
+def find_and_train(*flags: str, folder: Path) -> Answer:
+    folder.mkdir(exist_ok=True)
+    return run_forked(*FIND_LR, "--max_epochs", "2", *flags, folder=folder)
+
+
+def rate_in_config(folder: Path) -> float:
+    config = yaml.safe_load((folder / "logs/lenet/version_0/config.yaml").read_text(encoding="utf-8"))
+    return config["model"]["optimizer"]["init_args"]["lr"]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("found")
+    answer = find_and_train("--lr", "auto", folder=folder)
+    assert answer.code == 0, answer.err
+    assert f"Learning rate {rate_in_config(folder):g}: a tenth of that with the lowest loss" in answer.out
+    assert answer.err == ""  # no bar of the finder's
+    return folder
+
+
+def test_the_run_is_that_of_the_rate_given(found: Path, tmp_path: Path) -> None:
+    assert find_and_train("--lr", str(rate_in_config(found)), folder=tmp_path).code == 0
+    path = "logs/lenet/version_0/checkpoints/last.ckpt"
+    first, second = (torch.load(folder / path, weights_only=True) for folder in (found, tmp_path))
+    assert first["config"] == second["config"]
+    assert first["lr_schedulers"] == second["lr_schedulers"]
+    for name, value in first["state_dict"].items():
+        assert torch.equal(value, second["state_dict"][name]), name
+
+
+def test_curve_lies_beside_the_run_and_nothing_else_is_left(found: Path) -> None:
+    run = found / "logs/lenet/version_0"
+    curve = json.loads((run / "lr_finder.json").read_text(encoding="utf-8"))
+    assert curve["learning_rate"] == rate_in_config(found)
+    assert len(curve["rates"]) == len(curve["losses"]) > 50
+    assert curve["losses"][0] == pytest.approx(math.log(10), abs=0.1)  # of guessing
+    lowest = curve["rates"][curve["losses"].index(min(curve["losses"]))]
+    assert curve["learning_rate"] == pytest.approx(lowest / 10, rel=0.01)
+    assert 1e-4 < curve["learning_rate"] < 0.1
+    pytest.importorskip("matplotlib")
+    with Image.open(run / "lr_finder.png") as picture:
+        assert len(picture.convert("L").getcolors(100_000) or []) > 10  # not blank
+    assert [path.name for path in found.iterdir()] == ["logs"]
+    assert sorted(path.name for path in found.rglob("*.ckpt")) == ["best.ckpt", "last.ckpt"]
+
+
+def test_a_run_can_be_continued_with_the_rate_found(found: Path) -> None:
+    flags = ["--lr", "auto", "--max_epochs=2"]
+    _replace(flags, "--lr", rate_in_config(found))
+    assert flags == ["--max_epochs=2", f"--lr={rate_in_config(found)}"]
+    answer = find_and_train("--ckpt_path", "last", *flags, folder=found)
+    assert answer.code == 0, answer.err
+
+
+@pytest.mark.slow
+def test_two_processes_train_with_one_rate(tmp_path: Path) -> None:
+    answer = find_and_train("--lr", "auto", "--devices", "2", folder=tmp_path)
+    assert answer.code == 0, answer.err
+    assert answer.out.count("Learning rate") == 1
+    first = torch.load(tmp_path / "logs/lenet/version_0/checkpoints/last.ckpt", weights_only=True)
+    other = tmp_path / "given"
+    assert find_and_train("--lr", str(rate_in_config(tmp_path)), "--devices", "2", folder=other).code == 0
+    second = torch.load(other / "logs/lenet/version_0/checkpoints/last.ckpt", weights_only=True)
+    for name, value in first["state_dict"].items():
+        assert torch.equal(value, second["state_dict"][name]), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--ckpt_path", "x.ckpt"), "--lr auto is for new runs: a checkpoint keeps its learning rate"),
+        (("--print_config",), "--lr auto is found when training starts"),
+        (
+            ("--model.scheduler", "torch.optim.lr_scheduler.OneCycleLR", "--model.scheduler.max_lr", "1"),
+            "init_args.max_lr",
+        ),
+        (("--trainer.accumulate_grad_batches", "99"), "an epoch is shorter than one optimiser step"),
+        (("--trainer.gradient_clip_val", "1e-12", "--model.optimizer", "torch.optim.SGD"), "made the loss fall"),
+        (("--image_size", "3"), "LeNet"),
+    ],
+)
+def test_mistakes_are_one_line(flags: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    answer = find_and_train("--lr", "auto", *flags, folder=tmp_path)
+    assert answer.code == 2, answer
+    assert message in answer.err
+    assert len(answer.err.strip().splitlines()) == 1, answer.err
+    assert not (tmp_path / "logs").exists()
+
+
+def test_measured_losses_are_recovered_from_lightnings_average() -> None:
+    losses = [2.3, 2.2, 2.4, 1.0, 5.0]
+    average, averages = 0.0, []
+    for step, loss in enumerate(losses, 1):  # as in Lightning's finder
+        average = LIGHTNINGS_SMOOTHING * average + (1 - LIGHTNINGS_SMOOTHING) * loss
+        averages.append(average / (1 - LIGHTNINGS_SMOOTHING ** (step + 1)))
+    assert list(_as_measured(averages)) == pytest.approx(losses)
+
+
+def test_smoothing_keeps_a_constant() -> None:
+    assert _smoothed([2.0] * 5) == pytest.approx([2.0] * 5)
