@@ -6,7 +6,7 @@ Only light modules are imported here; training happens in processes of its own, 
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cli.command import FLAGS, PROJECT, did_you_mean, parse_command_line, resolved, take_flag, take_values
-from errors import UserError
+from errors import UserError, print_error, run_program
 from runs.reading import Run, find_runs, fold, matches, settings
 from runs.report import print_table, write_report
 
@@ -41,6 +41,7 @@ NOT_PASSED = {
     "--print_config": "use train.py",
     "--print_model": "use train.py",
 }
+INTERRUPTED = "Stopped by Ctrl-C. The same command continues from here."
 # Exit codes of a training that was told to stop: before it could save a checkpoint, and after.
 STOPPED = (-signal.SIGTERM, 128 + signal.SIGTERM)
 
@@ -68,19 +69,7 @@ class Request:
 
 def main(arguments: list[str]) -> int:
     """Run one command line; returns the exit code."""
-    return exit_code("compare.py", lambda: _run(arguments))
-
-
-def exit_code(program: str, run: Callable[[], int]) -> int:
-    """What a command that goes on where it was interrupted returns; mistakes and Ctrl-C are answered by one line."""
-    try:
-        return run()
-    except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+    return run_program("compare.py", lambda: _run(arguments), INTERRUPTED)
 
 
 def _run(arguments: list[str]) -> int:
@@ -170,7 +159,7 @@ def compare(request: Request) -> int:
         write_report(groups, request.output)
         print(f"Wrote {request.output / 'report.md'}")
     for failure in failed:
-        print(f"compare.py: error: {failure}", file=sys.stderr)
+        print_error("compare.py", failure)
     return 1 if failed else 0
 
 

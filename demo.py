@@ -10,12 +10,12 @@ import signal
 import socket
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from cli.command import PROJECT
-from errors import RunError, UserError
-from export import OneLineParser
+from errors import MissingPackage, OneLineParser, RunError, UserError, run_program
 
 WEIGHTS = PROJECT / "weights"
 
@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
         usage="python demo.py [CHECKPOINT...] [--port N] [--host ADDRESS]",
         allow_abbrev=False,
         description="Serves a page to this machine's browser: give a photograph or draw, and see the likeliest classes "
-        "of several trained networks beside each other and what spoke for them. Nothing leaves the machine.",
+        "of several trained networks beside each other, and what each network looked at. Nothing leaves the machine.",
     )
     parser.add_argument(
         "checkpoints",
@@ -57,29 +57,27 @@ def _check_address(host: str, port: int) -> None:
 
 def main(arguments: list[str]) -> int:
     """Run one command line; returns the exit code: 0, 1 if the page can't be served, 2 for a mistake in the command."""
-    try:
-        options: Any = parser().parse_args(arguments)
-        if not 0 < options.port < 65536:
-            raise UserError(f"--port must be an integer from 1 to 65535, got {options.port}")
-        checkpoints = options.checkpoints or sorted(WEIGHTS.glob("*.ckpt"))
-        if not checkpoints:
-            raise UserError(f"{WEIGHTS} holds no weights; give the checkpoints of trained networks")
-        for package in ("gradio", "captum"):
-            if sys.modules.get(package, package) is None or importlib.util.find_spec(package) is None:
-                raise UserError(f"the page needs the package {package}: pip install -r requirements-extras.txt")
-        _check_address(options.host, options.port)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, so that the folder goes
-        with tempfile.TemporaryDirectory() as folder:
-            os.environ["GRADIO_TEMP_DIR"] = folder  # for what is uploaded; read when Gradio is imported
-            from pictures.page import serve  # here, not above: torch and Gradio take seconds to import
+    return run_program("demo.py", lambda: _run(arguments))
 
-            serve(checkpoints, options.host, options.port, Path(folder), options.trust_checkpoint)
-        return 0
-    except UserError as error:
-        print(f"demo.py: error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 0
+
+def _run(arguments: list[str]) -> None:
+    options: Any = parser().parse_args(arguments)
+    if not 0 < options.port < 65536:
+        raise UserError(f"--port must be an integer from 1 to 65535, got {options.port}")
+    checkpoints = options.checkpoints or sorted(WEIGHTS.glob("*.ckpt"))
+    if not checkpoints:
+        raise UserError(f"{WEIGHTS} holds no weights; give the checkpoints of trained networks")
+    for package in ("gradio", "captum"):
+        if sys.modules.get(package, package) is None or importlib.util.find_spec(package) is None:
+            raise MissingPackage("the page needs", package)
+    _check_address(options.host, options.port)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, so that the folder is removed
+    # Ctrl-C is how the page is closed.
+    with suppress(KeyboardInterrupt), tempfile.TemporaryDirectory() as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # for what is uploaded; read when Gradio is imported
+        from pictures.page import serve  # here, not above: torch and Gradio take seconds to import
+
+        serve(checkpoints, options.host, options.port, Path(folder), options.trust_checkpoint)
 
 
 if __name__ == "__main__":

@@ -6,19 +6,11 @@ Only light modules are imported here, so that `--help` and plain mistakes answer
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from errors import UserError
+from errors import OneLineParser, UserError, run_program
 
 SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2"}
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise `UserError` instead of printing the usage."""
-        raise UserError(f"{message} ({self.prog} --help)")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,23 +39,18 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> int:
     """Run one command line; returns the exit code: 0, 1 if the file can't be made, 2 for a mistake in the command."""
-    try:
-        options: Any = parser().parse_args(arguments)
-        output = options.output or options.ckpt_path.with_suffix(SUFFIXES[options.format])
-        if output.suffix != SUFFIXES[options.format]:
-            raise UserError(
-                f"--output {output}: a file of the format {options.format} ends in {SUFFIXES[options.format]}"
-            )
-        import exporting  # here, not above: torch and Lightning take seconds to import
+    return run_program("export.py", lambda: _run(arguments))
 
-        print(exporting.export(options.ckpt_path, options.format, output, options.data_dir, options.trust_checkpoint))
-        return 0
-    except UserError as error:
-        print(f"export.py: error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("\nStopped by Ctrl-C.", file=sys.stderr)
-        return 130
+
+def _run(arguments: list[str]) -> None:
+    options: Any = parser().parse_args(arguments)
+    suffix = SUFFIXES[options.format]
+    output = options.output or options.ckpt_path.with_suffix(suffix)
+    if output.suffix != suffix:
+        raise UserError(f"--output {output}: a file of the format {options.format} ends in {suffix}")
+    from weights.exporting import export  # here, not above: torch and Lightning take seconds to import
+
+    print(export(options.ckpt_path, options.format, output, options.data_dir, options.trust_checkpoint))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cli.command import did_you_mean, parse_command_line, take_flag, take_values
-from errors import Stopped, UserError
+from errors import UserError, run_program
 from runs.search_space import Space, add_setting
 
 HELP = """\
@@ -68,23 +68,17 @@ class Request:
 
 def main(arguments: list[str]) -> int:
     """Run one command line; returns the exit code."""
-    try:
-        request = parse(arguments)
-        if request is None:
-            print(HELP)
-            return 0
-        from runs.sweeps import sweep  # here, not above: Optuna takes a second to import
+    return run_program("sweep.py", lambda: _run(arguments), "Stopped by Ctrl-C. The same command continues from here.")
 
-        return sweep(request)
-    except UserError as error:
-        print(f"sweep.py: error: {error}", file=sys.stderr)
-        return error.exit_code
-    except Stopped as stopped:
-        print(f"sweep.py: {stopped}", file=sys.stderr)
-        return stopped.exit_code
-    except KeyboardInterrupt:
-        print("\nsweep.py: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+
+def _run(arguments: list[str]) -> int:
+    request = parse(arguments)
+    if request is None:
+        print(HELP)
+        return 0
+    from runs.sweeps import sweep  # here, not above: Optuna takes a second to import
+
+    return sweep(request)
 
 
 def parse(arguments: list[str]) -> Request | None:

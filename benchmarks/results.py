@@ -27,8 +27,8 @@ from benchmarks.readme import accuracy_time
 from benchmarks.readme.entries import TEST_IMAGES, TRAINING_IMAGES, Entry, Results, read_entries, read_results
 from benchmarks.readme.rounding import duration
 from benchmarks.readme.tables import Language, pages, results_table, written
-from compare import STOPPED, Request, exit_code, runs_of, train_one, training_lock
-from errors import UserError
+from compare import INTERRUPTED, STOPPED, Request, runs_of, train_one, training_lock
+from errors import UserError, print_error, run_program
 from runs.json_file import write_json
 from runs.reading import OPEN, Run, find_runs, matches, settings
 
@@ -61,7 +61,7 @@ class Job(NamedTuple):
 
 def main(arguments: list[str]) -> int:
     """Run one command line; returns the exit code."""
-    return exit_code("benchmarks.results", lambda: _run(arguments))
+    return run_program("benchmarks.results", lambda: _run(arguments), INTERRUPTED)
 
 
 def _run(arguments: list[str]) -> int:
@@ -158,7 +158,7 @@ def _train(jobs: list[Job], options: argparse.Namespace) -> int:
                 failed.append(f"{job.title} was not finished (exit code {code}); see above")
             _keep(job, options)
     for failure in failed:
-        print(f"benchmarks.results: error: {failure}", file=sys.stderr)
+        print_error("benchmarks.results", failure)
     return 1 if failed else 0
 
 

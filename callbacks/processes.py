@@ -15,6 +15,8 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import Callback
 
+from errors import print_error
+
 POLL_SECONDS = 0.5
 # How long a process whose connection broke waits to be told, or to see, which process was lost.
 GRACE_SECONDS = 20.0
@@ -125,9 +127,5 @@ def _ending(code: int) -> str:
 
 
 def _end_with_line(message: str) -> None:
-    print(
-        f"train.py: error: {message}; continue from the last checkpoint with --ckpt_path last",
-        file=sys.stderr,
-        flush=True,
-    )
+    print_error("train.py", f"{message}; continue from the last checkpoint with --ckpt_path last")
     os._exit(1)  # the main thread may hang in a collective call

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from errors import UserError
+from errors import UserError, printed_error
 
 PROJECT = Path(__file__).resolve().parents[1]
 SUBCOMMANDS = {
@@ -363,8 +363,7 @@ def resolved(recipe: str, flags: Iterable[str]) -> dict[str, Any]:
     command = [sys.executable, str(PROJECT / "train.py"), "fit", "--model", recipe, *flags, "--print_config"]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
-        raise UserError(lines[-1].removeprefix("train.py: error: "))
+        raise UserError(printed_error(result.stderr) or f"exit code {result.returncode}")
     return yaml.safe_load(result.stdout)
 
 

@@ -9,7 +9,6 @@ and between `<!-- recipes NAME NAME ... -->` and `<!-- /recipes -->` the table o
 """
 
 import argparse
-import importlib
 import inspect
 import math
 import re
@@ -17,13 +16,14 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from cli.command import load_yaml, recipes
-from errors import UserError
+from errors import UserError, run_program
 from inspection.stages import stages
 
 DOCS = Path(__file__).resolve().parent
@@ -55,8 +55,7 @@ def build(recipe: str) -> tuple[nn.Module, tuple[int, int, int]]:
     """
     config = _config(recipe)
     class_path, arguments = _class(config["model"]["net"])
-    module, _, name = class_path.rpartition(".")
-    network = getattr(importlib.import_module(module), name)
+    network = resolve_name(class_path)
     size = config["data"].get("image_size", 28)
     if "image_size" in inspect.signature(network).parameters:
         arguments |= {"image_size": size}
@@ -329,15 +328,15 @@ def updates(folder: Path) -> Iterator[tuple[Path, str]]:
 
 def main(arguments: list[str]) -> int:
     """Write what is stale, or with --check only name it; returns the exit code."""
+    return run_program("make_docs", lambda: _run(arguments))
+
+
+def _run(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m docs.make_docs", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if anything is stale")
     parser.add_argument("--folder", type=Path, default=DOCS, help="folder of the pages")
     options = parser.parse_args(arguments)
-    try:
-        contents = dict(updates(options.folder))
-    except UserError as error:
-        print(f"make_docs: error: {error}", file=sys.stderr)
-        return 2
+    contents = dict(updates(options.folder))
     stale = [path for path, text in contents.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         if options.check:

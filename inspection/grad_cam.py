@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from errors import UserError
+from errors import MissingPackage, UserError
 from pictures.contact_sheet import INK, PAPER, fitting
 from pictures.fonts import legible
 
@@ -27,7 +27,7 @@ def check_captum() -> None:
     try:
         import captum.attr  # noqa: F401
     except ImportError:
-        raise UserError("--gradcam needs the package captum: pip install -r requirements-extras.txt") from None
+        raise MissingPackage("--gradcam needs", "captum") from None
 
 
 def last_feature_maps(net: nn.Module, images: Tensor) -> nn.Module:

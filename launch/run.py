@@ -17,11 +17,11 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from callbacks.divergence_guard import ADVICE, is_overflow
-from callbacks.processes import Processes
+from callbacks.processes import Processes, end_process
 from cli.command import Command
 from cli.messages import one_line
 from datamodules import DatasetError
-from errors import Diverged, RunError, UserError
+from errors import Diverged, RunError, UserError, run_program
 from launch import verbs
 from launch.classifier_cli import ClassifierCLI
 from launch.memory import advice, is_out_of_memory, keep_freed_memory
@@ -32,12 +32,14 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG
 LOST_CONNECTION = r"(?i)gloo|nccl|connection (closed|reset|refused)|broken pipe"
 
 
-def run(command: Command) -> None:
-    """Run a checked command line.
+def run(command: Command) -> int:
+    """Run a checked command line; returns the exit code, unless this is one of several processes, which then ends."""
+    exit_code = run_program("train.py", lambda: _run(command))
+    end_process(exit_code)
+    return exit_code
 
-    Raises:
-        UserError: For every mistake of the user's.
-    """
+
+def _run(command: Command) -> None:
     _prepare_process()
     processes = Processes()
     cli = ClassifierCLI(command, processes)

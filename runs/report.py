@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from errors import UserError
+from errors import MissingPackage, UserError
 from runs.reading import Group, Run, wilson
 
 COLUMNS = (
@@ -194,7 +194,7 @@ def _plots(groups: Sequence[Group], folder: Path) -> dict[str, str]:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("the plots need the package matplotlib: pip install -r requirements-extras.txt") from None
+        raise MissingPackage("the plots need", "matplotlib") from None
     plots = {}
 
     def save(figure: Figure, title: str, name: str) -> None:

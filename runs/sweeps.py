@@ -19,7 +19,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from cli.command import PROJECT, Command, load_yaml, parse_command_line, recipes, resolved
-from errors import RunError, Stopped, UserError
+from errors import MissingPackage, RunError, Stopped, UserError, printed_error
 from runs.json_file import write_json
 from runs.reading import SWEEPS, flat
 from runs.report import rich_table, terminal
@@ -31,7 +31,7 @@ try:
     import optuna
     from optuna.trial import FrozenTrial, Trial, TrialState
 except ImportError:
-    raise UserError("a sweep needs the package optuna: pip install -r requirements-extras.txt") from None
+    raise MissingPackage("a sweep needs", "optuna") from None
 
 POLL_SECONDS = 0.5
 SHOWN = 10  # trials in the table
@@ -177,7 +177,7 @@ def _train(trial: Trial, request: "Request", folder: Path) -> int | None:
                         process.wait()
                         return None
                 if code in (130, 143, -signal.SIGINT, -signal.SIGTERM):
-                    raise Stopped("the training was stopped; the same command goes on from here", code % 256)
+                    raise Stopped("The training was stopped; the same command continues from here.", code % 256)
                 if code is not None:
                     return code
         except BaseException:  # Ctrl-C, or SIGTERM: it saves a checkpoint to go on from
@@ -187,7 +187,7 @@ def _train(trial: Trial, request: "Request", folder: Path) -> int | None:
 
 
 def _stop(signum: int, frame: Any) -> None:
-    raise Stopped("stopped by SIGTERM; the same command goes on from here", 143)
+    raise Stopped("Stopped by SIGTERM; the same command continues from here.", 143)
 
 
 def _fingerprint(request: "Request", command: Command) -> str:
@@ -329,8 +329,7 @@ def _accuracy(epochs: Iterable[dict[str, Any]]) -> float:
 
 
 def _last_line(file: Path) -> str:
-    lines = file.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
-    return lines[-1].removeprefix("train.py: error: ")
+    return printed_error(file.read_text(encoding="utf-8", errors="replace"))
 
 
 def _remove_checkpoints(folder: Path, keep: str) -> None:

@@ -17,7 +17,7 @@ from torch.export import Dim
 
 from datamodules import CLASS_NAMES, DatasetError, FashionMNISTDataModule
 from datamodules.files.finding import load, prepare
-from errors import RunError, UserError
+from errors import MissingPackage, RunError, UserError
 from lit_modules import LitClassifier
 from weights.trained import load_trained
 
@@ -96,7 +96,7 @@ def _check_packages(*names: str) -> None:
         try:
             importlib.import_module(name)
         except ImportError:
-            raise UserError(f"--format onnx needs the package {name}: pip install -r requirements-extras.txt") from None
+            raise MissingPackage("--format onnx needs", name) from None
 
 
 def _metadata(recipe: str, temperature: float) -> dict[str, str]:

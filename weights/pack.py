@@ -18,8 +18,7 @@ import yaml
 
 from checkpoints.reading import LISTING
 from datamodules import DatasetError, FashionMNISTDataModule
-from errors import RunError, UserError
-from export import OneLineParser
+from errors import OneLineParser, RunError, UserError, run_program
 from lit_modules import LitClassifier
 from runs.json_file import write_json
 from weights.trained import load_trained
@@ -94,8 +93,8 @@ def pack(ckpt_path: Path, output: Path | None, record_path: Path | None, data_di
         tolerance = TOLERANCE if record["precision"] == "32-true" else MIXED_TOLERANCE
         if not abs(given - expected) * images < max(1, tolerance * images) + 0.5:
             raise RunError(
-                f"in half precision {ckpt_path} classifies {given:.4f} of the test images rightly, its record says "
-                f"{expected:.4f}; nothing was written"
+                f"in half precision {ckpt_path} scores {given:.4f} on the test images, its record says {expected:.4f}; "
+                "nothing was written"
             )
         entry = {
             "recipe": recipe,
@@ -180,13 +179,15 @@ def _list(path: Path, entry: dict[str, Any]) -> None:
 
 def main(arguments: list[str]) -> int:
     """Run one command line; returns the exit code: 0, 1 if the scores differ, 2 for a mistake in the command."""
+    return run_program("weights.pack", lambda: _run(arguments))
+
+
+def _run(arguments: list[str]) -> None:
+    options: Any = parser().parse_args(arguments)
     try:
-        options: Any = parser().parse_args(arguments)
         print(pack(options.checkpoint, options.output, options.record, options.data_dir))
-        return 0
-    except (UserError, DatasetError) as error:
-        print(f"weights.pack: error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 2)
+    except DatasetError as error:
+        raise UserError(str(error)) from None
 
 
 if __name__ == "__main__":

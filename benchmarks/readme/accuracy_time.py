@@ -12,7 +12,7 @@ from PIL import Image
 from benchmarks.harness.side_by_side import PROJECT
 from benchmarks.readme.entries import Results
 from benchmarks.readme.rounding import accuracies
-from errors import UserError
+from errors import MissingPackage
 from runs.report import COLOURS
 
 PICTURE = PROJECT / "docs" / "images" / "accuracy-time.png"
@@ -49,14 +49,14 @@ def draw(found: Sequence[Point], path: Path) -> None:
     """Draw the points into a PNG.
 
     Raises:
-        UserError: If Matplotlib is not installed.
+        MissingPackage: If Matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
     except ImportError:
-        raise UserError("the plot needs the package matplotlib: pip install -r requirements-extras.txt") from None
+        raise MissingPackage("the plot needs", "matplotlib") from None
     figure = Figure(figsize=(8.6, 5.2), layout="constrained")
     FigureCanvasAgg(figure)  # which tells how wide a text is
     axes: Any = figure.subplots()

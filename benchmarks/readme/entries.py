@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from cli.command import load_yaml, recipes
-from errors import UserError
+from errors import UserError, printed_error
 from inspection.stages import stages
 from runs.reading import Run, find_runs, matches, settings
 from train import main as train
@@ -167,8 +167,7 @@ def resolve(recipe: str, flags: tuple[str, ...]) -> dict[str, Any]:
         except SystemExit as end:
             code = end.code
     if code:
-        lines = err.getvalue().strip().splitlines() or [f"exit code {code}"]
-        raise UserError(f"{recipe}: {lines[-1].removeprefix('train.py: error: ')}")
+        raise UserError(f"{recipe}: {printed_error(err.getvalue()) or f'exit code {code}'}")
     return yaml.safe_load(out.getvalue())
 
 
