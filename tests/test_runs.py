@@ -404,7 +404,7 @@ def test_mistakes_in_a_sweep_are_one_line(
 
 def test_missing_optuna_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
-    monkeypatch.delitem(sys.modules, "sweeping")
+    monkeypatch.delitem(sys.modules, "runs.sweeps")
     assert sweep.main(["lenet", "--space", "lr=1,2"]) == 2
     assert "needs the package optuna: pip install -r requirements-extras.txt" in capsys.readouterr().err
 
