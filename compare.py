@@ -14,7 +14,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from cli.command import FLAGS, PROJECT, did_you_mean, parse_command_line, resolved, take_flag, take_values
+from cli.command import parse_command_line
+from cli.flags import FLAGS, take_flag, take_values
+from cli.recipes import PROJECT, did_you_mean, resolved
 from errors import UserError, print_error, run_program
 from runs.reading import Run, find_runs, fold, matches, settings
 from runs.report import print_table, write_report

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cli.command import PROJECT
+from cli.recipes import PROJECT
 from errors import MissingPackage, OneLineParser, RunError, UserError, run_program
 
 WEIGHTS = PROJECT / "weights"

@@ -7,7 +7,9 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cli.command import did_you_mean, parse_command_line, take_flag, take_values
+from cli.command import parse_command_line
+from cli.flags import take_flag, take_values
+from cli.recipes import did_you_mean
 from errors import UserError, run_program
 from runs.search_space import Space, add_setting
 

@@ -5,7 +5,8 @@ Only light modules are imported here, so that `--help` and plain mistakes answer
 
 import sys
 
-from cli.command import help_text, parse_command_line
+from cli.command import parse_command_line
+from cli.flags import help_text
 from errors import run_program
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from benchmarks.harness import side_by_side
 from benchmarks.harness.side_by_side import print_table, run_folder
 from benchmarks.peers.plain_loops import build
-from cli.command import load_yaml, recipes
+from cli.recipes import load_yaml, recipes
 from datamodules import FashionMNISTDataModule
 from lit_modules import LitClassifier
 

@@ -21,7 +21,7 @@ from benchmarks.harness import side_by_side
 from benchmarks.harness.side_by_side import print_table
 from benchmarks.peers.plain_loops import matrix_product, ours
 from benchmarks.throughput import NETWORKS, training_flops_by_operation
-from cli.command import load_yaml, recipes
+from cli.recipes import load_yaml, recipes
 from launch.memory import keep_freed_memory
 
 WARM_UP = 6  # steps, until VGG has gathered the memory that is kept

@@ -31,7 +31,7 @@ from benchmarks.harness.our_turns import StepTurns, command
 from benchmarks.harness.side_by_side import Contestant, Missing, contest, median, print_table, ratios, run_folder
 from benchmarks.memory import training_bytes
 from benchmarks.peers.plain_loops import LOOPS, build
-from cli.command import load_yaml, recipes
+from cli.recipes import load_yaml, recipes
 from launch.checks import cpu_has_bfloat16
 
 NETWORKS = ("lenet", "alexnet", "vgg11", "nin", "googlenet")

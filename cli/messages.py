@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 
-from cli.command import did_you_mean
+from cli.recipes import did_you_mean
 
 KINDS = {
     "int": "an integer",

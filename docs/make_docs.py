@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from cli.command import load_yaml, recipes
+from cli.recipes import load_yaml, recipes
 from errors import UserError, run_program
 from inspection.stages import stages
 

@@ -15,8 +15,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from callbacks.processes import Processes
-from cli.command import Command, load_yaml
+from cli.command import Command
 from cli.messages import explain, one_line
+from cli.recipes import load_yaml
 from datamodules import FashionMNISTDataModule
 from errors import UserError
 from inspection.stages import table

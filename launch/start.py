@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from checkpoints.reading import read_checkpoint, stored_config
-from cli.command import Command, load_yaml
+from cli.command import Command
+from cli.recipes import load_yaml
 from errors import UserError
 from launch.summary import shown
 

@@ -8,7 +8,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cli.command import FLAGS, did_you_mean
+from cli.flags import FLAGS
+from cli.recipes import did_you_mean
 from errors import UserError
 
 Check = Callable[[str], str]

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from filelock import FileLock, Timeout
 
-from cli.command import PROJECT, Command, load_yaml, parse_command_line, recipes, resolved
+from cli.command import Command, parse_command_line
+from cli.recipes import PROJECT, load_yaml, recipes, resolved
 from errors import MissingPackage, RunError, Stopped, UserError, printed_error
 from runs.json_file import write_json
 from runs.reading import SWEEPS, flat

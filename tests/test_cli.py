@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cli.command import FLAGS, SUBCOMMANDS, help_text, load_yaml, parse_command_line, recipes
+from cli.command import parse_command_line
+from cli.flags import FLAGS, SUBCOMMANDS, help_text
+from cli.recipes import load_yaml, recipes
 from errors import UserError
 
 REPO = Path(__file__).parents[1]

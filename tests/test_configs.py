@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from callbacks.ema import EMA
-from cli.command import load_yaml, recipes
+from cli.recipes import load_yaml, recipes
 from datamodules import FashionMNISTDataModule
 from lit_modules import LitClassifier
 from models import AlexNet, GoogLeNet, LeNet, NiN

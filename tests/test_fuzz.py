@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from checkpoints.reading import read_checkpoint
-from cli.command import FLAGS, SUBCOMMANDS, Command, load_yaml, parse_command_line, recipes
+from cli.command import Command, parse_command_line
+from cli.flags import FLAGS, SUBCOMMANDS
+from cli.recipes import load_yaml, recipes
 from datamodules.files.finding import NAMES, DatasetError, _parse_idx, load, prepare
 from errors import UserError
 from launch.run import run

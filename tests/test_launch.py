@@ -28,7 +28,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from checkpoints.reading import read_checkpoint
-from cli.command import recipes
+from cli.recipes import recipes
 from datamodules import CLASS_NAMES, FashionMNISTDataModule
 from errors import UserError
 from launch.learning_rate import LIGHTNINGS_SMOOTHING, _as_measured, _smoothed

@@ -23,7 +23,8 @@ from PIL import Image, ImageDraw
 
 import demo
 from callbacks.confusion import Mistake
-from cli.command import PREDICT_FLAGS, help_text, parse_command_line
+from cli.command import parse_command_line
+from cli.flags import PREDICT_FLAGS, help_text
 from datamodules import CLASS_NAMES, FashionMNISTDataModule
 from datamodules.files.finding import NAMES, SYSTEM_DIR, load
 from errors import UserError

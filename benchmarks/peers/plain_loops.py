@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks.harness.side_by_side import Turns
-from cli.command import load_yaml, recipes
+from cli.recipes import load_yaml, recipes
 from datamodules.files.finding import NAMES, load, prepare
 
 WORKERS = min(4, os.cpu_count() or 1)  # the tutorials' 4, or as many as there are cores

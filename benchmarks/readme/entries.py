@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 
-from cli.command import load_yaml, recipes
+from cli.recipes import load_yaml, recipes
 from errors import UserError, printed_error
 from inspection.stages import stages
 from runs.reading import Run, find_runs, matches, settings

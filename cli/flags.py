@@ -1,0 +1,193 @@
+"""The flags of `train.py`: what each stands for, which values it takes, and its line in `--help`."""
+
+import math
+import re
+import textwrap
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from cli.recipes import recipes
+from errors import UserError
+
+SUBCOMMANDS = {
+    "fit": "train only",
+    "validate": "measure a checkpoint on the validation images",
+    "test": "measure a checkpoint on the 10,000 test images",
+    "predict": "class probabilities of the test images as CSV, or of --images",
+}
+
+
+def _integer(least: int, most: float = math.inf) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if not re.fullmatch(r"[+-]?\d+", text) or not least <= int(text) <= most:
+            raise ValueError(f"an integer {f'of at least {least}' if most == math.inf else f'from {least} to {most}'}")
+        return text
+
+    return check
+
+
+def _one_of(*names: str) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if text not in names:
+            raise ValueError(f"one of {', '.join(names)}")
+        return text
+
+    return check
+
+
+_accelerator = _one_of("auto", "cpu", "gpu", "cuda", "mps", "tpu")
+_precision = _one_of("32", "bf16", "16", "64", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
+
+
+def _devices(text: str) -> str:
+    if not re.fullmatch(r"auto|-1|[1-9]\d*|\d+(,\d+)*,?", text) or text == "0":
+        raise ValueError("a number of at least 1, the devices' numbers like 0,1, or auto")
+    return text
+
+
+def _positive_number(text: str) -> str:
+    try:
+        valid = 0 < float(text) < math.inf
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ValueError("a positive number")
+    return text
+
+
+def _batch_size(text: str) -> str:
+    return text if text == "auto" else _integer(1)(text)
+
+
+def _learning_rate(text: str) -> str:
+    return text if text == "auto" else _positive_number(text)
+
+
+def _epochs(text: str) -> str:
+    return text if text == "-1" else _integer(1)(text)
+
+
+def _text(text: str) -> str:
+    if not text:
+        raise ValueError("a value")
+    return text
+
+
+def _output(text: str) -> str:
+    if not text.endswith((".csv", ".json", ".png")):
+        raise ValueError("a file name that ends in .csv, .json or .png")
+    return text
+
+
+class Flag(NamedTuple):
+    """One short flag: what it stands for, how its value is checked (None: it takes none), its line in `--help`."""
+
+    target: str
+    check: Callable[[str], str] | None
+    metavar: str
+    help: str
+
+
+FLAGS = {
+    "--model": Flag("", _text, "RECIPE", "recipe to train (list below), or a path to a YAML file"),
+    "--accelerator": Flag("--trainer.accelerator", _accelerator, "NAME", "cpu, gpu, mps or auto (default: auto)"),
+    "--devices": Flag("--trainer.devices", _devices, "N", "number of devices or processes, or auto"),
+    "--num_nodes": Flag("--trainer.num_nodes", _integer(1), "N", "number of machines"),
+    "--precision": Flag("--trainer.precision", _precision, "P", "32, bf16-mixed, 16-mixed, ... (GPUs: bf16-mixed)"),
+    "--max_epochs": Flag("--trainer.max_epochs", _epochs, "N", "passes over the training images"),
+    "--batch_size": Flag("--data.batch_size", _batch_size, "N", "training images a step, on each device, or auto"),
+    "--lr": Flag(
+        "--model.optimizer.init_args.lr",
+        _learning_rate,
+        "X",
+        "learning rate, or auto: found by trial, then trained with",
+    ),
+    "--image_size": Flag("--data.image_size", _integer(1), "N", "height and width of the images, in pixels"),
+    "--val_size": Flag("--data.val_size", _integer(0), "N", "training images held out for validation"),
+    "--seed": Flag("--seed_everything", _integer(0, 2**32 - 1), "N", "seed of everything drawn at random"),
+    "--patience": Flag("--patience", _integer(1), "N", "stop after N epochs without a better validation accuracy"),
+    "--data_dir": Flag("--data.data_dir", _text, "DIR", "folder of the data set (default: data)"),
+    "--log_dir": Flag("--log_dir", _text, "DIR", "folder of the runs (default: logs)"),
+    "--ckpt_path": Flag("--ckpt_path", _text, "PATH", "checkpoint to continue or measure; last: the newest run's"),
+    "--config": Flag("", _text, "FILE", "YAML file laid over the recipe"),
+    "--histograms": Flag("--histograms=true", None, "", "histograms of weights and gradients in TensorBoard; slower"),
+    "--stop_at_chance": Flag("--stop_at_chance=true", None, "", "stop a network that learns nothing in 500 batches"),
+    "--pretrained": Flag("--pretrained=true", None, "", "start VGG from ImageNet's weights; see pretrained/vgg16"),
+    "--compile": Flag("--model.compile=true", None, "", "compile the network with torch.compile"),
+    "--print_model": Flag("", None, "", "show the network's stages, shapes and cost, and stop"),
+    "--trust_checkpoint": Flag("", None, "", "let a checkpoint name classes from outside this project"),
+    "--print_config": Flag("--print_config", None, "", "show the resolved configuration, and stop"),
+}
+# Those of `predict` alone. The first and the third take several values.
+PREDICT_FLAGS = {
+    "--images": Flag("", _text, "PATH...", "classify these pictures, and those in these folders, not the test images"),
+    "--invert": Flag(
+        "",
+        _one_of("auto", "always", "never"),
+        "WHEN",
+        "turn dark on light into light on dark: auto (default), always or never",
+    ),
+    "--output": Flag(
+        "", _output, "FILE...", "files to write: .csv, .json, .png (contact sheet; default: pictures.png)"
+    ),
+    "--gradcam": Flag(
+        "", None, "", "write heat maps (Grad-CAM) of each picture; without --images of the worst mistakes"
+    ),
+}
+# LightningCLI's own flags, passed through and checked there.
+LONG_GROUPS = ("--trainer", "--model", "--data", "--checkpoint")
+LONG_FLAGS = ("--seed_everything", "--verbose", "--weights_only", "--return_predictions")
+# The network's image size always follows the data's; see launch/classifier_cli.py.
+LINKED = {"--model.net.image_size": "--image_size", "--model.net.init_args.image_size": "--image_size"}
+
+
+def help_text(predict: bool = False) -> str:
+    """The screen that `--help` shows, or that of `predict --help`."""
+    if predict:
+        shared = ("--ckpt_path", "--trust_checkpoint", "--accelerator", "--devices", "--precision", "--data_dir")
+        flags = PREDICT_FLAGS | {name: FLAGS[name] for name in shared}
+        lines = ["usage: python train.py predict --ckpt_path PATH [--images PATH...] [flags]", ""]
+        lines += ["Writes the class probabilities of the test images, or shows the classes of your own pictures.", ""]
+        lines += [f"  {f'{name} {flag.metavar}':<20} {flag.help}" for name, flag in flags.items()]
+        return "\n".join([*lines, "", "All other flags: python train.py --help and python train.py fit --help"])
+    lines = ["usage: python train.py [fit|validate|test|predict] --model RECIPE [flags]", ""]
+    lines += ["Trains a classic CNN on Fashion-MNIST, then tests it. With a subcommand it does only that.", ""]
+    lines += [f"  {f'{name} {flag.metavar}':<20} {flag.help}" for name, flag in FLAGS.items()]
+    lines += ["", "recipes:"]
+    names = recipes()
+    for folder in sorted({name.rpartition("/")[0] for name in names}):
+        inside = [name for name in names if name.rpartition("/")[0] == folder]
+        lines += textwrap.wrap(
+            " ".join(inside), 100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
+        )
+    lines += ["", "Your own pictures (--images PATH...): python train.py predict --help"]
+    lines += ["Every other setting (--trainer.*, --model.*, --data.*): python train.py fit --help"]
+    return "\n".join(lines)
+
+
+def take_values(tokens: list[str]) -> list[str]:
+    """The words up to the next flag, removed from the front of the tokens."""
+    values = []
+    while tokens and is_value(tokens[0]):
+        values.append(tokens.pop(0))
+    return values
+
+
+def take_flag(token: str, tokens: list[str], refused: Mapping[str, str]) -> list[str]:
+    """A flag that another command passes on to train.py, with its value, which is removed from the front of the tokens.
+
+    Raises:
+        UserError: If it is one of the refused flags, each given with the reason.
+    """
+    name, has_value, _ = token.partition("=")
+    if name in refused:
+        raise UserError(f"{name} can't be given here: {refused[name]}")
+    takes_value = name not in FLAGS or FLAGS[name].check is not None
+    if takes_value and not has_value and tokens and is_value(tokens[0]):
+        return [token, tokens.pop(0)]
+    return [token]
+
+
+def is_value(token: str) -> bool:
+    """Whether a word of the command line is a value and no flag."""
+    return not token.startswith("--")

@@ -1,0 +1,95 @@
+"""Recipes: their names, their files, and the configuration that train.py makes of them."""
+
+import difflib
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from errors import UserError, printed_error
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+def recipes() -> dict[str, Path]:
+    """Name to file of every recipe in configs/, sub-folders included."""
+    folder = PROJECT / "configs"
+    return {str(path.relative_to(folder).with_suffix("").as_posix()): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def recipe_path(value: str) -> Path:
+    """The file of a recipe that is given by its name or its path.
+
+    Raises:
+        UserError: If there is none.
+    """
+    known = recipes()
+    if value in known:
+        return known[value]
+    if value.endswith((".yaml", ".yml")) or os.sep in value:
+        path = Path(value)
+        if path.is_file():
+            return path
+        raise UserError(f"the recipe file {value} does not exist{did_you_mean(path.stem, known)}")
+    hint = did_you_mean(value, known) or f"; the recipes are: {', '.join(name for name in known if '/' not in name)}"
+    raise UserError(f"unknown recipe {value!r}{hint}")
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, duplicate keys refused.
+
+    Raises:
+        UserError: If the file is missing, is not YAML, is not a mapping or names a key twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; a YAML file was expected") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} can't be read as a YAML file: {error}") from None
+    try:
+        content = yaml.load(text, _UniqueKeyLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{path} holds no settings; a mapping with model, data and trainer was expected")
+    return content
+
+
+def resolved(recipe: str, flags: Iterable[str]) -> dict[str, Any]:
+    """The configuration that train.py, in a process of its own, makes of a recipe and flags.
+
+    Raises:
+        UserError: If it is not valid.
+    """
+    command = [sys.executable, str(PROJECT / "train.py"), "fit", "--model", recipe, *flags, "--print_config"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise UserError(printed_error(result.stderr) or f"exit code {result.returncode}")
+    return yaml.safe_load(result.stdout)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+class _UniqueKeyLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Safe YAML in which a key may stand only once in a mapping."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode):
+                if key_node.value in seen:
+                    line = key_node.start_mark.line + 1
+                    raise yaml.YAMLError(f"the key {key_node.value!r} stands twice, the second time in line {line}")
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
