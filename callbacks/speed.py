@@ -22,6 +22,10 @@ class Speed(Callback):
         self._images = 0
         self._start = 0.0
 
+    def so_far(self) -> float:
+        """Images a second since the epoch began."""
+        return self._images / max(time.perf_counter() - self._start, 1e-9)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock, for an epoch that is continued has no start."""
         self.on_train_epoch_start(trainer, pl_module)

@@ -19,7 +19,7 @@ from callbacks.model_table import ModelTable
 from callbacks.no_profiler import NoProfiler
 from callbacks.prediction_writer import PredictionWriter
 from callbacks.processes import Processes
-from callbacks.progress import progress_callback
+from callbacks.progress import EpochProgress
 from callbacks.run_record import RunRecord
 from callbacks.speed import Speed
 from callbacks.temperature import Temperature
@@ -73,7 +73,7 @@ class RunCallbacks:
         elif command.subcommand == "predict" and not command.images:
             callbacks += [self.predictions, *([self.confusion] if command.gradcam else [])]
         if config.trainer.enable_progress_bar is not False:
-            callbacks.append(progress_callback(self.speed))
+            callbacks.append(EpochProgress(self.speed))
         stop = GracefulStop(self.processes, lambda path: how_to_continue(command, config, path))
         callbacks += [self.processes, ExactResume(), stop]  # last, so that they see what the others have done
         plugins = _listed(built.trainer.plugins)

@@ -1,15 +1,21 @@
 """What a run shows, records and guards."""
 
+import fcntl
 import hashlib
 import http.server
 import io
 import math
 import os
+import pty
 import re
 import shutil
+import struct
+import subprocess
 import sys
+import termios
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +25,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import yaml
-from commands import DATA, Answer, run, run_forked
+from commands import DATA, ENVIRONMENT, REPO, Answer, run, run_forked
 from conftest import Run
 from PIL import Image
 from stoppable import COMPUTED, checkpoint, differences, train, write
@@ -925,3 +931,48 @@ def test_a_continued_run_keeps_its_freezing(tmp_path):
     answer = train(folder, "--ckpt_path", "checkpoints/last.ckpt")
     assert (answer.code, answer.err.count("\n")) == (2, 1), answer
     assert "the checkpoint was made with trainer.callbacks=" in answer.err
+
+
+# ---- What a terminal shows while a run works.
+
+
+def on_a_terminal(*arguments: str, folder: Path, columns: int) -> str:
+    """All that train.py writes to a terminal of so many columns."""
+    end, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    command = [sys.executable, str(REPO / "train.py"), *arguments]
+    environment = {**ENVIRONMENT, "TERM": "xterm-256color"}
+    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=child, stderr=child, stdin=child)
+    os.close(child)
+    written = b""
+    with suppress(OSError):  # Linux's way to say that the other end is closed
+        while data := os.read(end, 65536):
+            written += data
+    os.close(end)
+    assert process.wait(60) == 0, written.decode()
+    return written.decode()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+@pytest.mark.parametrize("columns", [80, 120])
+def test_a_terminal_shows_one_line_an_epoch(columns: int, tmp_path: Path) -> None:
+    recipe = (
+        "--model=lenet",
+        "--val_size=200",
+        "--max_epochs=2",
+        "--batch_size=16",
+        "--accelerator=cpu",
+        "--devices=1",
+    )
+    written = on_a_terminal(*recipe, f"--data_dir={DATA}", folder=tmp_path, columns=columns)
+    # A bar of one line goes back to that line's beginning; one of several would go up by lines too.
+    assert written.count("\x1b[1A") <= 3  # one for each bar that is removed: two epochs and the test
+    assert "\x1b[2A" not in written
+    drawn = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]+", written)]
+    assert max(len(line) for line in drawn if line.startswith(("epoch", "test"))) <= columns
+    bars = [line for line in drawn if line.startswith("epoch 2/2 ") and line.rstrip().endswith("left")]
+    assert any(re.search(r"━.* loss \d\.\d{4}  [\d,]+ images/s ", line) for line in bars)
+    results = [line for line in drawn if re.match(r"epoch \d/2  train loss", line)]
+    assert [line[:9] for line in results] == ["epoch 1/2", "epoch 2/2"]
+    assert all(re.search(r"val loss \d\.\d{4} accuracy 0\.\d{4}", line) for line in results)
+    assert all((" lr " in line) == (columns == 120) for line in results)
