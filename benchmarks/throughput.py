@@ -32,7 +32,7 @@ from benchmarks.harness.side_by_side import Contestant, Missing, contest, median
 from benchmarks.memory import training_bytes
 from benchmarks.peers.plain_loops import LOOPS, build
 from cli.recipes import load_yaml, recipes
-from launch.checks import cpu_has_bfloat16
+from launch.trainer import cpu_has_bfloat16
 
 NETWORKS = ("lenet", "alexnet", "vgg11", "nin", "googlenet")
 SHARES = {"lenet": 0.1, "alexnet": 0.22, "vgg11": 0.3, "nin": 0.22, "googlenet": 0.16}  # of the time budget

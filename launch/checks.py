@@ -1,17 +1,21 @@
 """Contradictions between configuration, machine, network and checkpoint, found before anything is written."""
 
-import importlib
 import inspect
 import re
 from collections.abc import Sequence
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
 from torch import nn
 
+from cli.command import Command
 from cli.messages import one_line
+from datamodules import FashionMNISTDataModule
 from errors import UserError
 from inspection.stages import stages
+from lit_modules import LitClassifier
 from lit_modules.execution.cuda_graphs import MODES
 
 # What a continued run may change: how it runs, not what it computes.
@@ -27,10 +31,22 @@ FREE_ON_RESUME = (
 )
 
 
-def imported(class_path: str) -> Any:
-    """The class or function of that dotted name."""
-    module, _, name = class_path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+def check_configuration(config: Namespace, command: Command) -> None:
+    """Refuse what contradicts itself, or this machine.
+
+    Args:
+        config: The parsed configuration.
+        command: The command line that it was made from.
+    """
+    for section in ("model", "data", "trainer"):
+        if not isinstance(config[section], Namespace):
+            raise UserError(f"{section} is {config[section]!r}; a mapping of settings was expected")
+    check_nulls(config.model, LitClassifier, "model")
+    check_nulls(config.data, FashionMNISTDataModule, "data")
+    check_accelerator(config.trainer.accelerator)
+    check_accumulation(config.model.compile, config.trainer.accumulate_grad_batches)
+    found = ["--model.optimizer.lr"] if command.find_lr else []
+    check_learning_rate(config.model.scheduler, [*command.overrides, *found])
 
 
 def check_accelerator(accelerator: Any) -> None:
@@ -46,7 +62,7 @@ def check_accelerator(accelerator: Any) -> None:
 def check_learning_rate(scheduler: Any, flags: Sequence[str]) -> None:
     """Refuse a learning rate that the schedule would ignore."""
     lr = any(re.match(r"--model\.optimizer\.(init_args\.)?lr\b", flag) for flag in flags)
-    names = inspect.signature(imported(scheduler.class_path)).parameters if scheduler and lr else ()
+    names = inspect.signature(resolve_name(scheduler.class_path)).parameters if scheduler and lr else ()
     for own in {"max_lr", "base_lr"} & set(names):
         raise UserError(
             f"{scheduler.class_path} sets the learning rate itself, so --lr would change nothing; "
@@ -64,7 +80,7 @@ def check_nulls(settings: Any, owner: Any, name: str) -> None:
         if value is None and needed:
             raise UserError(f"{name}.{key} is null; give it a value, or leave it out")
         if hasattr(value, "class_path"):
-            check_nulls(value.get("init_args"), imported(value.class_path), f"{name}.{key}.init_args")
+            check_nulls(value.get("init_args"), resolve_name(value.class_path), f"{name}.{key}.init_args")
 
 
 def check_accumulation(compile: Any, batches: Any) -> None:
@@ -74,11 +90,6 @@ def check_accumulation(compile: Any, batches: Any) -> None:
             f"--model.compile {compile} can't go with accumulate_grad_batches={batches}: its CUDA graphs overwrite the "
             "gradients at each batch; use --compile"
         )
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether the CPU computes in bfloat16 instead of imitating it, many times slower."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def check_input(net: nn.Module, shape: tuple[int, int, int], num_classes: int) -> None:

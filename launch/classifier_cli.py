@@ -3,38 +3,31 @@
 import inspect
 import sys
 from argparse import ArgumentError
-from collections.abc import Iterator
 from functools import cached_property
+from pkgutil import resolve_name
 from typing import Any
 
-import torch
 import yaml
-from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from callbacks.processes import Processes
 from cli.command import Command
+from cli.flags import FLAGS
 from cli.messages import explain, one_line
-from cli.recipes import load_yaml
 from datamodules import FashionMNISTDataModule
 from errors import UserError
 from inspection.stages import table
 from launch.checks import (
-    check_accelerator,
-    check_accumulation,
+    check_configuration,
     check_input,
-    check_learning_rate,
-    check_nulls,
     check_settings,
     check_weights,
-    cpu_has_bfloat16,
-    imported,
 )
 from launch.found import Trials
 from launch.start import Start
-from launch.trainer import RunCallbacks
+from launch.trainer import RunCallbacks, precision
 from lit_modules import LitClassifier
 
 LARGEST_SEED = 2**32 - 1  # that NumPy accepts
@@ -116,21 +109,17 @@ class ClassifierCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The flags that belong to no class."""
-        for name, kind, default, text in (
-            ("log_dir", str, "logs", "Folder of the runs."),
-            ("patience", PositiveInt | None, None, "Stop after this many epochs without a better validation accuracy."),
-            ("histograms", bool, False, "Log histograms of weights and gradient norms to TensorBoard; costs time."),
-            (
-                "stop_at_chance",
-                bool,
-                False,
-                "Stop if the loss of the first 500 batches is that of guessing, instead of only saying so.",
-            ),
-            ("pretrained", bool, False, "Start a new run of VGG from torchvision's ImageNet weights."),
-            ("ckpt_path", str | None, None, "Checkpoint to start from."),
-            ("weights_only", bool | None, None, "Always true here: nothing in a checkpoint is executed."),
+        for name, kind, default in (
+            ("log_dir", str, "logs"),
+            ("patience", PositiveInt | None, None),
+            ("histograms", bool, False),
+            ("stop_at_chance", bool, False),
+            ("pretrained", bool, False),
+            ("ckpt_path", str | None, None),
         ):
-            parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+            parser.add_argument(f"--{name}", type=kind, default=default, help=FLAGS[f"--{name}"].help)
+        weights_only = "always true here: nothing in a checkpoint is executed"
+        parser.add_argument("--weights_only", type=bool | None, default=None, help=weights_only)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and explain what is wrong in one line."""
@@ -139,7 +128,7 @@ class ClassifierCLI(LightningCLI):
         except (ArgumentError, ValueError) as error:  # the latter from a path with a zero byte
             actions = parser._actions
             known = [flag[2:] for action in actions for flag in action.option_strings if not flag.endswith(".help")]
-            raise UserError(explain(str(error), self._given(), known)) from None
+            raise UserError(explain(str(error), self.command.given(), known)) from None
         seed = self.config.seed_everything
         if not isinstance(seed, bool) and not 0 <= (-1 if seed is None else seed) <= LARGEST_SEED:
             raise UserError(f"seed_everything={seed} must lie between 0 and {LARGEST_SEED}")
@@ -147,23 +136,12 @@ class ClassifierCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Fill in what depends on other settings, then hold the result against machine and checkpoint."""
         config, command = self.config, self.command
-        for section in ("model", "data", "trainer"):
-            if not isinstance(config[section], Namespace):
-                raise UserError(f"{section} is {config[section]!r}; a mapping of settings was expected")
-        check_nulls(config.model, LitClassifier, "model")
-        check_nulls(config.data, FashionMNISTDataModule, "data")
-        check_accelerator(config.trainer.accelerator)
-        check_accumulation(config.model.compile, config.trainer.accumulate_grad_batches)
-        found = ["--model.optimizer.lr"] if command.find_lr else []
-        check_learning_rate(config.model.scheduler, [*command.overrides, *found])
+        check_configuration(config, command)
         net = config.model.net
-        if "image_size" in inspect.signature(imported(net.class_path)).parameters:
+        if "image_size" in inspect.signature(resolve_name(net.class_path)).parameters:
             net.init_args.image_size = config.data.image_size
-        if config.trainer.precision is None and config.trainer.accelerator in ("auto", "gpu", "cuda"):
-            config.trainer.precision = _gpu_precision()
-        self.slow_bf16 = config.trainer.precision == "bf16-mixed" and not self._computes_bf16(config)
-        if self.slow_bf16:
-            config.trainer.precision = "32-true"
+        asked_for = any(token.startswith("--trainer.precision") for token in command.overrides)
+        config.trainer.precision, self.slow_bf16 = precision(config.trainer, asked_for)
         if self.start.settings:
             wanted = yaml.safe_load(self._text())
             check_settings(self.start.settings, wanted, resume=command.subcommand == "fit")
@@ -198,33 +176,3 @@ class ClassifierCLI(LightningCLI):
     def _text(self) -> str:
         """The resolved configuration as YAML."""
         return self.parser.dump(self.config, skip_none=False)
-
-    def _given(self) -> dict[str, str]:
-        """Each setting that the user made, flags first, and the file that holds it."""
-        command = self.command
-        given = {token.lstrip("-").partition("=")[0]: "" for token in command.overrides if token.startswith("--")}
-        for path in reversed((*command.outer_configs, *command.configs)):  # a later file wins
-            for name in _dotted(load_yaml(path)):
-                given.setdefault(name.removeprefix(f"{command.subcommand}."), str(path))
-        return given
-
-    def _computes_bf16(self, config: Any) -> bool:
-        """False where a recipe's bf16-mixed would run on a CPU that only imitates it, many times slower."""
-        asked_for = any(token.startswith("--trainer.precision") for token in self.command.overrides)
-        accelerator = config.trainer.accelerator
-        on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
-        return asked_for or not on_cpu or cpu_has_bfloat16()
-
-
-def _gpu_precision() -> str | None:
-    if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
-        torch.set_float32_matmul_precision("high")
-        return "bf16-mixed"
-    return None
-
-
-def _dotted(mapping: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in mapping.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{key}.")

@@ -120,5 +120,31 @@ class RunCallbacks:
         return TensorBoardLogger(root, recipe, version, default_hp_metric=False)
 
 
+def precision(trainer: Namespace, asked_for: bool) -> tuple[str | None, bool]:
+    """The precision to compute in.
+
+    Args:
+        trainer: The Trainer's settings.
+        asked_for: Whether the user gave the precision on the command line.
+
+    Returns:
+        That of the settings; without one, bfloat16 on GPUs that have it. And whether it is 32-true in place of a
+        recipe's bf16-mixed, because this CPU only imitates bfloat16, many times slower.
+    """
+    on_gpu = trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    if trainer.precision is None and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):
+        torch.set_float32_matmul_precision("high")
+        return "bf16-mixed", False
+    on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.accelerator.is_available())
+    if trainer.precision == "bf16-mixed" and on_cpu and not asked_for and not cpu_has_bfloat16():
+        return "32-true", True
+    return trainer.precision, False
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU computes in bfloat16 instead of imitating it, many times slower."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value] if value else []

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datamodules.files.finding import load, prepare
-from launch.checks import cpu_has_bfloat16
+from launch.trainer import cpu_has_bfloat16
 
 MEAN, STD = 0.286, 0.353  # of the training images
 SHIFT = 2  # pixels
