@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from benchmarks.harness import side_by_side
 from benchmarks.harness.our_turns import EpochTurns, command
 from benchmarks.harness.side_by_side import Contestant, Turns, contest, median, print_table, ratios, run_folder
-from datamodules.fashion_mnist import TrainBatches
+from datamodules.batches import TrainBatches
 from datamodules.files.finding import load, prepare
 from launch.memory import keep_freed_memory
 from lit_modules.schedules import WarmupDecay

@@ -1,10 +1,7 @@
 """One LightningModule for every network: loss, metrics, optimiser, schedule."""
 
-import hashlib
 import math
-import os
 import warnings
-from os import PathLike
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -12,20 +9,17 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
-from checkpoints.reading import check_hyper_parameters
+from checkpoints.loading import CheckedLoading
 from lit_modules.execution.activation_checkpointing import apply_activation_checkpointing
 from lit_modules.execution.cuda_graphs import MODES, CudaGraphs
-from lit_modules.mean_loss import MeanLoss
+from lit_modules.execution.seeding import seed_step
+from lit_modules.initialization import he_initialization, start_output
+from lit_modules.metrics import StageMetrics
 
-# A batch that only fills up a process's share of an evaluation set carries this label, and no metric counts it.
-IGNORED_LABEL = -100
 
-
-class LitClassifier(pl.LightningModule):
+class LitClassifier(CheckedLoading, pl.LightningModule):
     """Trains `net` to classify images with cross entropy.
 
     Args:
@@ -35,18 +29,17 @@ class LitClassifier(pl.LightningModule):
             becomes the length of the run, counted in `scheduler_interval`.
         scheduler_interval: Whether the scheduler moves after each optimiser step or each epoch.
         label_smoothing: Share of the target spread evenly over all classes (Szegedy et al. 2015, arXiv:1512.00567).
-        mixup: Training images and targets are blended with those of another image, by a share drawn for each batch from
-            Beta(mixup, mixup); 0 is off (Zhang et al. 2017, arXiv:1710.09412). Training accuracy is then measured
-            against the label with the larger share.
+        mixup: Blend training images and targets with those of another image, by a share drawn for each batch from
+            Beta(mixup, mixup); 0 is off (Zhang et al. 2017, arXiv:1710.09412). Training accuracy then counts the label
+            with the larger share.
         cutmix: The same with a rectangle pasted instead of a blend (Yun et al. 2019, arXiv:1905.04899). With both on,
             each batch gets one of the two, drawn evenly.
-        flip_test: In testing also measure the logits averaged over each image and its mirror image, as `test/loss_flip`
-            and `test/accuracy_flip` beside the plain ones.
+        flip_test: Also test the logits averaged over each image and its mirror image, as `test/loss_flip` and
+            `test/accuracy_flip`.
         initialization: "default" keeps PyTorch's; "he" draws the weights of convolutions and linear layers from
             N(0, 2 / fan_in) and clears the biases (He et al. 2015, arXiv:1502.01852).
-        output_bias: With "he", start the last layer with zero weights and this bias instead, so that no class is ahead
-            at first. The bias does not show in the softmax; but if a ReLU follows the last layer, as in NiN, it must be
-            positive, or no class gets a gradient.
+        output_bias: With "he", start the last layer with zero weights and this bias, so that no class is ahead at
+            first. If a ReLU follows that layer, as in NiN, it must be positive, or no class gets a gradient.
         channels_last: Store images and weights as NHWC, which the convolutions of most devices prefer.
         compile: Compile the network with `torch.compile`; a name is its mode. "reduce-overhead" and "max-autotune"
             record CUDA graphs on a GPU (see cuda_graphs.py).
@@ -82,9 +75,6 @@ class LitClassifier(pl.LightningModule):
             self.save_hyperparameters(logger=False)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing={label_smoothing} must lie in [0, 1)")
-        for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
-            if not 0 <= alpha < math.inf:
-                raise ValueError(f"{name}={alpha} must be a finite number, at least 0")
         if output_bias is not None and not math.isfinite(output_bias):
             raise ValueError(f"output_bias={output_bias} must be a finite number")
         if compile and checkpoint_activations:
@@ -93,44 +83,24 @@ class LitClassifier(pl.LightningModule):
         self.net = net
         self.optimizer = optimizer
         self.scheduler = scheduler
-        self.mix = _mixing(mixup, cutmix, num_classes)
+        self.mix = _mixing(num_classes, mixup=mixup, cutmix=cutmix)
         self.temperature = 1.0  # fitted by callbacks/temperature.py
         if initialization == "he":
-            net.apply(_he_initialization)
+            net.apply(he_initialization)
             if output_bias is not None:
-                _start_output(net, output_bias)
+                start_output(net, output_bias)
         if channels_last:
             net.to(memory_format=torch.channels_last)
         if checkpoint_activations:
             apply_activation_checkpointing(net)
         self.cuda_graphs = CudaGraphs() if compile in MODES else None
-        if compile:
+        if compile:  # in place, so that checkpoints keep the plain parameter names
             mode = compile if isinstance(compile, str) else None
-            # In place, so that checkpoints keep the plain parameter names.
             net.compile(mode=mode, dynamic=False if self.cuda_graphs else None)
         stages = ("train_", "val", "test", *(["test_flip"] if flip_test else []))
-        metrics = nn.ModuleDict({stage: _metrics(num_classes) for stage in stages})
-        self.metrics = cast("dict[str, MetricCollection]", metrics)
+        metrics = nn.ModuleDict({stage: StageMetrics(stage, num_classes) for stage in stages})
+        self.metrics = cast("dict[str, StageMetrics]", metrics)
         self._since_last_log: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    @classmethod
-    def load_from_checkpoint(  # type: ignore[override]
-        cls, checkpoint_path: str | PathLike[str], *args: Any, trust_checkpoint: bool = False, **kwargs: Any
-    ) -> "LitClassifier":
-        """The classifier of a checkpoint file, whose content is not trusted.
-
-        Args:
-            checkpoint_path: A file of this machine.
-            args: As for Lightning's `load_from_checkpoint`.
-            trust_checkpoint: Let the file name classes from outside this project, torch and torchvision. Even then
-                nothing is unpickled but tensors and plain values, whatever `weights_only` says.
-            kwargs: As for Lightning's `load_from_checkpoint`.
-
-        Raises:
-            UserError: If it is not such a file, is damaged, or names a class from elsewhere.
-        """
-        path = check_hyper_parameters(checkpoint_path, trust_checkpoint)
-        return super().load_from_checkpoint(path, *args, **kwargs | {"weights_only": True})
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W), scaled and resized as in training, to logits (N, num_classes)."""
@@ -149,16 +119,10 @@ class LitClassifier(pl.LightningModule):
                 metrics["loss"].set_dtype(torch.float64)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Derive all that a training step draws (augmentation, dropout) from seed, epoch, batch and process.
-
-        So a run that is stopped and continued draws what the uninterrupted run would have drawn, and no state of a
-        random generator need be stored.
-        """
-        if self.trainer.training:
-            _seed_device(
-                self.trainer.strategy.root_device,
-                step_seed(self.trainer.current_epoch, self.trainer.fit_loop.batch_idx + 1, self.global_rank),
-            )
+        """Derive all that a training step draws (augmentation, dropout) from seed, epoch, batch and process."""
+        if (trainer := self.trainer).training:
+            step = trainer.current_epoch, trainer.fit_loop.batch_idx + 1, self.global_rank
+            seed_step(trainer.strategy.root_device, *step)
         return batch
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -193,8 +157,8 @@ class LitClassifier(pl.LightningModule):
         """Update the test metrics; returns the plain logits (N, num_classes), for callbacks."""
         logits = self._evaluation_step(batch, "test")
         if self.hparams["flip_test"]:
-            images, labels = batch
-            self._update_metrics("test_flip", (logits + self(images.flip(-1)).float()) / 2, labels)
+            mirrored = self(batch[0].flip(-1)).float()
+            self.metrics["test_flip"].add((logits + mirrored) / 2, batch[1])
         return logits
 
     def on_test_epoch_end(self) -> None:
@@ -209,13 +173,9 @@ class LitClassifier(pl.LightningModule):
 
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:
-        """Calibrated class probabilities, without a Trainer and whatever mode the network is in.
+        """Calibrated class probabilities (N, num_classes) float32, without a Trainer and whatever the network's mode.
 
-        Args:
-            images: What the data module's `preprocess` returns, (N, C, H, W), on any device.
-
-        Returns:
-            Probabilities (N, num_classes) float32.
+        `images` (N, C, H, W) are what the data module's `preprocess` returns, on any device.
         """
         training = self.net.training
         self.net.eval()
@@ -246,62 +206,27 @@ class LitClassifier(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def _evaluation_step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
-        images, labels = batch
-        logits = self(images).float()
-        self._update_metrics(stage, logits, labels)
+        logits = self(batch[0]).float()
+        self.metrics[stage].add(logits, batch[1])
         return logits
-
-    def _update_metrics(self, stage: str, logits: Tensor, labels: Tensor) -> None:
-        counted = (labels != IGNORED_LABEL).sum()
-        loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED_LABEL)
-        metrics = self.metrics[stage]
-        metrics["loss"].update(loss, counted)
-        metrics["accuracy"].update(logits, labels)
 
     def _update_train_metrics(self) -> Tensor | float:
         """Move what was kept since the last call into the metrics; returns its mean loss."""
-        if not self._since_last_log:
-            return math.nan
-        losses, logits, labels = zip(*self._since_last_log, strict=True)
-        self._since_last_log.clear()
-        metrics = self.metrics["train_"]
-        counts = torch.tensor([len(batch) for batch in labels], device=losses[0].device)
-        metrics["loss"].update(torch.stack(losses) * counts, counts)
-        metrics["accuracy"].update(torch.cat(logits).float(), torch.cat(labels))
-        return torch.stack(losses).mean()
+        kept, self._since_last_log = self._since_last_log, []
+        return self.metrics["train_"].add_trained(kept) if kept else math.nan
 
     def _log_metrics(self, stage: str) -> None:
-        stage_name, _, variant = stage.partition("_")
-        for name, metric in self.metrics[stage].items():
-            name = f"{name}_{variant}" if variant else name
-            self.log(f"{stage_name}/{name}", metric, on_step=False, on_epoch=True, prog_bar=stage_name != "test")
+        self.log_dict(self.metrics[stage], on_step=False, on_epoch=True, prog_bar=not stage.startswith("test"))
 
 
-def step_seed(epoch: int, batch_idx: int, rank: int) -> int:
-    """Seed of one training step on one process, mixed from the run's seed and the three numbers."""
-    run_seed = os.environ.get("PL_GLOBAL_SEED", "0")  # where seed_everything leaves it
-    digest = hashlib.sha256(f"{run_seed} {epoch} {batch_idx} {rank}".encode()).digest()
-    return int.from_bytes(digest[:7], "big")
-
-
-def _seed_device(device: torch.device, seed: int) -> None:
-    # Not torch.manual_seed, which at each step would format a stack trace for every kind of accelerator that is absent.
-    torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(seed)
-
-
-def _mixing(mixup: float, cutmix: float, num_classes: int) -> nn.Module | None:
+def _mixing(num_classes: int, **alphas: float) -> nn.Module | None:
     """From images and labels (N,) to mixed images and targets (N, num_classes); None where nothing is mixed."""
-    if not mixup and not cutmix:
-        return None
-    wanted = [(kind, alpha) for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
-    return v2.RandomChoice([kind(alpha=alpha, num_classes=num_classes) for kind, alpha in wanted])
-
-
-def _metrics(num_classes: int) -> MetricCollection:
-    accuracy = MulticlassAccuracy(num_classes, average="micro", ignore_index=IGNORED_LABEL, validate_args=False)
-    return MetricCollection({"loss": MeanLoss(), "accuracy": accuracy}, compute_groups=False)
+    kinds = {"mixup": v2.MixUp, "cutmix": v2.CutMix}
+    for name, alpha in alphas.items():
+        if not 0 <= alpha < math.inf:
+            raise ValueError(f"{name}={alpha} must be a finite number, at least 0")
+    wanted = [kinds[name](alpha=alpha, num_classes=num_classes) for name, alpha in alphas.items() if alpha]
+    return v2.RandomChoice(wanted) if wanted else None
 
 
 def _check_optimizer(optimizer: OptimizerCallable) -> None:
@@ -309,17 +234,3 @@ def _check_optimizer(optimizer: OptimizerCallable) -> None:
     for name, value in optimizer([nn.Parameter(torch.zeros(1, 1))]).defaults.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"optimizer {name}={value} must be a finite number")
-
-
-def _he_initialization(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-def _start_output(net: nn.Module, bias: float) -> None:
-    output = [layer for layer in net.modules() if isinstance(layer, nn.Conv2d | nn.Linear)][-1]
-    nn.init.zeros_(output.weight)
-    if output.bias is not None:
-        nn.init.constant_(output.bias, bias)

@@ -81,9 +81,7 @@ class AlexNet(nn.Module):
         Raises:
             ValueError: if the images have another shape than the network was built for.
         """
-        shape = tuple(images.shape[1:])
-        if shape != self.image_shape:
-            raise ValueError(
-                f"images are (C, H, W)={shape}, this AlexNet was built for {self.image_shape}: resize or rebuild"
-            )
+        if (shape := tuple(images.shape[1:])) != self.image_shape:
+            expected = f"this AlexNet was built for {self.image_shape}"
+            raise ValueError(f"images are (C, H, W)={shape}, {expected}: resize or rebuild")
         return self.classifier(self.features(images))

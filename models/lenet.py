@@ -54,10 +54,8 @@ class LeNet(nn.Module):
             raise ValueError(f"padding={padding} is negative: it must be at least 0 pixels")
         minimum = max(1, 16 - 2 * padding)
         if image_size < minimum:
-            raise ValueError(
-                f"image_size={image_size} is too small for LeNet: with padding={padding} it needs at least "
-                f"{minimum} pixels"
-            )
+            needed = f"with padding={padding} it needs at least {minimum} pixels"
+            raise ValueError(f"image_size={image_size} is too small for LeNet: {needed}")
         self.image_shape = (in_channels, image_size, image_size)
         size = ((image_size + 2 * padding - 4) // 2 - 4) // 2  # after both 5x5 convolutions and both poolings
 
@@ -95,9 +93,7 @@ class LeNet(nn.Module):
         Raises:
             ValueError: if the images have another shape than the network was built for.
         """
-        shape = tuple(images.shape[1:])
-        if shape != self.image_shape:
-            raise ValueError(
-                f"images are (C, H, W)={shape}, this LeNet was built for {self.image_shape}: resize or rebuild"
-            )
+        if (shape := tuple(images.shape[1:])) != self.image_shape:
+            expected = f"this LeNet was built for {self.image_shape}"
+            raise ValueError(f"images are (C, H, W)={shape}, {expected}: resize or rebuild")
         return self.classifier(self.features(images))

@@ -14,12 +14,7 @@ from torch import nn
 
 
 def nin_block(
-    in_channels: int,
-    out_channels: int,
-    kernel_size: int,
-    stride: int = 1,
-    padding: int = 0,
-    batch_norm: bool = False,
+    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0, batch_norm: bool = False
 ) -> nn.Sequential:
     """Build a convolution and two 1x1 convolutions, a small multilayer perceptron at every position."""
 

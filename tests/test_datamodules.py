@@ -34,7 +34,7 @@ from PIL import Image
 from torchvision.transforms import functional as TF
 
 from datamodules import CLASS_NAMES, DatasetError, FashionMNISTDataModule
-from datamodules.fashion_mnist import EvalBatches, ImageTensors, TrainBatches
+from datamodules.batches import EvalBatches, ImageTensors, TrainBatches
 from datamodules.files import download as fashion_mnist_download
 from datamodules.files import finding as fashion_mnist_files
 from datamodules.files.download import DownloadError, debian_package_files, download

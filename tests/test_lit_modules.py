@@ -18,13 +18,13 @@ from torch.optim import lr_scheduler
 
 from benchmarks.memory import LiveBytes
 from datamodules import FashionMNISTDataModule
-from datamodules.fashion_mnist import ImageTensors, TrainBatches
+from datamodules.batches import ImageTensors, TrainBatches
 from errors import UserError
 from launch.checks import check_accumulation
 from lit_modules import LitClassifier
-from lit_modules.classifier import _he_initialization
 from lit_modules.execution.activation_checkpointing import apply_activation_checkpointing
-from lit_modules.mean_loss import MeanLoss
+from lit_modules.initialization import he_initialization
+from lit_modules.metrics import MeanLoss
 from lit_modules.schedules import WarmupDecay
 from models import VGG, AlexNet, GoogLeNet, LeNet, NiN
 
@@ -444,7 +444,7 @@ NETWORKS = [
 # enough. So the tutorials' learning rate is compared in float64, with an initialization that trains from the first step
 # on, and float32 with a learning rate that leaves the errors small.
 PRECISIONS = [
-    pytest.param("64-true", torch.float64, 1e-3, _he_initialization, id="float64"),
+    pytest.param("64-true", torch.float64, 1e-3, he_initialization, id="float64"),
     pytest.param("32-true", torch.float32, 1e-5, lambda module: None, id="float32"),
 ]
 

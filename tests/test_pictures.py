@@ -30,7 +30,7 @@ from datamodules.files.finding import NAMES, SYSTEM_DIR, load
 from errors import UserError
 from inspection.grad_cam import grad_cam, last_feature_maps
 from lit_modules import LitClassifier
-from lit_modules.classifier import _he_initialization
+from lit_modules.initialization import he_initialization
 from models import VGG, AlexNet, GoogLeNet, LeNet, NiN
 from pictures import fonts
 from pictures.cleaning import as_fashion_mnist
@@ -505,7 +505,7 @@ def test_grad_cam_of_every_network_leaves_no_trace(network, arguments, size):
     """In inference mode, as in a test; as it would be computed by hand, of a compiled network too."""
     pytest.importorskip("captum")
     torch.manual_seed(0)
-    net = network(**arguments).apply(_he_initialization)
+    net = network(**arguments).apply(he_initialization)
     for parameter in net.classifier.parameters():  # as in fine-tuning, where parts are frozen
         parameter.requires_grad_(False)
     images = torch.rand(2, 1, size, size)
