@@ -14,13 +14,13 @@ from typing import NoReturn
 class UserError(Exception):
     """A mistake that the user can mend; its message is one line: what was wrong, what was expected, what to do.
 
-    Line breaks in what the user gave show as \\n.
+    Line breaks and control characters in what the user gave show as escapes.
     """
 
     exit_code = 2
 
     def __str__(self) -> str:
-        return "\\n".join(super().__str__().splitlines())
+        return plain(super().__str__())
 
 
 class MissingPackage(UserError):
@@ -103,3 +103,11 @@ def printed_error(text: str) -> str:
     """The message of the line that `print_error` printed last, out of a program's standard error; "" if it is empty."""
     last = (text.strip().splitlines() or [""])[-1]
     return re.sub(r"^[\w.]+: error: ", "", last)
+
+
+def plain(text: str) -> str:
+    """The text with what a terminal would act on, or not show, written as escapes.
+
+    These are control characters, line breaks, marks that turn the direction of writing, and broken surrogates.
+    """
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

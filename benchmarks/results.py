@@ -27,10 +27,11 @@ from benchmarks.readme import accuracy_time
 from benchmarks.readme.entries import TEST_IMAGES, TRAINING_IMAGES, Entry, Results, read_entries, read_results
 from benchmarks.readme.rounding import duration
 from benchmarks.readme.tables import Language, pages, results_table, written
-from compare import INTERRUPTED, STOPPED, Request, runs_of, train_one, training_lock
 from errors import UserError, print_error, run_program
-from runs.json_file import write_json
-from runs.reading import OPEN, Run, find_runs, matches, settings
+from runs.reading import Run, find_runs, matches
+from runs.record import write_json
+from runs.settings import kind, shaping
+from runs.training import INTERRUPTED, STOPPED, Request, runs_of, train_one, training_lock
 
 
 class Job(NamedTuple):
@@ -51,7 +52,7 @@ class Job(NamedTuple):
     @property
     def wanted(self) -> dict[str, Any]:
         """The settings by which its runs are known."""
-        return settings(self.entry.config)
+        return shaping(self.entry.config)
 
     def runs(self, options: argparse.Namespace) -> list[Run]:
         """Those that were started, finished or not."""
@@ -121,9 +122,9 @@ def _jobs(entries: list[Entry], options: argparse.Namespace) -> list[Job]:
     """
     if options.flags and options.ours:
         for plain, entry in zip(read_entries(options.families, options.recipes), entries, strict=True):
-            own, wanted = settings(plain.config), settings(entry.config)
+            own, wanted = shaping(plain.config), shaping(entry.config)
             names = sorted(name for name in own.keys() | wanted.keys() if own.get(name) != wanted.get(name))
-            if changed := [name for name in names if name not in OPEN]:
+            if changed := [name for name in names if not kind(name).left_open]:
                 flags = " ".join(options.flags)
                 raise UserError(f"{flags} changes {changed[0]} of {entry.recipe}; name a folder with --out")
     if not entries:

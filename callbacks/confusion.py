@@ -36,12 +36,14 @@ class Confusion(Callback):
     Attributes:
         matrix: Images (C, C) of the last evaluation, of all processes; rows are true classes, columns guesses.
         mistakes: The most confident ones of the last evaluation, the worst first.
+        right: Whether the last test got each image right, in their order.
     """
 
     def __init__(self, class_names: Sequence[str], mistakes: int = 16) -> None:
         self.class_names = class_names
         self.matrix = torch.zeros(len(class_names), len(class_names), dtype=torch.long)
         self.mistakes: list[Mistake] = []
+        self.right: list[bool] = []
         self._count = mistakes
         self._batches: list[tuple[int, Tensor, Tensor]] = []
 
@@ -81,8 +83,16 @@ class Confusion(Callback):
         """Count; all processes take part."""
         self._count_up(pl_module)
 
-    on_test_epoch_end = on_validation_epoch_end
     on_predict_epoch_end = on_validation_epoch_end
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count, and note which images were right; all processes take part."""
+        indices, right = self._count_up(pl_module)
+        images = int(self.matrix.sum())
+        everyones = torch.zeros(images, dtype=torch.uint8, device=right.device)
+        everyones[indices[right]] = 1  # each process knows of its own
+        gathered: Any = pl_module.all_gather(everyones)
+        self.right = gathered.reshape(-1, images).any(dim=0).tolist()
 
     def _keep(self, trainer: pl.Trainer, logits: Tensor, labels: Tensor, batch_idx: int) -> None:
         if batch_idx == 0:
@@ -92,7 +102,8 @@ class Confusion(Callback):
         first = (batch_idx * trainer.world_size + trainer.global_rank) * data.eval_batch_size
         self._batches.append((first, logits.detach(), labels))
 
-    def _count_up(self, pl_module: pl.LightningModule) -> None:
+    def _count_up(self, pl_module: pl.LightningModule) -> tuple[Tensor, Tensor]:
+        """Count; returns the places of this process's images in their set, and whether they were right."""
         logits = torch.cat([logits for _, logits, _ in self._batches]).float()
         labels = torch.cat([labels for _, _, labels in self._batches])
         first = torch.cat([torch.arange(len(labels)) + first for first, _, labels in self._batches]).to(labels.device)
@@ -117,3 +128,4 @@ class Confusion(Callback):
             for probability, index, label, guess in everyones.tolist()
             if probability >= 0
         ]
+        return indices, guesses == labels

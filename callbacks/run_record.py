@@ -2,11 +2,8 @@
 
 import hashlib
 import json
-import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -24,12 +21,8 @@ from callbacks.confusion import Confusion
 from callbacks.speed import Speed
 from errors import Stopped
 from inspection.stages import stages
-from runs.json_file import write_json
-
-try:
-    import resource
-except ImportError:  # on Windows
-    resource = None  # type: ignore[assignment]
+from runs.record import commit, machine, pack_right, peak_memory, write_json
+from runs.settings import leaves
 
 # What TensorBoard's HParams tab shows without a click.
 FIRST_HPARAMS = ("recipe", "model.optimizer.lr", "data.batch_size", "max_epochs", "seed")
@@ -60,7 +53,7 @@ class RunRecord(Callback):
             "recipe": recipe,
             "config": config,
             "config_sha256": hashlib.sha256(config_text.encode()).hexdigest(),
-            "commit": _commit(),
+            "commit": commit(),
             "seed": config.get("seed_everything"),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "epochs": [],
@@ -72,7 +65,7 @@ class RunRecord(Callback):
         device = trainer.strategy.root_device
         self._folder = trainer.log_dir  # asked for here, where all processes are: it is broadcast
         self.record |= {
-            "machine": _machine(device),
+            "machine": machine(device.index or 0 if device.type == "cuda" else None),
             "devices": trainer.world_size,
             "precision": trainer.precision,
             "parameters": sum(parameter.numel() for parameter in pl_module.net.parameters()),  # type: ignore[union-attr, misc]
@@ -91,7 +84,7 @@ class RunRecord(Callback):
             # Only names the metrics; their values are the scalars of the same tags.
             metrics = {"test/accuracy": 0, "test/loss": 0, "best/val_accuracy": 0}
             mine = {key: self.record[key] for key in ("recipe", "seed", "max_epochs")}
-            values = _flat(mine | {key: self._config[key] for key in ("model", "data")})
+            values = _hyperparameters(mine | {key: self._config[key] for key in ("model", "data")})
             summaries = hparams(values, metrics)
             _put_first(summaries[0], FIRST_HPARAMS)
             writer = trainer.logger.experiment.file_writer
@@ -150,8 +143,10 @@ class RunRecord(Callback):
         }
         self.record["test"] = {
             **measured,
-            "images": len(data.test_set),
+            "images": int(self._confusion.matrix.sum()),  # fewer than there are, with limit_test_batches
+            "test_set": len(data.test_set),
             "class_accuracy": self._confusion.class_accuracy,
+            "right": pack_right(self._confusion.right),
         }
         self._write(trainer)
 
@@ -171,7 +166,7 @@ class RunRecord(Callback):
 
     def _peak(self, trainer: pl.Trainer) -> dict[str, int | None]:
         """Peak memory so far, earlier parts of the run included."""
-        known = [size for size in (_peak_memory(trainer.strategy.root_device), self._peak_before) if size is not None]
+        known = [size for size in (peak_memory(trainer.strategy.root_device), self._peak_before) if size is not None]
         return {"peak_memory_bytes": max(known, default=None)}
 
     def _write(self, trainer: pl.Trainer) -> None:
@@ -180,21 +175,14 @@ class RunRecord(Callback):
             write_json(Path(self._folder) / "record.json", self.record)
 
 
-def _flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
-    flat: dict[str, str | int | float | bool] = {}
-    for key, value in mapping.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            # A class reads as its name, its arguments as its own.
-            if "class_path" in value:
-                flat[name] = value["class_path"].rpartition(".")[2]
-                value = value.get("init_args") or {}
-            flat |= _flat(value, f"{name}.")
-        elif isinstance(value, str | int | float | bool):
-            flat[name] = value
-        else:
-            flat[name] = str(value)
-    return flat
+def _hyperparameters(mapping: dict[str, Any]) -> dict[str, str | int | float | bool]:
+    """As TensorBoard takes them; a class reads as its name, its arguments as its own settings."""
+    found = {}
+    for name, value in leaves(mapping).items():
+        if name.endswith(".class_path"):
+            name, value = name.removesuffix(".class_path"), value.rpartition(".")[2]
+        found[name] = value if isinstance(value, str | int | float | bool) else str(value)
+    return found
 
 
 def _put_first(experiment: Any, names: tuple[str, ...]) -> None:
@@ -212,38 +200,3 @@ def _flops(net: Any, input_shape: tuple[int, int, int]) -> int | None:
         return stages(net, input_shape)[1].flops
     except NotImplementedError:
         return None
-
-
-def _commit() -> str | None:
-    folder = Path(__file__).parent
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _machine(device: torch.device) -> dict[str, Any]:
-    machine: dict[str, Any] = {"platform": platform.platform(), "cpu": _cpu(), "cores": os.cpu_count()}
-    if device.type == "cuda":
-        machine |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
-    return machine
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _peak_memory(device: torch.device) -> int | None:
-    """Peak memory of the device, or of this process on the CPU, in bytes; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if resource is None:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

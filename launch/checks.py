@@ -17,18 +17,7 @@ from errors import UserError
 from inspection.stages import stages
 from lit_modules import LitClassifier
 from lit_modules.execution.cuda_graphs import MODES
-
-# What a continued run may change: how it runs, not what it computes.
-FREE_ON_RESUME = (
-    "data.data_dir",
-    "data.num_workers",
-    "data.dataset_on_device",
-    "data.eval_batch_size",
-    "model.compile",
-    "model.checkpoint_activations",
-    "model.channels_last",
-    "model.flip_test",
-)
+from runs.settings import is_kept
 
 
 def check_configuration(config: Namespace, command: Command) -> None:
@@ -118,15 +107,11 @@ def check_settings(stored: dict[str, Any], wanted: dict[str, Any], *, resume: bo
         wanted: The configuration of this run.
         resume: Whether training goes on; otherwise only the network must be the same.
     """
-    keys: tuple[str, ...] = ("model.net",)
-    if resume:
-        keys = ("model", "data", "seed_everything", "pretrained", "trainer.accumulate")
-    if resume and wanted["model"]["scheduler"]:
-        keys += ("trainer.max_epochs", "trainer.max_steps")  # the schedule is as long as the run
+    scheduled = bool(wanted["model"]["scheduler"])
     for name, (then, now) in _differences(stored, wanted).items():
         if resume and name == "trainer.callbacks":
             then, now = _own_callbacks(then), _own_callbacks(now)
-        elif not name.startswith(keys) or name in FREE_ON_RESUME:
+        elif not (is_kept(name, scheduled) if resume else name.startswith("model.net")):
             continue
         if then != now:
             raise UserError(

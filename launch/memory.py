@@ -10,10 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-try:
-    import resource
-except ImportError:  # on Windows
-    resource = None  # type: ignore[assignment]
+from runs.record import peak_memory
 
 # Share of the free memory that the batch size found by trial may take: data, metrics and other programs need some.
 SHARE = {"cuda": 0.9, "cpu": 0.5}
@@ -83,7 +80,7 @@ def largest_batch_size(
     optimizer = make_optimizer(net.parameters())
     fits, size = 0, 2  # two: batch normalisation can't do with one
     while True:
-        before = _used(device)
+        before = peak_memory(device) or 0
         try:
             cast = torch.autocast(device.type, dtype) if dtype else nullcontext()
             with cast:
@@ -97,24 +94,17 @@ def largest_batch_size(
             if not fits or not is_out_of_memory(error):
                 raise
             break
-        if device.type == "cuda" and _used(device) > SHARE["cuda"] * _free(device):
+        if device.type == "cuda" and (peak_memory(device) or 0) > SHARE["cuda"] * _free(device):
             break
         fits = size
         size *= 2
-        growth = _used(device) - before
+        growth = (peak_memory(device) or 0) - before
         if size > most or (device.type == "cpu" and 2 * growth > SHARE["cpu"] * _free(device)):
             break
     if device.type == "cuda":
         del net, optimizer
         torch.cuda.empty_cache()
     return min(max(fits, 1), most)
-
-
-def _used(device: torch.device) -> int:
-    """Peak memory so far, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if resource else 0
 
 
 def _free(device: torch.device) -> int:

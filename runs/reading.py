@@ -1,51 +1,22 @@
-"""Reading the `record.json` files that runs leave behind, and folding runs that differ only in their seed.
+"""Reading the `record.json` files that runs leave behind. What a record says is checked, and its texts made printable.
 
 Imports nothing heavy.
 """
 
 import json
-import math
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from cli.recipes import load_yaml, recipes
+from errors import UserError, plain
+from runs.record import check, unpack_right
+from runs.settings import kind, shaping
 
-# Settings outside `model` and `data` that change what is computed.
-SHAPING = (
-    "patience",
-    "pretrained",
-    "stop_at_chance",
-    "trainer.max_epochs",
-    "trainer.max_steps",
-    "trainer.max_time",
-    "trainer.precision",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.accumulate_grad_batches",
-    "trainer.gradient_clip_val",
-    "trainer.gradient_clip_algorithm",
-    "trainer.limit_train_batches",
-    "trainer.overfit_batches",
-    "trainer.callbacks",
-)
-# Settings inside them that don't, or that follow another one.
-IMMATERIAL = (
-    "data.data_dir",
-    "data.num_workers",
-    "data.eval_batch_size",
-    "data.dataset_on_device",
-    "model.compile",
-    "model.checkpoint_activations",
-    "model.channels_last",
-    "model.net.init_args.image_size",
-)
 SWEEPS = "sweeps"  # where sweep.py keeps its trials, within the folder of the runs
-# The machine decides these where they are left open.
-OPEN = {"trainer.precision": None, "trainer.devices": "auto"}
 
 
 @dataclass
@@ -64,7 +35,7 @@ class Run:
     @property
     def seed(self) -> int | None:
         """Its seed."""
-        return self.record["seed"]
+        return self.record.get("seed")
 
     @property
     def finished(self) -> bool:
@@ -75,6 +46,40 @@ class Run:
     def accuracy(self) -> float:
         """Test accuracy, 0 to 1."""
         return self.record["test"]["accuracy"]
+
+    @cached_property
+    def tested(self) -> int:
+        """Number of images that it was tested on; worked out where an older record tells that of the whole set."""
+        test, limit = self.record["test"], self._setting("trainer.limit_test_batches")
+        images, size = test["images"], self._setting("data.eval_batch_size") or self._setting("data.batch_size")
+        if "test_set" in test or not _is_number(limit) or not _is_number(size) or size < 1:
+            return images
+        each = int(size) * self.record["devices"]
+        batches = limit if isinstance(limit, int) else int(limit * -(-images // each))
+        return max(1, min(images, batches * each))
+
+    @cached_property
+    def right(self) -> list[bool] | None:
+        """Which test images it got right, in their order; None where the record does not tell."""
+        text = self.record["test"].get("right")
+        return None if text is None else unpack_right(text, self.record["test"]["images"])
+
+    @cached_property
+    def partial(self) -> list[str]:
+        """In what it falls short of the whole training and test, in words; empty if in nothing."""
+        short = []
+        epochs, wanted = len(self.record["epochs"]), self.record.get("max_epochs", -1)
+        whole = max(_epochs_of(self.recipe), wanted)
+        if (wanted if self._setting("patience") else epochs) < whole:  # patience may end a whole run early
+            short.append(f"{epochs} of {whole} epochs")
+        for name in ("limit_train_batches", "overfit_batches"):
+            value = self._setting(f"trainer.{name}")
+            if value not in (None, 0) and (value != 1 or isinstance(value, int)):  # 1.0 is all, 1 is one batch
+                short.append(f"{name} {value}")
+        whole = self.record["test"].get("test_set", self.record["test"]["images"])
+        if self.tested < whole:
+            short.append(f"{self.tested:,} of {whole:,} test images")
+        return short
 
     @property
     def epoch_seconds(self) -> float:
@@ -91,81 +96,20 @@ class Run:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """What was computed, apart from the seed, as dotted names and values."""
-        return settings(self.record["config"])
+        return shaping(self.record["config"])
 
-
-@dataclass
-class Group:
-    """Runs that differ in their seed alone.
-
-    Attributes:
-        runs: At least one, in the order of their seeds.
-        name: The recipe, and what tells the group from other groups of that recipe.
-    """
-
-    runs: list[Run]
-    name: str = field(default="")
-
-    def mean(self, key: str) -> float | None:
-        """Mean of a number that the records hold, or None if one lacks it."""
-        values = [run.record.get(key) for run in self.runs]
-        known = [value for value in values if value is not None]
-        return statistics.fmean(known) if len(known) == len(values) else None
-
-    @property
-    def accuracy(self) -> float:
-        """Mean test accuracy, 0 to 1."""
-        return statistics.fmean(run.accuracy for run in self.runs)
-
-    @property
-    def deviation(self) -> float | None:
-        """Standard deviation of the test accuracy between seeds (n - 1), or None with a single seed."""
-        return statistics.stdev(run.accuracy for run in self.runs) if len(self.runs) > 1 else None
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % interval of the mean accuracy that the number of test images allows."""
-        return wilson(self.accuracy, min(run.record["test"]["images"] for run in self.runs))
-
-    @property
-    def epoch_seconds(self) -> float:
-        """Mean time of an epoch's training batches."""
-        return statistics.fmean(run.epoch_seconds for run in self.runs)
-
-    @property
-    def class_accuracy(self) -> dict[str, float]:
-        """Mean test accuracy of each class."""
-        tables = [run.record["test"].get("class_accuracy", {}) for run in self.runs]
-        return {name: statistics.fmean(table[name] for table in tables if name in table) for name in tables[0]}
-
-    def curve(self, metric: str) -> list[tuple[int, float, float, float]]:
-        """Epoch, mean, lowest and highest value of a metric, for the epochs that all runs have."""
-        tables = [
-            {epoch["epoch"]: epoch[metric] for epoch in run.record["epochs"] if metric in epoch} for run in self.runs
-        ]
-        shared = sorted(set.intersection(*(set(table) for table in tables)))
-        columns = [(number, [table[number] for table in tables]) for number in shared]
-        return [(number, statistics.fmean(values), min(values), max(values)) for number, values in columns]
-
-
-def settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a resolved configuration that decides what is computed, seed left out, under dotted names.
-
-    What is off (null, false, 0) is left out: a setting that came later says nothing about older runs.
-    """
-    return {
-        name: value
-        for name, value in flat(config).items()
-        if ((name.startswith(("model.", "data.")) and name not in IMMATERIAL) or name in SHAPING)
-        and value not in (None, False)
-    }
+    def _setting(self, name: str) -> Any:
+        value: Any = self.record["config"]
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
 
 
 def matches(run: Run, wanted: dict[str, Any]) -> bool:
     """Whether a run computed what the settings say; what they leave to the machine matches anything."""
     own = run.settings | ({"trainer.precision": run.record["precision"]} if "precision" in run.record else {})
     names = own.keys() | wanted.keys()
-    return all(own.get(name) == wanted.get(name) or (name in OPEN and wanted.get(name) == OPEN[name]) for name in names)
+    return all(own.get(name) == wanted.get(name) or wanted.get(name) in kind(name).left_open for name in names)
 
 
 def find_runs(paths: Iterable[Path]) -> list[Run]:
@@ -186,76 +130,43 @@ def find_runs(paths: Iterable[Path]) -> list[Run]:
     return list(runs.values())
 
 
-def fold(runs: Sequence[Run]) -> list[Group]:
-    """Finished runs in groups that differ in the seed alone, the most accurate first.
-
-    Where one seed was run twice, the newer run counts.
-    """
-    groups: dict[str, dict[int | None, Run]] = {}
-    for run in sorted(runs, key=lambda run: run.modified):
-        groups.setdefault(json.dumps([run.recipe, _identity(run)], sort_keys=True), {})[run.seed] = run
-    folded = [Group(sorted(group.values(), key=lambda run: (run.seed is None, run.seed))) for group in groups.values()]
-    for group in folded:
-        group.name = _name(group, [other for other in folded if other.runs[0].recipe == group.runs[0].recipe])
-    return sorted(folded, key=lambda group: -group.accuracy)
-
-
-def wilson(accuracy: float, images: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a share that was measured on so many images.
-
-    E. B. Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 22(158), 1927.
-    """
-    centre = accuracy + z * z / (2 * images)
-    half = z * math.sqrt(accuracy * (1 - accuracy) / images + z * z / (4 * images * images))
-    scale = 1 + z * z / images
-    return (centre - half) / scale, (centre + half) / scale
-
-
 def _read(file: Path) -> Run:
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        run = Run(file.parent, record, file.stat().st_mtime)
-        if not isinstance(record["epochs"], list) or not run.settings:
-            raise TypeError
-        _ = run.recipe, run.seed, run.machine
+        record = json.loads(file.read_text(encoding="utf-8-sig"))
+        check(record)
+        run = Run(file.parent, _printable(record), file.stat().st_mtime)
+        if not run.settings:
+            raise ValueError("config must name what was trained")
         if run.finished:
-            _ = run.accuracy, run.epoch_seconds, record["test"]["images"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, statistics.StatisticsError):
-        raise UserError(f"{file} is damaged or is not the record of a run; mend or remove it") from None
+            _ = run.right, run.partial
+            if not record["epochs"] or any(epoch.get("seconds") is None for epoch in record["epochs"]):
+                raise ValueError("epochs must hold each epoch's seconds")
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error) if type(error) is ValueError else "it can't be read as JSON"
+        raise UserError(f"{file} is damaged or is not the record of a run ({reason}); mend or remove it") from None
     return run
 
 
-def _identity(run: Run) -> dict[str, Any]:
-    found = {name: value for name, value in run.settings.items() if name not in OPEN}
-    return found | {"precision": run.record["precision"], "machine": run.machine}
-
-
-def _name(group: Group, same_recipe: list[Group]) -> str:
-    """The recipe, and the settings in which it differs from the other groups of its recipe."""
-    first = group.runs[0]
-    mine, others = _identity(first), [_identity(other.runs[0]) for other in same_recipe]
-    written = flat(first.record["config"]) | mine
-    parts = []
-    for name in dict.fromkeys(name for other in others for name in other):
-        differs = any(other.get(name) != mine.get(name) for other in others)
-        if differs and written.get(name) is not None:
-            parts.append(f"{name.rpartition('.')[2]} {_short(written[name])}")
-    return f"{first.recipe} ({', '.join(parts)})" if parts else first.recipe
-
-
-def _short(value: Any) -> Any:
-    """A list of objects, such as callbacks, as the names of their classes; anything else as it is."""
-    if isinstance(value, list) and all(isinstance(one, dict) and "class_path" in one for one in value):
-        return ", ".join(one["class_path"].rpartition(".")[2] for one in value)
+def _printable(value: Any) -> Any:
+    """The same with control characters and the like escaped in all texts, and keys."""
+    if isinstance(value, str):
+        return plain(value)
+    if isinstance(value, list):
+        return [_printable(one) for one in value]
+    if isinstance(value, dict):
+        return {plain(key): _printable(one) for key, one in value.items()}
     return value
 
 
-def flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted name and value of what nested mappings hold."""
-    leaves: dict[str, Any] = {}
-    for key, value in mapping.items():
-        if isinstance(value, dict) and value:
-            leaves |= flat(value, f"{prefix}{key}.")
-        else:
-            leaves[f"{prefix}{key}"] = value
-    return leaves
+@cache
+def _epochs_of(recipe: str) -> int:
+    """How many epochs a recipe of the project's says; -1 for one that there is not."""
+    try:
+        epochs = load_yaml(recipes()[recipe])["trainer"]["max_epochs"]
+    except (KeyError, TypeError, UserError):
+        return -1
+    return epochs if isinstance(epochs, int) else -1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value and abs(value) < 1e18

@@ -1,19 +1,26 @@
-"""The space of a sweep: which settings to try, and which values of each, as written on the command line.
+"""A sweep on the command line: which settings to try, and which values of each, as written on the command line.
 
 Imports nothing heavy.
 """
 
+import itertools
+import json
 import math
 import re
+import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from cli.flags import FLAGS
-from cli.recipes import did_you_mean
+from cli.recipes import did_you_mean, resolved
 from errors import UserError
+from runs.record import write_json
+from runs.settings import GROUPS, kind, leaves
 
 Check = Callable[[str], str]
-GROUPS = ("model", "data", "trainer")
 # Dotted name, without `init_args`, of what each short flag stands for.
 TARGETS = {
     flag.lstrip("-"): entry.target.lstrip("-").partition("=")[0].replace(".init_args", "")
@@ -21,13 +28,7 @@ TARGETS = {
 }
 # How the values of some settings are checked.
 CHECKS = {target: FLAGS[f"--{flag}"].check for flag, target in TARGETS.items() if target}
-# What a trial's accuracy is measured with: settings that differ there can't be compared.
-FIXED = {
-    "seed_everything": "chance is nothing to choose; give --seed N for all trials",
-    "data.val_size": "the trials are compared on the same validation images",
-    "data.split_seed": "the trials are compared on the same validation images",
-    "data.data_dir": "the trials are compared on the same images",
-}
+PRUNERS = ("median", "hyperband", "none")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,37 @@ class Choice:
 Space = dict[str, Range | Choice]
 
 
+@dataclass
+class Request:
+    """A checked command line of sweep.py.
+
+    Attributes:
+        recipe: Name or path of the recipe.
+        space: What to search.
+        spelled: The same as it was given.
+        trials: How many settings to try in all.
+        pruner: One of `PRUNERS`.
+        output: The recipe to write, or None for one beside the trials.
+        log_dir: Folder of the runs.
+        flags: Flags of train.py.
+    """
+
+    recipe: str
+    space: Space
+    spelled: list[str]
+    trials: int
+    pruner: str
+    output: Path | None
+    log_dir: Path
+    flags: list[str]
+
+    @property
+    def command(self) -> str:
+        """The command line, without what only says where."""
+        words = [self.recipe, "--space", *self.spelled, "--trials", str(self.trials), *self.flags]
+        return shlex.join(["python", "sweep.py", *words])
+
+
 def add_setting(space: Space, setting: str) -> None:
     """Add one setting, KEY=VALUES as on the command line, to a space.
 
@@ -62,19 +94,85 @@ def add_setting(space: Space, setting: str) -> None:
     if not equals or not key or not values:
         raise UserError(f"{setting!r} in --space is not KEY=VALUES, such as lr=log:1e-4..1e-2 or batch_size=64,128")
     name = _name(key)
-    if name in FIXED:
-        raise UserError(f"{key} can't be searched: {FIXED[name]}")
+    if fixed := kind(name).fixed:
+        raise UserError(f"{key} can't be searched: {fixed}")
     if name in space:
         raise UserError(f"{key} stands twice in --space")
     space[name] = _values(key, values, CHECKS.get(name))
 
 
+def checked_space(request: Request, folder: Path) -> Space:
+    """The space, with whole numbers where a setting takes those; its ends and choices are checked by train.py once."""
+    notes = folder / "sweep.json"
+    if notes.exists():
+        whole = json.loads(notes.read_text(encoding="utf-8"))["whole"]
+        return {name: _as(values, name in whole) for name, values in request.space.items()}
+    print("Checking the settings", flush=True)
+    config = resolved(request.recipe, request.flags)
+    if not config["data"]["val_size"]:
+        raise UserError("a sweep chooses by validation accuracy: set --val_size above 0")
+    now = leaves(config)
+    space: Space = {}
+    for name, values in request.space.items():
+        space[name] = values
+        if isinstance(values, Range) and isinstance(now.get(name), int | float) and not isinstance(now[name], bool):
+            if isinstance(now[name], int) and not values.whole:
+                raise UserError(f"{name} takes whole numbers, not {values.low:g}..{values.high:g}")
+            space[name] = _as(values, isinstance(now[name], int))
+    unsure = {name: values for name, values in space.items() if not _is_known(values, now.get(name), name)}
+    points = max((len(values.values) if isinstance(values, Choice) else 2 for values in unsure.values()), default=0)
+    with ThreadPoolExecutor(2) as pool:
+        tries = [[f"--{name}={spelled(_nth(values, n))}" for name, values in in_order(space)] for n in range(points)]
+        list(pool.map(lambda settings: resolved(request.recipe, [*request.flags, *settings]), tries))
+    whole = [name for name, values in space.items() if isinstance(values, Range) and values.whole]
+    write_json(notes, {"command": request.command, "whole": whole})
+    return space
+
+
+def _is_known(values: Range | Choice, now: Any, name: str) -> bool:
+    """Whether train.py need not be asked: the setting is a number already, or was checked on the command line."""
+    return isinstance(now, int | float) if isinstance(values, Range) else CHECKS.get(name) is not None
+
+
+def _as(values: Range | Choice, whole: bool) -> Range | Choice:
+    return replace(values, whole=whole) if isinstance(values, Range) else values
+
+
+def _nth(values: Range | Choice, number: int) -> float | str:
+    if isinstance(values, Choice):
+        return values.values[number % len(values.values)]
+    end = values.high if number % 2 else values.low
+    return int(end) if values.whole else end
+
+
+def in_order(space: Space) -> list[tuple[str, Range | Choice]]:
+    """A class before its arguments, which it would reset."""
+    return sorted(space.items(), key=lambda item: item[0].count("."))
+
+
+def spelled(value: float | str) -> str:
+    """As it stands on the command line; four digits are what a recipe needs."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def every_combination(space: Space, most: int) -> list[dict[str, Any]]:
+    """All settings that the space holds, if they are no more than that; otherwise none."""
+    lists: list[Any] = []
+    for values in space.values():
+        if isinstance(values, Range) and not values.whole:
+            return []
+        lists.append(values.values if isinstance(values, Choice) else range(int(values.low), int(values.high) + 1))
+    if math.prod(map(len, lists)) > most:
+        return []
+    return [dict(zip(space, combination, strict=True)) for combination in itertools.product(*lists)]
+
+
 def _name(key: str) -> str:
     """The setting's dotted name, without `init_args`."""
     name = TARGETS.get(key, key).replace(".init_args", "")
-    if name in FIXED or name.startswith(tuple(f"{group}." for group in GROUPS)):
+    if kind(name).fixed or name.startswith(tuple(f"{group}." for group in GROUPS)):
         return name
-    searchable = [flag for flag, target in TARGETS.items() if target.startswith(GROUPS)]
+    searchable = [flag for flag, target in TARGETS.items() if target.startswith(tuple(GROUPS))]
     if key in TARGETS:
         raise UserError(f"{key} can't be searched; settings of {', '.join(GROUPS)} can")
     hint = did_you_mean(key, searchable) or f"; a short flag or a setting of {', '.join(GROUPS)} was expected"

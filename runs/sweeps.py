@@ -1,33 +1,28 @@
 """Runs the trials of a sweep one after another, keeps their results in Optuna's storage, and writes the best recipe."""
 
 import hashlib
-import itertools
 import json
-import math
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
 
 from cli.command import Command, parse_command_line
-from cli.recipes import PROJECT, load_yaml, recipes, resolved
+from cli.recipes import PROJECT, load_yaml, recipes
 from errors import MissingPackage, RunError, Stopped, UserError, printed_error
-from runs.json_file import write_json
-from runs.reading import SWEEPS, flat
+from runs.reading import SWEEPS
+from runs.record import write_json
 from runs.report import rich_table, terminal
-from runs.search_space import CHECKS, Choice, Range, Space
+from runs.search_space import Choice, Range, Request, Space, checked_space, every_combination, in_order, spelled
+from runs.settings import kind, leaves
 
-if TYPE_CHECKING:
-    from sweep import Request
 try:
     import optuna
     from optuna.trial import FrozenTrial, Trial, TrialState
@@ -37,21 +32,9 @@ except ImportError:
 POLL_SECONDS = 0.5
 SHOWN = 10  # trials in the table
 MARK = "with the settings that a sweep found"  # in the header of each recipe written here
-# What belongs to the machine and not into a recipe, or follows another setting.
-LEFT_OUT = (
-    "trainer.accelerator",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.enable_progress_bar",
-    "data.data_dir",
-    "data.num_workers",
-    "data.dataset_on_device",
-    "model.net.image_size",
-)
-OF_A_RUN = ("seed_everything", "patience", "stop_at_chance", "pretrained")
 
 
-def sweep(request: "Request") -> int:
+def sweep(request: Request) -> int:
     """Run the trials that are missing, write the best recipe, and show the table.
 
     Returns:
@@ -82,15 +65,15 @@ def sweep(request: "Request") -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     _print_table(study, request)
-    write_json(folder / "trials.json", {"command": _command(request), "trials": _listed(study, folder)})
+    write_json(folder / "trials.json", {"command": request.command, "trials": _listed(study, folder)})
     print(f"All trials: {folder / 'trials.json'}")
     print(f"Recipe: {output}")
     print(f"Train it: python train.py --model {shlex.quote(_model_name(output))}")
     return 0
 
 
-def _run_trials(request: "Request", command: Command, folder: Path, output: Path) -> "optuna.Study":
-    space = _checked_space(request, folder)
+def _run_trials(request: Request, command: Command, folder: Path, output: Path) -> "optuna.Study":
+    space = checked_space(request, folder)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     pruner = {
         "median": optuna.pruners.MedianPruner(n_warmup_steps=2),
@@ -101,7 +84,7 @@ def _run_trials(request: "Request", command: Command, folder: Path, output: Path
     study = optuna.create_study(
         study_name="sweep", storage=storage, direction="maximize", pruner=pruner, load_if_exists=True
     )
-    every = _every_combination(space, request.trials)
+    every = every_combination(space, request.trials)
     trials = min(request.trials, len(every) or request.trials)
     done = _finished(study)
     print(f"{folder}: {len(done)} of {trials} trials done", flush=True)
@@ -114,7 +97,7 @@ def _run_trials(request: "Request", command: Command, folder: Path, output: Path
         if left and not study.get_trials(states=[TrialState.WAITING]):
             study.enqueue_trial(left[0])
         trial = study.ask()
-        settings = [f"--{name}={_suggest(trial, name, values)}" for name, values in _in_order(space)]
+        settings = [f"--{name}={_suggest(trial, name, values)}" for name, values in in_order(space)]
         print(f"Trial {len(done) + 1} of {trials}: {_shown(settings)}", flush=True)
         trial.set_user_attr("folder", trial.user_attrs.get("folder", f"trial_{len(done) + 1}"))
         trial.set_user_attr("settings", settings)
@@ -129,7 +112,7 @@ def _run_trials(request: "Request", command: Command, folder: Path, output: Path
     return study
 
 
-def _run_trial(study: "optuna.Study", trial: Trial, request: "Request", folder: Path) -> str:
+def _run_trial(study: "optuna.Study", trial: Trial, request: Request, folder: Path) -> str:
     """Train with the trial's settings, and tell Optuna; returns one line for the terminal."""
     own, settings = trial.user_attrs["folder"], trial.user_attrs["settings"]
     for twin in study.get_trials(states=[TrialState.COMPLETE]):
@@ -152,7 +135,7 @@ def _run_trial(study: "optuna.Study", trial: Trial, request: "Request", folder: 
     return f"failed: {_last_line(folder / own / 'output.txt') or f'exit code {code}'}"
 
 
-def _train(trial: Trial, request: "Request", folder: Path) -> int | None:
+def _train(trial: Trial, request: Request, folder: Path) -> int | None:
     """Run train.py, or let it go on; returns its exit code, or None if the trial was pruned."""
     folder.mkdir(exist_ok=True)
     arguments = ["fit", "--model", request.recipe, f"--log_dir={folder}", *request.flags]
@@ -178,7 +161,7 @@ def _train(trial: Trial, request: "Request", folder: Path) -> int | None:
                         process.wait()
                         return None
                 if code in (130, 143, -signal.SIGINT, -signal.SIGTERM):
-                    raise Stopped("The training was stopped; the same command continues from here.", code % 256)
+                    raise Stopped("The training was stopped. The same command continues from here.", code % 256)
                 if code is not None:
                     return code
         except BaseException:  # Ctrl-C, or SIGTERM: it saves a checkpoint to go on from
@@ -188,10 +171,10 @@ def _train(trial: Trial, request: "Request", folder: Path) -> int | None:
 
 
 def _stop(signum: int, frame: Any) -> None:
-    raise Stopped("Stopped by SIGTERM; the same command continues from here.", 143)
+    raise Stopped("Stopped by SIGTERM. The same command continues from here.", 143)
 
 
-def _fingerprint(request: "Request", command: Command) -> str:
+def _fingerprint(request: Request, command: Command) -> str:
     """Tells sweeps apart: the recipe's content, the space and the flags."""
     texts = [path.read_text(encoding="utf-8") for path in (*command.configs, *command.outer_configs)]
     whole = json.dumps([texts, sorted(request.spelled), request.flags])
@@ -203,78 +186,12 @@ def _seed(command: Command) -> int:
     return int(given[-1]) if given and given[-1].isdecimal() else 0
 
 
-def _checked_space(request: "Request", folder: Path) -> Space:
-    """The space, with whole numbers where a setting takes those; its ends and choices are checked by train.py once."""
-    notes = folder / "sweep.json"
-    if notes.exists():
-        whole = json.loads(notes.read_text(encoding="utf-8"))["whole"]
-        return {name: _as(values, name in whole) for name, values in request.space.items()}
-    print("Checking the settings", flush=True)
-    config = resolved(request.recipe, request.flags)
-    if not config["data"]["val_size"]:
-        raise UserError("a sweep chooses by validation accuracy: set --val_size above 0")
-    now = _leaves(config)
-    space: Space = {}
-    for name, values in request.space.items():
-        space[name] = values
-        if isinstance(values, Range) and isinstance(now.get(name), int | float) and not isinstance(now[name], bool):
-            if isinstance(now[name], int) and not values.whole:
-                raise UserError(f"{name} takes whole numbers, not {values.low:g}..{values.high:g}")
-            space[name] = _as(values, isinstance(now[name], int))
-    unsure = {name: values for name, values in space.items() if not _is_known(values, now.get(name), name)}
-    points = max((len(values.values) if isinstance(values, Choice) else 2 for values in unsure.values()), default=0)
-    with ThreadPoolExecutor(2) as pool:
-        tries = [[f"--{name}={_text(_nth(values, n))}" for name, values in _in_order(space)] for n in range(points)]
-        list(pool.map(lambda settings: resolved(request.recipe, [*request.flags, *settings]), tries))
-    whole = [name for name, values in space.items() if isinstance(values, Range) and values.whole]
-    write_json(notes, {"command": _command(request), "whole": whole})
-    return space
-
-
-def _is_known(values: Range | Choice, now: Any, name: str) -> bool:
-    """Whether train.py need not be asked: the setting is a number already, or was checked on the command line."""
-    return isinstance(now, int | float) if isinstance(values, Range) else CHECKS.get(name) is not None
-
-
-def _as(values: Range | Choice, whole: bool) -> Range | Choice:
-    return replace(values, whole=whole) if isinstance(values, Range) else values
-
-
-def _nth(values: Range | Choice, number: int) -> float | str:
-    if isinstance(values, Choice):
-        return values.values[number % len(values.values)]
-    end = values.high if number % 2 else values.low
-    return int(end) if values.whole else end
-
-
-def _in_order(space: Space) -> list[tuple[str, Range | Choice]]:
-    """A class before its arguments, which it would reset."""
-    return sorted(space.items(), key=lambda item: item[0].count("."))
-
-
 def _suggest(trial: Trial, name: str, values: Range | Choice) -> str:
     if isinstance(values, Choice):
         return trial.suggest_categorical(name, values.values)
     if values.whole:
-        return _text(trial.suggest_int(name, int(values.low), int(values.high), log=values.log))
-    return _text(trial.suggest_float(name, values.low, values.high, log=values.log))
-
-
-def _text(value: float | str) -> str:
-    """As it stands on the command line; four digits are what a recipe needs."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _every_combination(space: Space, most: int) -> list[dict[str, Any]]:
-    """All settings that the space holds, if they are no more than that; otherwise none."""
-    lists: list[Any] = []
-    for values in space.values():
-        if isinstance(values, Range) and not values.whole:
-            return []
-        lists.append(values.values if isinstance(values, Choice) else range(int(values.low), int(values.high) + 1))
-    if math.prod(map(len, lists)) > most:
-        return []
-    return [dict(zip(space, combination, strict=True)) for combination in itertools.product(*lists)]
+        return spelled(trial.suggest_int(name, int(values.low), int(values.high), log=values.log))
+    return spelled(trial.suggest_float(name, values.low, values.high, log=values.log))
 
 
 def _enqueue_interrupted(study: "optuna.Study") -> None:
@@ -347,19 +264,19 @@ def _check_output(output: Path) -> None:
 
 
 def _write_recipe(
-    output: Path, record: dict[str, Any], best: FrozenTrial, request: "Request", command: Command, space: Space
+    output: Path, record: dict[str, Any], best: FrozenTrial, request: Request, command: Command, space: Space
 ) -> None:
     """Write the best trial's configuration, without what is a default or belongs to the machine."""
     files = [load_yaml(path) for path in command.configs]
     files += [load_yaml(path).get("fit") or {} for path in command.outer_configs]
     flags = {flag.lstrip("-").partition("=")[0].replace(".init_args", "") for flag in command.overrides} | set(space)
-    given = flags | {name for content in files for name in _leaves(content)}
+    given = flags | {name for content in files for name in leaves(content)}
 
     def wanted(name: str, value: Any) -> bool:
-        if name in OF_A_RUN:
-            return value is not None and value is not False
-        if value is None or not name.startswith(("model.", "data.", "trainer.")) or name in LEFT_OUT:
+        if value is None or not kind(name).recipe:
             return False
+        if "." not in name:  # a setting of the run, off unless it was given
+            return value is not False
         return name.endswith(".class_path") or any(name == prefix or name.startswith(f"{prefix}.") for prefix in given)
 
     config = _selected(record["config"], wanted)
@@ -368,7 +285,7 @@ def _write_recipe(
         f"# {request.recipe} {MARK}",
         f"# Command: python train.py --model {_model_name(output)}",
         f"# Expected: {best.value:.4f} validation accuracy (epoch {epoch}); not measured on the test images",
-        f"# Source: {_command(request)}",
+        f"# Source: {request.command}",
     ]
     output.parent.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(config, sort_keys=False)
@@ -388,20 +305,10 @@ def _selected(config: dict[str, Any], wanted: Any, prefix: str = "") -> dict[str
     return selected
 
 
-def _leaves(mapping: dict[str, Any]) -> dict[str, Any]:
-    """Dotted name without `init_args`, and value, of what nested mappings hold."""
-    return {name.replace(".init_args", ""): value for name, value in flat(mapping).items() if value != {}}
-
-
 def _model_name(output: Path) -> str:
     """What --model takes for a recipe's file."""
     names = {PROJECT / "configs" / f"{name}.yaml": name for name in (*recipes(), output.stem)}
     return names.get(output.resolve(), str(output))
-
-
-def _command(request: "Request") -> str:
-    words = [request.recipe, "--space", *request.spelled, "--trials", str(request.trials), *request.flags]
-    return shlex.join(["python", "sweep.py", *words])
 
 
 def _shown(settings: Iterable[str]) -> str:
@@ -410,7 +317,7 @@ def _shown(settings: Iterable[str]) -> str:
     )
 
 
-def _print_table(study: "optuna.Study", request: "Request") -> None:
+def _print_table(study: "optuna.Study", request: Request) -> None:
     console = terminal()
     completed, finished = _completed(study), _finished(study)
     rows = []

@@ -20,7 +20,7 @@ from checkpoints.reading import LISTING
 from datamodules import DatasetError, FashionMNISTDataModule
 from errors import OneLineParser, RunError, UserError, run_program
 from lit_modules import LitClassifier
-from runs.json_file import write_json
+from runs.record import write_json
 from weights.trained import load_trained
 
 FOLDER = Path(__file__).parent

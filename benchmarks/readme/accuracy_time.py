@@ -13,7 +13,7 @@ from benchmarks.harness.side_by_side import PROJECT
 from benchmarks.readme.entries import Results
 from benchmarks.readme.rounding import accuracies
 from errors import MissingPackage
-from runs.report import COLOURS
+from runs.plots import COLOURS
 
 PICTURE = PROJECT / "docs" / "images" / "accuracy-time.png"
 DIGEST = "points-sha256"  # a text in the PNG: of what it was drawn from

@@ -18,7 +18,8 @@ import yaml
 from cli.recipes import load_yaml, recipes
 from errors import UserError, printed_error
 from inspection.stages import stages
-from runs.reading import Run, find_runs, matches, settings
+from runs.reading import Run, find_runs, matches
+from runs.settings import shaping
 from train import main as train
 
 TABLE = Path(__file__).with_name("entries.yaml")
@@ -143,7 +144,7 @@ def read_results(folder: Path, more: tuple[str, ...] = ()) -> Results:
         entry = by_name.get(found[1]) if found else None
         if not run.finished or not found or run.seed != int(found[2]):
             raise UserError(f"{path} is not the record of a finished run, or not of the seed that its name says")
-        if entry and run.recipe == entry.recipe and matches(run, settings(entry.config)):
+        if entry and run.recipe == entry.recipe and matches(run, shaping(entry.config)):
             results.runs.setdefault((entry, found[3]), []).append(run)
         else:
             results.stale.append(path)

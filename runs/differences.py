@@ -1,0 +1,162 @@
+"""Whether the difference between two groups of runs is more than chance; the runs are paired on the same test images.
+
+Imports nothing heavy.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from runs.groups import Group
+
+LEVEL = 0.05  # differences that chance alone makes as rarely as this count as real
+POINTS = 0.002  # the difference of which we say how many seeds would show it
+POWER = 1.959964 + 0.841621  # standard errors that a difference must measure to be found four times in five
+
+
+@dataclass
+class Difference:
+    """The first group's mean test accuracy less the second's.
+
+    Attributes:
+        first: The more accurate group.
+        second: The other one.
+        size: The difference, 0 to 1.
+        p: Probability of so large a difference, or a larger one, by chance.
+        paired: Whether the records tell which test images were right, so that the runs could be paired on them.
+        seeds: How many seeds of each would show a difference of `POINTS`; None if no number would, or it isn't known.
+    """
+
+    first: Group
+    second: Group
+    size: float
+    p: float
+    paired: bool
+    seeds: int | None
+
+    @property
+    def single(self) -> bool:
+        """Whether each group is one run: then the two networks are compared, not their recipes."""
+        return len(self.first.runs) == len(self.second.runs) == 1
+
+    def __str__(self) -> str:
+        verdict = "more than chance" if self.p < LEVEL else "may be chance"
+        p = "p < 0.0001" if self.p < 1e-4 else f"p = {self.p:.4f}" if self.p < 0.01 else f"p = {self.p:.2f}"
+        unpaired = "" if self.paired else ", unpaired"
+        return f"{self.first.name} over {self.second.name}: {100 * self.size:.2f} points, {verdict} ({p}{unpaired})"
+
+
+def differences(groups: Sequence[Group]) -> list[Difference]:
+    """The first group against each other one that was tested on as many images.
+
+    The more groups there are, the sooner one is ahead by luck: the probabilities are corrected for that (S. Holm, "A
+    Simple Sequentially Rejective Multiple Test Procedure", Scandinavian Journal of Statistics 6(2), 1979).
+    """
+    first, *others = groups
+    comparable = [other for other in others if _images(other) == _images(first) is not None]
+    found = [difference(first, other) for other in comparable]
+    least = 0.0
+    for rank, one in enumerate(sorted(found, key=lambda one: one.p)):
+        least = one.p = max(least, min(1.0, one.p * (len(found) - rank)))
+    return found
+
+
+def difference(first: Group, second: Group) -> Difference:
+    """Compare two groups that were tested on the same images.
+
+    Two single runs are compared by McNemar's exact test. Several seeds are compared by a t-test in which both the seeds
+    and the images are a random draw: the variance of the difference is that between seeds, plus what the choice of
+    images adds to it.
+    """
+    images = first.runs[0].tested
+    tables = [[run.right for run in group.runs] for group in (first, second)]
+    rights = [[right for right in table if right and len(right) == images] for table in tables]
+    paired = [len(table) for table in rights] == [len(first.runs), len(second.runs)]
+    size = first.accuracy - second.accuracy
+    if paired and len(first.runs) == len(second.runs) == 1:
+        return Difference(first, second, size, mcnemar(rights[0][0], rights[1][0]), paired, None)
+    image_variance = 0.0
+    if paired:
+        image_variance = _image_variance(rights[0], rights[1])
+    else:
+        image_variance = sum(group.accuracy * (1 - group.accuracy) / images for group in (first, second))
+    spread, freedom = _seed_variance(first, second)
+    counts = 1 / len(first.runs) + 1 / len(second.runs)
+    between_seeds = spread * counts
+    variance = image_variance + between_seeds
+    if not variance:
+        return Difference(first, second, size, 0.0 if size else 1.0, paired, 2)
+    # Satterthwaite: only the part between seeds was estimated from a few numbers.
+    degrees = freedom * (variance / between_seeds) ** 2 if between_seeds else math.inf
+    p = two_sided(size / math.sqrt(variance), degrees)
+    seeds = seeds_needed(spread, image_variance) if freedom and paired else None
+    return Difference(first, second, size, p, paired, seeds)
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
+    """Probability by chance of so uneven a split among the images that only one of two networks got right.
+
+    Q. McNemar, "Note on the Sampling Error of the Difference between Correlated Proportions or Percentages",
+    Psychometrika 12, 1947; exact, from the binomial distribution.
+    """
+    only_first = sum(one and not other for one, other in zip(first, second, strict=True))
+    only_second = sum(other and not one for one, other in zip(first, second, strict=True))
+    count, fewer = only_first + only_second, min(only_first, only_second)
+    if only_first == only_second:
+        return 1.0
+    tail = sum(math.comb(count, number) for number in range(fewer + 1))
+    return min(1.0, 2 * tail / 2**count)
+
+
+def two_sided(t: float, degrees: float) -> float:
+    """Probability of a value at least as far from 0 as t under Student's t distribution."""
+    if degrees > 1000:
+        return 2 * statistics.NormalDist().cdf(-abs(t))
+    # With t = sqrt(degrees) tan(a), the density becomes cos(a) ** (degrees - 1) up to a factor.
+    begin, parts = math.atan(abs(t) / math.sqrt(degrees)), 4000
+
+    def area(start: float) -> float:
+        width = (math.pi / 2 - start) / parts
+        return width * sum(math.cos(start + (part + 0.5) * width) ** (degrees - 1) for part in range(parts))
+
+    return area(begin) / area(0.0)
+
+
+def seeds_needed(spread: float, image_variance: float, points: float = POINTS) -> int | None:
+    """How many seeds of each group show a difference four times in five; None if the images leave it too uncertain.
+
+    Args:
+        spread: Variance of the accuracy between seeds.
+        image_variance: Variance of the difference that the choice of test images brings, with any number of seeds.
+        points: The difference, 0 to 1.
+    """
+    left = (points / POWER) ** 2 - image_variance
+    return max(2, math.ceil(2 * spread / left)) if left > 0 else None
+
+
+def _images(group: Group) -> int | None:
+    """On how many images all runs of a group were tested; None if not on the same number."""
+    counts = {run.tested for run in group.runs}
+    return counts.pop() if len(counts) == 1 else None
+
+
+def _seed_variance(*groups: Group) -> tuple[float, int]:
+    """Variance of the accuracy between seeds, pooled over the groups, and its degrees of freedom."""
+    freedom = sum(len(group.runs) - 1 for group in groups)
+    squares = sum((run.accuracy - group.accuracy) ** 2 for group in groups for run in group.runs)
+    return (squares / freedom if freedom else 0.0), freedom
+
+
+def _image_variance(first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]]) -> float:
+    """Variance of the difference of the mean accuracies that the choice of images brings."""
+    shares = []
+    noise = 0.0
+    for rights in (first, second):
+        seeds = len(rights)
+        share = [sum(column) / seeds for column in zip(*rights, strict=True)]
+        shares.append(share)
+        if seeds > 1:  # how far the seeds disagree about an image: in their mean, divided by their number
+            noise += statistics.fmean(one * (1 - one) for one in share) / (seeds - 1)
+    whole = statistics.pvariance([one - other for one, other in zip(*shares, strict=True)])
+    return max(0.0, whole - noise) / len(shares[0])

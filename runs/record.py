@@ -1,0 +1,205 @@
+"""The record of a run, `record.json`: what it holds, how it is written, and the machine's facts in it.
+
+Imports nothing heavy.
+"""
+
+import base64
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None  # type: ignore[assignment]
+
+PROJECT = Path(__file__).resolve().parents[1]
+# What each place of a record holds, and whether a record may lack it. A count or an amount is a number of at least 0.
+SCHEMA: dict[str, tuple[str, bool]] = {
+    "recipe": ("text", True),
+    "config": ("mapping", True),
+    "commit": ("text", False),
+    "seed": ("count", False),
+    "versions": ("mapping of texts", True),
+    "machine": ("mapping", True),
+    "machine.cpu": ("text", True),
+    "machine.gpu": ("text", False),
+    "precision": ("text", True),
+    "devices": ("count", True),
+    "epochs": ("list of mappings", True),
+    "parameters": ("amount", False),
+    "flops": ("amount", False),
+    "train_images": ("count", False),
+    "val_images": ("count", False),
+    "batch_size": ("count", False),
+    "image_size": ("count", False),
+    "max_epochs": ("number", False),
+    "images_per_second": ("amount", False),
+    "fit_seconds": ("amount", False),
+    "stopped_after_seconds": ("amount", False),
+    "peak_memory_bytes": ("amount", False),
+    "best_val_accuracy": ("share", False),
+    "test": ("mapping", False),
+    "test.accuracy": ("share", True),
+    "test.loss": ("float", True),
+    "test.accuracy_flip": ("share", False),
+    "test.images": ("count", True),
+    "test.class_accuracy": ("mapping of shares", False),
+    "test.right": ("text", False),
+}
+EPOCH = {"epoch": ("count", True), "seconds": ("amount", False), "images_per_second": ("amount", False)}
+LARGEST = 1e18  # no number of a record is larger; one that is can't be calculated with
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file that is there whole or not at all: whoever reads it meanwhile finds the one before."""
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def check(record: Any) -> None:
+    """Refuse a record that makes no sense.
+
+    Raises:
+        ValueError: With the place that is wrong, and what was expected there.
+    """
+    if not isinstance(record, dict):
+        raise ValueError("a mapping was expected")
+    _check(record, SCHEMA)
+    for number, epoch in enumerate(record["epochs"]):
+        _check(epoch, EPOCH, f"epochs[{number}].")
+        for name, value in epoch.items():
+            if name.endswith("/accuracy") and not _is(value, "share"):
+                raise ValueError(f"epochs[{number}].{name} must be a number from 0 to 1")
+            if name.endswith("/loss") and not _is(value, "float"):
+                raise ValueError(f"epochs[{number}].{name} must be a number")
+    if "test" in record and not record["test"]["images"]:
+        raise ValueError("test.images must be at least 1")
+    if not record["recipe"] or not record["devices"]:
+        raise ValueError("recipe and devices must not be empty")
+
+
+def commit() -> str | None:
+    """The project's commit, with -dirty behind it if files were changed since; None where git can't tell."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def machine(gpu: int | None = None) -> dict[str, Any]:
+    """Where this runs: system, processor and cores; with the number of a GPU also that and CUDA's version."""
+    found: dict[str, Any] = {"platform": platform.platform(), "cpu": _cpu(), "cores": os.cpu_count()}
+    if gpu is not None:
+        import torch  # here, not above: it takes seconds to import
+
+        found |= {"gpu": torch.cuda.get_device_name(gpu), "cuda": torch.version.cuda}
+    return found
+
+
+def peak_memory(device: Any = "cpu") -> int | None:
+    """Most memory used so far, in bytes: of a GPU, or on the CPU of this process; None where the system can't tell.
+
+    Args:
+        device: A torch.device, or its name.
+    """
+    if str(device).startswith("cuda"):
+        import torch  # here, not above: it takes seconds to import
+
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return None
+    # macOS counts in bytes, other systems in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def pack_right(right: Sequence[bool]) -> str:
+    """Which test images a network got right, as text of about a bit an image."""
+    bits = int("".join("01"[bool(one)] for one in reversed(right)) or "0", 2)
+    return base64.b64encode(zlib.compress(bits.to_bytes((len(right) + 7) // 8, "little"), 9)).decode()
+
+
+def unpack_right(text: str, images: int) -> list[bool]:
+    """The inverse of `pack_right`.
+
+    Raises:
+        ValueError: If the text does not hold so many images.
+    """
+    size = (images + 7) // 8
+    try:
+        unpacker = zlib.decompressobj()
+        packed = unpacker.decompress(base64.b64decode(text, validate=True), size + 1)  # a small text can hold gigabytes
+    except zlib.error as error:
+        raise ValueError(str(error)) from None
+    bits = int.from_bytes(packed, "little")
+    if len(packed) != size or bits >> images:
+        raise ValueError(f"{images} images were expected")
+    return [bit == "1" for bit in reversed(f"{bits:0{images}b}")]
+
+
+def _check(mapping: Any, schema: dict[str, tuple[str, bool]], prefix: str = "") -> None:
+    for name, (kind, needed) in schema.items():
+        *parents, key = name.split(".")
+        inside = mapping.get(parents[0]) if parents else mapping
+        value = inside.get(key) if inside is not None else None
+        absent = value is None and not (needed and inside is not None)
+        if not absent and not _is(value, kind):
+            raise ValueError(f"{prefix}{name} must be {EXPECTED[kind]}")
+
+
+def _is(value: Any, kind: str) -> bool:
+    if kind == "text":
+        return isinstance(value, str)
+    if kind == "mapping":
+        return isinstance(value, dict)
+    if kind == "list of mappings":
+        return isinstance(value, list) and all(isinstance(one, dict) for one in value)
+    if kind.startswith("mapping of "):
+        inner = kind.removeprefix("mapping of ").removesuffix("s")
+        return isinstance(value, dict) and all(_is(one, inner) for one in value.values())
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    if kind == "float":  # a loss may be infinite, or no number at all
+        return isinstance(value, float) or abs(value) <= LARGEST
+    finite = math.isfinite(value) if isinstance(value, float) else True
+    return (
+        finite
+        and {
+            "number": abs(value) <= LARGEST,
+            "amount": 0 <= value <= LARGEST,
+            "count": 0 <= value <= LARGEST and isinstance(value, int),
+            "share": 0 <= value <= 1,
+        }[kind]
+    )
+
+
+EXPECTED = {
+    "text": "text",
+    "mapping": "a mapping",
+    "mapping of texts": "a mapping of texts",
+    "mapping of shares": "a mapping of numbers from 0 to 1",
+    "list of mappings": "a list of mappings",
+    "number": "a number",
+    "float": "a number",
+    "amount": "a number of at least 0",
+    "count": "an integer of at least 0",
+    "share": "a number from 0 to 1",
+}
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,107 @@
+"""What kind each setting of a run is: the one table that resuming, compare.py, sweep.py and the records read.
+
+Imports nothing heavy.
+"""
+
+from typing import Any, NamedTuple
+
+
+class Kind(NamedTuple):
+    """What a setting means to those who compare, continue or search.
+
+    Attributes:
+        parts: compare.py takes runs that differ in it for different runs.
+        kept: A run that is continued must keep it: True, False, or "scheduled" if only a schedule depends on it.
+        recipe: It belongs into the recipe that a sweep writes, if it was given.
+        fixed: Why a sweep can't search it; empty if it can.
+        left_open: The value that leaves it to the machine, in a tuple; empty if there is none.
+    """
+
+    parts: bool = True
+    kept: bool | str = True
+    recipe: bool = True
+    fixed: str = ""
+    left_open: tuple[Any, ...] = ()
+
+
+SHAPING = Kind()  # decides what is computed
+FREE = Kind(kept=False)  # decides what is computed from here on: a run that is continued may change it
+EXECUTION = Kind(parts=False, kept=False)  # how it is computed
+MACHINE = Kind(parts=False, kept=False, recipe=False)  # where
+SAME_IMAGES = "the trials are compared on the same validation images"
+# Settings by their dotted names without `init_args`. All others are of the kind of their group.
+SETTINGS = {
+    "seed_everything": Kind(parts=False, fixed="chance is nothing to choose; give --seed N for all trials"),
+    "pretrained": SHAPING,
+    "patience": FREE,
+    "stop_at_chance": FREE,
+    "model.net.image_size": Kind(parts=False, recipe=False),  # follows data.image_size
+    "model.compile": EXECUTION,
+    "model.checkpoint_activations": EXECUTION,
+    "model.channels_last": EXECUTION,
+    "model.flip_test": FREE,  # changes nothing in training, but the record holds another accuracy more
+    "data.data_dir": MACHINE._replace(fixed="the trials are compared on the same images"),
+    "data.num_workers": MACHINE,
+    "data.dataset_on_device": MACHINE,
+    "data.eval_batch_size": EXECUTION,
+    "data.val_size": Kind(fixed=SAME_IMAGES),
+    "data.split_seed": Kind(fixed=SAME_IMAGES),
+    "trainer.accelerator": MACHINE,
+    "trainer.devices": Kind(kept=False, recipe=False, left_open=("auto",)),
+    "trainer.num_nodes": Kind(kept=False, recipe=False),
+    "trainer.enable_progress_bar": MACHINE,
+    "trainer.precision": Kind(kept=False, left_open=(None,)),
+    "trainer.accumulate_grad_batches": SHAPING,
+    "trainer.max_epochs": Kind(kept="scheduled"),
+    "trainer.max_steps": Kind(kept="scheduled"),
+    "trainer.max_time": FREE,
+    "trainer.gradient_clip_val": FREE,
+    "trainer.gradient_clip_algorithm": FREE,
+    "trainer.limit_train_batches": FREE,
+    "trainer.limit_test_batches": FREE,
+    "trainer.overfit_batches": FREE,
+    "trainer.callbacks": FREE,  # those of recipes are compared apart
+}
+GROUPS = {"model": SHAPING, "data": SHAPING, "trainer": EXECUTION}
+
+
+def kind(name: str) -> Kind:
+    """The kind of a setting, by its dotted name, with `init_args` or without."""
+    name = name.replace(".init_args", "")
+    group, dot, _ = name.partition(".")
+    return SETTINGS.get(name) or (GROUPS.get(group, MACHINE) if dot else MACHINE)
+
+
+def is_kept(name: str, scheduled: bool) -> bool:
+    """Whether a run that is continued must keep a setting.
+
+    Args:
+        name: Dotted name.
+        scheduled: Whether the run has a schedule of the learning rate, which is as long as the run.
+    """
+    kept = kind(name).kept
+    return scheduled if kept == "scheduled" else bool(kept)
+
+
+def shaping(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a resolved configuration by which runs are told apart, seed left out, under dotted names.
+
+    What is off (null, false, 0) is left out: a setting that came later says nothing about older runs.
+    """
+    return {name: value for name, value in flat(config).items() if kind(name).parts and value not in (None, False)}
+
+
+def flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted name and value of what nested mappings hold."""
+    leaves: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, dict) and value:
+            leaves |= flat(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
+def leaves(mapping: dict[str, Any]) -> dict[str, Any]:
+    """The same, without `init_args` in the names and without empty mappings."""
+    return {name.replace(".init_args", ""): value for name, value in flat(mapping).items() if value != {}}

@@ -1,0 +1,140 @@
+"""Training the runs that are missing, each in a process of its own, a plain `train.py`; one folder, one at a time."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from cli.command import parse_command_line
+from cli.recipes import PROJECT, resolved
+from errors import UserError, plain
+from runs.reading import Run, find_runs, matches
+from runs.settings import shaping
+
+# Exit codes of a training that was told to stop: before it could save a checkpoint, and after.
+STOPPED = (-signal.SIGTERM, 128 + signal.SIGTERM)
+INTERRUPTED = "Stopped by Ctrl-C. The same command continues from here."
+
+
+@dataclass
+class Request:
+    """A checked command line of compare.py.
+
+    Attributes:
+        paths: Runs to compare, or folders of runs.
+        log_dir: Folder of the runs.
+        output: Folder for the report, or None.
+        recipes: Recipes to train first.
+        seeds: How many seeds of each.
+        flags: Flags of train.py.
+    """
+
+    paths: list[Path] = field(default_factory=list)
+    log_dir: Path = Path("logs")
+    output: Path | None = None
+    recipes: list[str] = field(default_factory=list)
+    seeds: int = 1
+    flags: list[str] = field(default_factory=list)
+
+
+def train_missing(request: Request) -> tuple[list[Run], list[str]]:
+    """Train what is missing; returns the runs asked for, and a line for each that failed.
+
+    Raises:
+        UserError: If the configuration of a recipe is not valid, or another process trains in the folder.
+    """
+    wanted = {recipe: shaping(_resolved(recipe, request.flags)) for recipe in request.recipes}
+    failed = []
+    with training_lock(request.log_dir):
+        # Seed by seed, so that all recipes can be compared early on.
+        for seed in range(request.seeds):
+            for recipe in request.recipes:
+                code = train_one(request, recipe, seed, wanted[recipe])
+                if code in STOPPED:
+                    sys.exit(128 + signal.SIGTERM)
+                if code:
+                    failed.append(f"{recipe} with seed {seed} was not finished (exit code {code}); see above")
+    runs = [run for recipe in request.recipes for run in runs_of(request, recipe, wanted[recipe])]
+    return [run for run in runs if run.seed in range(request.seeds)], failed
+
+
+@contextmanager
+def training_lock(log_dir: Path) -> Iterator[None]:
+    """Let one process at a time train in a folder of runs.
+
+    Raises:
+        UserError: If another one does, or the folder can't be made.
+    """
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(log_dir / ".compare.lock", timeout=0).acquire()
+    except Timeout:
+        raise UserError(f"another process is training in {log_dir}; wait for it, or stop it") from None
+    except OSError as error:
+        raise UserError(f"{error.filename} can't be written: {error.strerror}; set --log_dir") from None
+    with lock:
+        yield
+
+
+def train_one(request: Request, recipe: str, seed: int, wanted: dict[str, Any], seconds: float | None = None) -> int:
+    """Make one run, or continue it; a finished one is not repeated.
+
+    Args:
+        request: Folder of the runs, and flags of train.py.
+        recipe: Name of the recipe.
+        seed: Its seed.
+        wanted: The settings by which its runs are known.
+        seconds: Stop it after so long; it leaves a checkpoint.
+
+    Returns:
+        The exit code of train.py; one of `STOPPED` if the training was told to stop.
+    """
+    mine = [run for run in runs_of(request, recipe, wanted) if run.seed == seed]
+    if done := [run for run in mine if run.finished]:
+        print(f"{recipe}, seed {seed}: finished ({plain(str(done[-1].folder))})", flush=True)
+        return 0
+    command = ["--model", recipe, "--seed", str(seed), "--log_dir", str(request.log_dir), *request.flags]
+    stopped = [path for run in mine if (path := run.folder / "checkpoints" / "last.ckpt").exists()]
+    if stopped:
+        command += ["--ckpt_path", str(max(stopped, key=lambda path: path.stat().st_mtime))]
+    print(f"{recipe}, seed {seed}: {'going on' if stopped else 'starting'}", flush=True)
+    with start(command) as process:
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            return process.wait()
+        except KeyboardInterrupt:  # the terminal has sent it to the training too
+            process.wait()
+            raise
+
+
+@contextmanager
+def start(arguments: Sequence[str], **streams: Any) -> Iterator[subprocess.Popen]:
+    """A process of train.py; SIGTERM, with which a scheduler stops this process, is passed on to it meanwhile."""
+    process = subprocess.Popen([sys.executable, str(PROJECT / "train.py"), *arguments], **streams)
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+    try:
+        yield process
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def runs_of(request: Request, recipe: str, wanted: dict[str, Any]) -> list[Run]:
+    """The runs of a recipe that compute what the settings say, finished or not."""
+    folder = request.log_dir / parse_command_line(["--model", recipe]).recipe  # type: ignore[union-attr,operator]
+    return [run for run in (find_runs([folder]) if folder.exists() else []) if matches(run, wanted)]
+
+
+def _resolved(recipe: str, flags: list[str]) -> dict[str, Any]:
+    """The configuration of one of several recipes: a mistake is said to be that recipe's."""
+    try:
+        return resolved(recipe, flags)
+    except UserError as error:
+        raise UserError(f"{recipe}: {error}") from None
