@@ -14,11 +14,10 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import gradio as gr
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from checkpoints.reading import listed
-from datamodules import CLASS_NAMES, DatasetError, FashionMNISTDataModule
-from datamodules.files.finding import load
+from datamodules import CLASS_NAMES, FashionMNISTDataModule
 from errors import RunError
 from inspection.grad_cam import EDGE, grad_cam, heat_map
 from lit_modules import LitClassifier
@@ -29,7 +28,7 @@ from weights.trained import load_trained
 TOP = 3
 CHINESE = ("T恤", "裤子", "套头衫", "连衣裙", "外套", "凉鞋", "衬衫", "运动鞋", "包", "短靴")
 NAMES = [f"{english} {chinese}" for english, chinese in zip(CLASS_NAMES, CHINESE, strict=True)]
-SAMPLE = Path(__file__).parents[1] / "tests" / "data"  # where the examples come from
+EXAMPLES = Path(__file__).with_name("examples.png")  # a test image of each class, in the order of the classes
 LARGEST_FILE = "64mb"
 
 TITLE = "Classic CNNs on Fashion-MNIST · 经典卷积网络"
@@ -153,9 +152,8 @@ def build(networks: Sequence[Network], folder: Path) -> gr.Blocks:
                         show_label=False,
                         elem_id="photograph",
                     )
-                    if files := _examples(folder):
-                        examples = [[str(file)] for file in files]
-                        gr.Examples(examples, photograph, label="Examples · 示例", elem_id="examples")
+                    examples = [[str(file)] for file in _examples(folder)]
+                    gr.Examples(examples, photograph, label="Examples · 示例", elem_id="examples")
                 with gr.Tab("Drawing · 手绘"):
                     drawing = gr.Sketchpad(
                         type="pil",
@@ -242,14 +240,11 @@ def _picture() -> gr.Image:
 
 
 def _examples(folder: Path) -> list[Path]:
-    """One test image of each class, large and on white like a photograph; none where the sample is missing."""
-    try:
-        images, labels = load(SAMPLE, "test")
-    except DatasetError:
-        return []
+    """One test image of each class, large and on white like a photograph."""
     files = []
-    for index, name in enumerate(CLASS_NAMES):
-        image = Image.fromarray(255 - images[labels == index][0].numpy())
-        files.append(folder / f"{name.replace('/', '-')}.png")
-        image.resize((EDGE, EDGE), Image.Resampling.BICUBIC).save(files[-1])
+    with Image.open(EXAMPLES) as strip:
+        for index, name in enumerate(CLASS_NAMES):
+            image = ImageOps.invert(strip.crop((28 * index, 0, 28 * (index + 1), 28)))
+            files.append(folder / f"{name.replace('/', '-')}.png")
+            image.resize((EDGE, EDGE), Image.Resampling.BICUBIC).save(files[-1])
     return files

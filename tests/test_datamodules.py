@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import pty
-import shutil
 import signal
 import struct
 import subprocess
@@ -18,7 +17,6 @@ import termios
 import threading
 import time
 import tracemalloc
-import urllib.request
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -35,9 +33,8 @@ from torchvision.transforms import functional as TF
 
 from datamodules import CLASS_NAMES, DatasetError, FashionMNISTDataModule
 from datamodules.batches import EvalBatches, ImageTensors, TrainBatches
-from datamodules.files import download as fashion_mnist_download
 from datamodules.files import finding as fashion_mnist_files
-from datamodules.files.download import DownloadError, debian_package_files, download
+from datamodules.files.download import DownloadError, download
 from datamodules.files.finding import KNOWN, NAMES, SYSTEM_DIR, is_sample, load, prepare
 
 # ---- The data module: split, order, batches of several processes, and the pixels, held against torchvision's.
@@ -512,7 +509,6 @@ def put_sample(folder: Path, *, raw: tuple[str, ...] = ()) -> Path:
 def prepare_sample(
     folder: Path, *mirrors: str, timeout: float = 10.0, system_dir: Path = Path("/nonexistent"), **kwargs
 ):
-    kwargs = {"use_apt": False, **kwargs}
     return prepare(folder, data_set="sample", mirrors=mirrors, timeout=timeout, system_dir=system_dir, **kwargs)
 
 
@@ -537,7 +533,7 @@ def check_sample(folder: Path):
 def test_files_in_data_dir_are_used_and_nothing_is_written(tmp_path, raw):
     folder = put_sample(tmp_path, raw=raw)
     before = sorted(tmp_path.iterdir())
-    assert prepare(folder, mirrors=(), use_apt=False) == folder
+    assert prepare(folder, mirrors=()) == folder
     check_sample(folder)
     assert sorted(tmp_path.iterdir()) == before
 
@@ -553,7 +549,7 @@ def test_sample_is_the_start_of_each_class_of_the_full_set():
 
 def test_full_set():
     full = full_set()
-    assert prepare(full, mirrors=(), use_apt=False) == full
+    assert prepare(full, mirrors=()) == full
     for split, size in FULL_SIZES.items():
         images, labels = load(full, split)
         assert (images.shape, images.dtype) == ((size, 28, 28), torch.uint8)
@@ -620,7 +616,7 @@ def test_part_of_the_sample_is_not_filled_up_with_the_full_set(tmp_path):
     folder = put_sample(tmp_path / "data")
     (folder / GZ_NAMES[0]).unlink()
     with pytest.raises(DatasetError, match="has to hold the 4 files of one data set"):
-        prepare(folder, system_dir=put_sample(tmp_path / "system"), mirrors=(), use_apt=False)
+        prepare(folder, system_dir=put_sample(tmp_path / "system"), mirrors=())
 
 
 def truncated(data: bytes) -> bytes:
@@ -787,7 +783,7 @@ def test_dead_mirror_and_unknown_host_are_passed_over(tmp_path, server):
 
 def test_sample_from_a_mirror_is_not_taken_for_the_full_set(tmp_path, server):
     with pytest.raises(DatasetError, match="belongs to the sample data set, not to the full one"):
-        prepare(tmp_path, system_dir=SAMPLE, mirrors=[server.mirror("healthy")], timeout=5, use_apt=False)
+        prepare(tmp_path, system_dir=SAMPLE, mirrors=[server.mirror("healthy")], timeout=5)
     assert names_in(tmp_path) == []
 
 
@@ -825,7 +821,6 @@ from datamodules.files.finding import DatasetError, load, prepare
 
 def attempt(data_dir, *mirrors, system_dir="/nonexistent", **kwargs):
     try:
-        kwargs.setdefault("use_apt", False)
         return prepare(Path(data_dir), data_set="sample", mirrors=mirrors, system_dir=Path(system_dir), **kwargs)
     except DatasetError as error:
         return f"DatasetError: {error}"
@@ -949,77 +944,6 @@ def test_progress_bar_on_a_terminal(tmp_path, server):
     assert done.returncode == 0
     for name in GZ_NAMES:
         assert f"{name}: 100%" in shown
-
-
-# apt
-
-
-@pytest.fixture
-def apt():
-    """The environment of a working apt-get: it knows the package, and its server answers."""
-    if not shutil.which("apt-get"):
-        pytest.skip("there is no apt-get")
-    command = ["apt-get", "download", "--print-uris", "dataset-fashion-mnist"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"apt-get does not know the package: {done.stderr.strip()}")
-    request = urllib.request.Request(done.stdout.split("'")[1], method="HEAD")
-    try:
-        urllib.request.urlopen(request, timeout=5).close()
-    except OSError as error:
-        pytest.skip(f"apt's server cannot be reached: {error}")
-
-
-@pytest.mark.slow  # 31 MB through the network each
-@pytest.mark.parametrize("lists", ["with package lists", "without package lists"])
-def test_apt(tmp_path, monkeypatch, apt, lists):
-    if lists == "without package lists":
-        (tmp_path / "apt.conf").write_text(f'Dir::State::lists "{tmp_path}/no-lists";')
-        monkeypatch.setenv("APT_CONFIG", str(tmp_path / "apt.conf"))
-    folder = tmp_path / "data"
-    assert prepare(folder, system_dir=tmp_path / "empty", mirrors=()) == folder
-    assert names_in(folder) == sorted(GZ_NAMES)
-    assert not is_sample(load(folder, "train")[0])
-    assert not is_sample(load(folder, "test")[0])
-
-
-@pytest.fixture
-def apt_from(tmp_path, monkeypatch):
-    """Makes apt use one source only, and no lists."""
-    if not shutil.which("apt-get"):
-        pytest.skip("there is no apt-get")
-
-    def use(source: str):
-        (tmp_path / "sources.list").write_text(source)
-        (tmp_path / "apt.conf").write_text(
-            f'Dir::State::lists "{tmp_path}/no-lists"; Dir::Etc::sourcelist "{tmp_path}/sources.list"; '
-            'Dir::Etc::sourceparts "-"; Acquire::http::Proxy "DIRECT";'
-        )
-        monkeypatch.setenv("APT_CONFIG", str(tmp_path / "apt.conf"))
-
-    return use
-
-
-def test_apt_without_the_package_is_one_more_line(tmp_path, apt_from):
-    apt_from("")
-    with pytest.raises(DatasetError, match="\n  apt-get download dataset-fashion-mnist: E: "):
-        prepare_sample(tmp_path / "data", timeout=0.5, use_apt=True)
-
-
-def test_apt_with_a_stalled_server_is_given_up(apt_from, server, monkeypatch):
-    apt_from(f"deb [trusted=yes] {server.mirror('stalled')} stable main")
-    monkeypatch.setattr(fashion_mnist_download, "APT_TIMEOUT", 2.0)
-    with pytest.raises(DownloadError, match="took longer than 2 s"):
-        debian_package_files(GZ_NAMES)
-    assert server.requests
-
-
-def test_system_without_apt(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(
-        DatasetError, match="\n  apt-get download dataset-fashion-mnist: there is no apt on this system"
-    ):
-        prepare_sample(tmp_path / "data", timeout=0.5, use_apt=True)
 
 
 # ---- The full data set: an accuracy that only a working pipeline reaches.

@@ -190,7 +190,7 @@ def test_damaged_data_files(folder: Path, sound: dict, name: str, compressed: bo
         else:
             (data_dir / other).write_bytes(edited(gzip.decompress(source.read_bytes()), edits))
     try:
-        found = prepare(data_dir, data_set="sample", system_dir=folder / "none", mirrors=(), use_apt=False)
+        found = prepare(data_dir, data_set="sample", system_dir=folder / "none", mirrors=())
         loaded = {split: load(found, split) for split in ("train", "test")}
     except DatasetError as error:
         assert name in str(error)

@@ -1,22 +1,17 @@
-"""Fetches the files of Fashion-MNIST from HTTP mirrors and through apt, each within a bounded time.
+"""Fetches the files of Fashion-MNIST from HTTP mirrors, each within a bounded time.
 
 Nothing here is trusted: the caller verifies what it is given.
 """
 
 import http.client
 import logging
-import os
 import queue
-import shutil
-import subprocess
-import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 from tqdm import tqdm
 
@@ -25,11 +20,9 @@ MIRRORS = (
     "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
     "https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
 )
-DEBIAN_PACKAGE = "dataset-fashion-mnist"
 ATTEMPTS = 2  # for each file, at each source
 TIMEOUT = 30.0  # seconds
 MIN_SPEED = 10_000  # bytes per second: at a slower source than this, the next one is the better choice
-APT_TIMEOUT = 300.0  # seconds for each command; the package has 31 MB
 log = logging.getLogger(__name__)
 
 
@@ -43,7 +36,6 @@ def fetch(
     *,
     mirrors: Sequence[str] = MIRRORS,
     timeout: float = TIMEOUT,
-    use_apt: bool = True,
 ) -> dict[str, str]:
     """Fetches files, each from the first source whose copy is accepted.
 
@@ -52,24 +44,19 @@ def fetch(
         accept: Takes a file's name and content; raises ValueError if the content is wrong.
         mirrors: Addresses to which a file's name is appended.
         timeout: Seconds without progress after which a mirror is given up.
-        use_apt: Whether apt's copy is the last source.
 
     Returns:
         What was wrong with each source, if one of the files could not be had; otherwise nothing.
     """
-    apt = f"apt-get download {DEBIAN_PACKAGE}"
-    sources = deque([*mirrors, apt] if use_apt else mirrors)
-    package: dict[str, bytes] = {}
+    sources = deque(mirrors)
     for name, limit in limits.items():
         tried: dict[str, str] = {}
         for attempt in range(ATTEMPTS * len(sources)):
             if attempt == len(sources):
                 time.sleep(timeout / 15)  # the network may need a moment
-            source = sources[0] if sources[0] == apt else sources[0] + name
+            source = sources[0] + name
             try:
-                if source == apt:
-                    package = package or debian_package_files(limits)
-                accept(name, package[name] if source == apt else download(source, limit=limit, timeout=timeout))
+                accept(name, download(source, limit=limit, timeout=timeout))
                 break
             except (DownloadError, ValueError) as error:
                 if tried.get(source) != str(error):  # a retry that fails alike is no news
@@ -138,49 +125,3 @@ def download(url: str, *, limit: int, timeout: float) -> bytes:
                     mark, deadline = len(data), time.monotonic() + timeout
         finally:
             cancelled.set()
-
-
-def debian_package_files(names: Iterable[str]) -> dict[str, bytes]:
-    """Reads files out of Debian's package of the data set, without installing it; needs no root.
-
-    Raises:
-        DownloadError: There is no apt here, or it failed, or the package lacks one of the files.
-    """
-    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-        raise DownloadError("there is no apt on this system")
-    try:
-        # apt's helper processes may outlive a killed apt-get for a moment and still write into the folder.
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-            folder = Path(scratch)
-            apt = ("apt-get", "-q", "-o", "Acquire::http::Timeout=30", "-o", "Acquire::Retries=1")
-            own_lists = ("-o", f"Dir::State::lists={folder}/lists", "-o", f"Dir::Cache={folder}/cache")
-            try:
-                _run(folder, *apt, "download", DEBIAN_PACKAGE)
-            except DownloadError:  # container images come without package lists: fetch them into our folder
-                (folder / "lists" / "partial").mkdir(parents=True)
-                _run(folder, *apt, *own_lists, "update")
-                _run(folder, *apt, *own_lists, "download", DEBIAN_PACKAGE)
-            _run(folder, "dpkg-deb", "-x", *map(str, folder.glob("*.deb")), "unpacked")
-            return {name: (folder / "unpacked/usr/share/datasets/fashion-mnist" / name).read_bytes() for name in names}
-    except OSError as error:
-        raise DownloadError(str(error)) from error
-
-
-def _run(folder: Path, *command: str) -> None:
-    log_file = folder / "log"
-    with log_file.open("wb") as output:  # not a pipe: apt's helpers would keep it open after a time-out
-        try:
-            done = subprocess.run(
-                command,
-                cwd=folder,
-                env=os.environ | {"LC_ALL": "C"},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                timeout=APT_TIMEOUT,
-            )
-        except subprocess.TimeoutExpired:
-            raise DownloadError(f"took longer than {APT_TIMEOUT:g} s") from None
-    if done.returncode:
-        lines = log_file.read_text(errors="replace").splitlines() or [f"exit code {done.returncode}"]
-        raise DownloadError(next((line for line in lines if line.startswith("E:")), lines[-1]))

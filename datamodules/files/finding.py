@@ -20,7 +20,7 @@ import torch
 from filelock import BaseFileLock, FileLock
 from torch import Tensor
 
-from datamodules.files.download import DEBIAN_PACKAGE, MIRRORS, TIMEOUT, fetch
+from datamodules.files.download import MIRRORS, TIMEOUT, fetch
 
 # Data set -> name of the uncompressed file -> its length in bytes and the SHA-256 of its content.
 KNOWN = {
@@ -40,6 +40,7 @@ KNOWN = {
 NAMES = tuple(KNOWN["full"])
 HOMEPAGE = "https://github.com/zalandoresearch/fashion-mnist"
 SYSTEM_DIR = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package
+DEBIAN_PACKAGE = "dataset-fashion-mnist"
 LOCK_TIMEOUT = 3600.0  # seconds; longer than another process can need to fetch the files
 log = logging.getLogger(__name__)
 
@@ -55,11 +56,10 @@ def prepare(
     system_dir: Path = SYSTEM_DIR,
     mirrors: Sequence[str] = MIRRORS,
     timeout: float = TIMEOUT,
-    use_apt: bool = True,
 ) -> Path:
     """Makes sure that the four files can be read somewhere, and returns the folder that holds them, verified.
 
-    The order: `data_dir`, `data_dir/FashionMNIST/raw` (torchvision's place), `system_dir`, the mirrors, apt. Wrong
+    The order: `data_dir`, `data_dir/FashionMNIST/raw` (torchvision's place), `system_dir`, the mirrors. Wrong
     files in `data_dir` are renamed, never deleted. Nothing is written where nothing has to be. Several processes may
     prepare one folder at once.
 
@@ -69,7 +69,6 @@ def prepare(
         system_dir: Folder that the system's package manager fills.
         mirrors: Addresses to which a file's name is appended.
         timeout: Seconds without progress after which a mirror is given up.
-        use_apt: Whether to try `apt-get download` in the end.
 
     Raises:
         DatasetError: Nothing worked, or `data_dir` mixes data sets, or it can't be read or written.
@@ -108,7 +107,7 @@ def prepare(
         with _lock(data_dir):
             good, _ = _survey(data_dir)  # another process may have been here
             missing = {f"{name}.gz": _most_bytes(name) for name in NAMES if name not in good}
-            failed = fetch(missing, accept, mirrors=mirrors, timeout=timeout, use_apt=use_apt)
+            failed = fetch(missing, accept, mirrors=mirrors, timeout=timeout)
     except OSError as error:
         raise DatasetError(
             f"Fashion-MNIST cannot be stored in {data_dir} ({error.strerror or error}): "
