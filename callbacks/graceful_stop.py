@@ -14,6 +14,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.processes import Processes
+from callbacks.run_folder import RunCheckpoint
 from errors import Stopped
 
 # A second Ctrl-C within this time is the first: `timeout` and terminals may send it to the group and to the process.
@@ -33,11 +34,15 @@ class GracefulStop(Callback):
 
     Args:
         processes: The callback that lets the processes agree.
+        last: The callback that saves `last.ckpt`; None where nothing is saved.
         how_to_continue: From the path of the checkpoint to the command that continues from it.
     """
 
-    def __init__(self, processes: Processes, how_to_continue: Callable[[Path], str]) -> None:
+    def __init__(
+        self, processes: Processes, last: RunCheckpoint | None, how_to_continue: Callable[[Path], str]
+    ) -> None:
         self._processes = processes
+        self._last = last
         self._how_to_continue = how_to_continue
         self._handlers_before: dict[int, Any] = {}
         self._requeue: Any = None  # Lightning's handler, and its signal
@@ -101,7 +106,10 @@ class GracefulStop(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A signal after the last check is not lost."""
         if signum := self._processes.largest(self._signal):
-            self._stop(trainer, signum, "Training is complete, and was stopped before testing.", self._last(trainer))
+            self._stop(trainer, signum, "Training is complete, and was stopped before testing.", self._file())
+
+    def _file(self) -> Path | None:
+        return self._last.file if self._last else None
 
     def _handle(self, handler: Callable[[int, Any], None]) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -132,7 +140,7 @@ class GracefulStop(Callback):
         signum = self._processes.largest(self._signal)
         if not signum:
             return
-        path = self._last(trainer)
+        path = self._file()
         if path:
             trainer.save_checkpoint(path)
         saved = f"Saved: {path}" if path else "Nothing was saved: checkpoints are switched off."
@@ -146,11 +154,6 @@ class GracefulStop(Callback):
             message += f"\nContinue with: {self._how_to_continue(path)}"
         self._processes.ignore_ends()
         raise Stopped(message if trainer.is_global_zero else "", _exit_code(signum))
-
-    @staticmethod
-    def _last(trainer: pl.Trainer) -> Path | None:
-        folder = getattr(trainer.checkpoint_callback, "dirpath", None)
-        return Path(folder) / "last.ckpt" if folder and not trainer.fast_dev_run else None  # type: ignore[attr-defined]
 
 
 def _name(signum: int) -> str:

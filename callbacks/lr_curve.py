@@ -6,6 +6,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from callbacks.run_folder import RunFolder
 from launch.learning_rate import Curve
 from launch.summary import shown
 
@@ -15,18 +16,19 @@ class LearningRateCurve(Callback):
 
     Args:
         curve: What was measured; None on the processes that were only told the rate.
+        folder: The run's folder.
     """
 
-    def __init__(self, curve: Curve | None) -> None:
+    def __init__(self, curve: Curve | None, folder: RunFolder) -> None:
         self._curve = curve
+        self._folder = folder
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the files, and say where they are."""
-        folder = trainer.log_dir  # on all processes: it is broadcast
+        folder = self._folder.path
         if not trainer.is_global_zero or folder is None or self._curve is None:
             return
-        target = Path(folder) / "lr_finder.json"
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target = folder / "lr_finder.json"
         target.write_text(json.dumps(self._curve._asdict(), indent=1) + "\n", encoding="utf-8")
         picture = target.with_suffix(".png")
         try:

@@ -6,7 +6,6 @@ import platform
 import statistics
 import time
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,6 +17,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
 from callbacks.confusion import Confusion
+from callbacks.run_folder import RunFolder
 from callbacks.speed import Speed
 from errors import Stopped
 from inspection.stages import stages
@@ -26,6 +26,8 @@ from runs.settings import leaves
 
 # What TensorBoard's HParams tab shows without a click.
 FIRST_HPARAMS = ("recipe", "model.optimizer.lr", "data.batch_size", "max_epochs", "seed")
+# What a record holds of a run that is over, and no longer of one that goes on.
+OF_THE_END = ("test", "fit_seconds", "stopped_after_seconds", "best_val_accuracy", "images_per_second")
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics")
 
 
@@ -36,18 +38,25 @@ class RunRecord(Callback):
         recipe: Name of the recipe.
         config: The resolved configuration, as nested mappings.
         config_text: The same as YAML, for its hash.
+        folder: The run's folder.
         speed: The callback that measures the epochs; it must stand before this one.
         confusion: The callback that counts what is taken for what.
     """
 
     def __init__(
-        self, recipe: str, config: dict[str, Any], config_text: str, speed: Speed, confusion: Confusion
+        self,
+        recipe: str,
+        config: dict[str, Any],
+        config_text: str,
+        folder: RunFolder,
+        speed: Speed,
+        confusion: Confusion,
     ) -> None:
         self._config = config
         self._speed = speed
         self._confusion = confusion
         self._start = time.perf_counter()
-        self._folder: str | None = None
+        self._folder = folder
         self._peak_before: int | None = None  # of earlier parts of the run
         self.record: dict[str, Any] = {
             "recipe": recipe,
@@ -63,7 +72,6 @@ class RunRecord(Callback):
         """Note machine and model, and tell TensorBoard the hyperparameters."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         device = trainer.strategy.root_device
-        self._folder = trainer.log_dir  # asked for here, where all processes are: it is broadcast
         self.record |= {
             "machine": machine(device.index or 0 if device.type == "cuda" else None),
             "devices": trainer.world_size,
@@ -118,6 +126,9 @@ class RunRecord(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add the run's totals."""
         if not self.record["epochs"]:  # nothing was left to train
+            if "fit_seconds" in (earlier := self._earlier(trainer)):
+                self.record = earlier
+                return
             self._continue_record(trainer)
         epochs = self.record["epochs"]
         if not epochs:
@@ -152,9 +163,8 @@ class RunRecord(Callback):
 
     def _continue_record(self, trainer: pl.Trainer) -> None:
         """Keep the epochs of a run that is continued in its own folder."""
-        if not (self._folder and trainer.ckpt_path and (path := Path(self._folder) / "record.json").is_file()):
+        if not (earlier := self._earlier(trainer)):
             return
-        earlier = json.loads(path.read_text(encoding="utf-8"))
         epochs = [epoch for epoch in earlier["epochs"] if epoch["epoch"] <= trainer.current_epoch]
         # Times go on where they stood; what a stopped epoch had taken counts, unless the run goes on from before it.
         elapsed = [epochs[-1]["elapsed_seconds"]] if epochs else []
@@ -163,6 +173,15 @@ class RunRecord(Callback):
         self._start -= max(elapsed, default=0.0)
         self._peak_before = earlier.get("peak_memory_bytes")
         self.record["epochs"] = epochs
+        self.record |= {name: value for name, value in earlier.items() if name not in {*self.record, *OF_THE_END}}
+        if test := earlier.get("test"):  # that of the checkpoint which was the best until then
+            tested = {"epochs": len(earlier["epochs"]), **test}
+            self.record["earlier_tests"] = [*earlier.get("earlier_tests", []), tested]
+
+    def _earlier(self, trainer: pl.Trainer) -> dict[str, Any]:
+        """The record of a run that is continued in its own folder."""
+        path = self._folder.path and self._folder.path / "record.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path and trainer.ckpt_path and path.is_file() else {}
 
     def _peak(self, trainer: pl.Trainer) -> dict[str, int | None]:
         """Peak memory so far, earlier parts of the run included."""
@@ -171,8 +190,8 @@ class RunRecord(Callback):
 
     def _write(self, trainer: pl.Trainer) -> None:
         begun = self.record["epochs"] or "stopped_after_seconds" in self.record
-        if trainer.is_global_zero and self._folder and begun:
-            write_json(Path(self._folder) / "record.json", self.record)
+        if trainer.is_global_zero and self._folder.path and begun:
+            write_json(self._folder.path / "record.json", self.record)
 
 
 def _hyperparameters(mapping: dict[str, Any]) -> dict[str, str | int | float | bool]:

@@ -1,16 +1,20 @@
 """Writing checkpoints so that a crash at any moment leaves the last good one in place."""
 
+import io
 import os
 import uuid
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from errors import RunError
+from errors import RunError, UserError
 
 try:
     import fcntl
@@ -33,6 +37,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Raises:
             RunError: If it can't be written; an older file of the same name is then untouched.
+            UserError: If a callback's state holds what could not be read again (see `_normalised`).
         """
         path = Path(path)
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -42,9 +47,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with partial.open("xb") as file:
                 if fcntl:
                     fcntl.flock(file, fcntl.LOCK_EX)
-                torch.save(checkpoint, file)
+                torch.save(_normalised(checkpoint), file)
                 file.flush()
                 os.fsync(file.fileno())
+                _check_readable(partial, checkpoint)
                 partial.replace(path)
             _sync_folder(path.parent)
         except (OSError, RuntimeError) as error:
@@ -64,6 +70,47 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Read one checkpoint, whatever `weights_only` says as tensors and plain types alone."""
         return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+
+
+def _normalised(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint with plain values as plain values: reading it allows no classes but tensors'."""
+    return {name: value if name == "state_dict" else _plain(value) for name, value in checkpoint.items()}
+
+
+def _plain(value: Any) -> Any:
+    if value is None or type(value) in (bool, int, float, str, bytes):
+        return value
+    for kind in (int, float, str, bytes):
+        if isinstance(value, kind):  # an instance of jsonargparse's PositiveInt, for one, or NumPy's float64
+            return kind(value)  # type: ignore[arg-type]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        items = {_plain(key): _plain(inner) for key, inner in value.items()}
+        return OrderedDict(items) if isinstance(value, OrderedDict) else items
+    if isinstance(value, list | deque):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, tuple) and not isinstance(value, torch.Size):
+        return tuple(_plain(inner) for inner in value)
+    return value
+
+
+def _check_readable(file: Path, checkpoint: dict[str, Any]) -> None:
+    unreadable = get_unsafe_globals_in_checkpoint(file)
+    if not unreadable:
+        return
+    for name, state in checkpoint.get("callbacks", {}).items():
+        content = io.BytesIO()
+        torch.save(_plain(state), content)
+        content.seek(0)
+        if found := get_unsafe_globals_in_checkpoint(content):
+            raise UserError(
+                f"the callback {str(name).partition('{')[0]} keeps {', '.join(found)} in its state, which a checkpoint "
+                "can't hold (tensors and plain values alone); leave it out of --trainer.callbacks"
+            )
+    raise UserError(f"the checkpoint would hold {', '.join(unreadable)}: tensors and plain values alone can be saved")
 
 
 def _remove_stale(folder: Path) -> None:

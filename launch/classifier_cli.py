@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from callbacks.processes import Processes
+from callbacks.run_folder import RunFolder
 from cli.command import Command
 from cli.flags import FLAGS
 from cli.messages import explain, one_line
@@ -49,12 +50,19 @@ class SaveConfig(SaveConfigCallback):
 
     Args:
         recipe: Name of the recipe.
+        folder: The run's folder.
         kwargs: As for Lightning's `SaveConfigCallback`.
     """
 
-    def __init__(self, *args: Any, recipe: str, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, recipe: str, folder: RunFolder, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, save_to_log_dir=False)  # type: ignore[misc]
         self.recipe = recipe
+        self.folder = folder
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save it; called on the first process alone."""
+        target = self.folder.claim() / self.config_filename
+        self.parser.save(self.config, str(target), skip_none=False, overwrite=True, multifile=False)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint tell how it was trained."""
@@ -93,7 +101,7 @@ class ClassifierCLI(LightningCLI):
             LitClassifier,
             FashionMNISTDataModule,
             save_config_callback=SaveConfig if self.command.subcommand == "fit" else None,
-            save_config_kwargs={"recipe": self.start.recipe, "overwrite": True},
+            save_config_kwargs={"recipe": self.start.recipe, "folder": self.callbacks.folder},
             seed_everything_default=0,
             trainer_defaults={"num_sanity_val_steps": 0, "use_distributed_sampler": False},
             parser_class=OneLineParser,
@@ -172,6 +180,10 @@ class ClassifierCLI(LightningCLI):
             return super().instantiate_trainer(**kwargs | more)
         except (TypeError, ImportError) as error:  # of --trainer.devices abc, of an accelerator's missing package
             raise UserError(one_line(str(error))) from None
+        except RuntimeError as error:
+            if "stateful callback" not in str(error):
+                raise
+            raise UserError(f"two callbacks with the same settings; leave one out: {one_line(str(error))}") from None
 
     def _text(self) -> str:
         """The resolved configuration as YAML."""

@@ -8,13 +8,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 
-def summary(record: dict[str, Any], trainer: Trainer, checkpoint: str) -> str:
+def summary(record: dict[str, Any], trainer: Trainer, checkpoint: Path | None) -> str:
     """The closing lines.
 
     Args:
         record: What `RunRecord` wrote.
         trainer: The run's Trainer.
-        checkpoint: Path of the best checkpoint; empty where nothing was saved.
+        checkpoint: The best checkpoint; None where nothing was saved.
     """
     lines = [""]
     if test := record.get("test"):

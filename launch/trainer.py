@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 
@@ -20,6 +20,7 @@ from callbacks.no_profiler import NoProfiler
 from callbacks.prediction_writer import PredictionWriter
 from callbacks.processes import Processes
 from callbacks.progress import EpochProgress
+from callbacks.run_folder import RunCheckpoint, RunFolder, RunLogger
 from callbacks.run_record import RunRecord
 from callbacks.speed import Speed
 from callbacks.temperature import Temperature
@@ -43,6 +44,9 @@ class RunCallbacks:
     def __init__(self, start: Start, processes: Processes) -> None:
         self.start = start
         self.processes = processes
+        self.folder = RunFolder(start.recipe, start.folder)
+        self.best = RunCheckpoint(self.folder, "best", monitor="val/accuracy", mode="max")
+        self.last = RunCheckpoint(self.folder, "last")
         self.speed = Speed()
         self.confusion = Confusion(CLASS_NAMES)
         self.predictions = PredictionWriter(start.folder / "predictions.csv", CLASS_NAMES)
@@ -65,16 +69,18 @@ class RunCallbacks:
         logger: Any = False
         if command.subcommand == "fit":
             logger = built.trainer.logger
+            self.folder.log_dir = Path(config.log_dir)
             if logger in (None, True):
-                logger = self._tensorboard(config.log_dir)
-            callbacks += self._of_fit(config, text, model, data, logger)
+                logger = RunLogger(self.folder, self.start.recipe)
+            callbacks = [self.folder, *callbacks, *self._of_fit(config, text, model, data, logger)]
             if command.find_lr:
-                callbacks.append(LearningRateCurve(curve))
+                callbacks.append(LearningRateCurve(curve, self.folder))
         elif command.subcommand == "predict" and not command.images:
             callbacks += [self.predictions, *([self.confusion] if command.gradcam else [])]
         if config.trainer.enable_progress_bar is not False:
             callbacks.append(EpochProgress(self.speed))
-        stop = GracefulStop(self.processes, lambda path: how_to_continue(command, config, path))
+        last = self.last if self.last in callbacks else None
+        stop = GracefulStop(self.processes, last, lambda path: how_to_continue(command, config, path))
         callbacks += [self.processes, ExactResume(), stop]  # last, so that they see what the others have done
         plugins = _listed(built.trainer.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -90,7 +96,7 @@ class RunCallbacks:
         callbacks: list[Callback] = [
             self.speed,
             self.confusion,
-            RunRecord(self.start.recipe, yaml.safe_load(text), text, self.speed, self.confusion),
+            RunRecord(self.start.recipe, yaml.safe_load(text), text, self.folder, self.speed, self.confusion),
             ModelTable(data.input_shape),
             Temperature(),
         ]
@@ -101,23 +107,21 @@ class RunCallbacks:
         validates = config.data.val_size > 0
         if config.trainer.enable_checkpointing is not False:
             # Two callbacks: `save_last` saves only the epochs that are the best so far.
-            best: dict[str, Any] = {"filename": "best", "monitor": "val/accuracy", "mode": "max"}
-            for settings in [*([best] if validates else []), {"filename": "last"}]:
-                callbacks.append(ModelCheckpoint(**settings, enable_version_counter=False))
+            callbacks += [*([self.best] if validates else []), self.last]
         classes = model.hparams["num_classes"]
         callbacks.append(DivergenceGuard(self.processes, classes, stop_at_chance=config.stop_at_chance))
         if config.patience:
             if not validates:
                 raise UserError("--patience needs validation images: set --val_size above 0")
-            callbacks.append(EarlyStopping("val/accuracy", mode="max", patience=config.patience))
+            callbacks.append(EarlyStopping("val/accuracy", mode="max", patience=int(config.patience)))
         return callbacks
 
-    def _tensorboard(self, log_dir: str) -> TensorBoardLogger:
-        run, recipe = self.start.folder, self.start.recipe
-        root = Path(log_dir).resolve()  # else a run continued from another working folder forgets its best epoch
-        continued = run.resolve().parent == root / recipe and run.name.startswith("version_")
-        version = int(run.name.removeprefix("version_")) if continued else None
-        return TensorBoardLogger(root, recipe, version, default_hp_metric=False)
+    def best_checkpoint(self) -> Path | None:
+        """The best checkpoint of a run that was trained: its own, or if nothing was left to train, that beside which it
+        started."""
+        folders = [folder / "checkpoints" for folder in (self.folder.path, self.start.folder) if folder]
+        files = [folder / name for folder in folders for name in ("best.ckpt", "last.ckpt")]
+        return next((file for file in files if file.exists()), None)
 
 
 def precision(trainer: Namespace, asked_for: bool) -> tuple[str | None, bool]:

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from lightning.pytorch.callbacks import ModelCheckpoint
-
 from callbacks.run_record import RunRecord
 from datamodules import CLASS_NAMES
 from errors import UserError
@@ -37,10 +35,9 @@ def fit(cli: ClassifierCLI) -> None:
 
     trainer.fit(model, data, ckpt_path=cli.command.ckpt_path, weights_only=True)
 
-    callback = trainer.checkpoint_callback
-    best = callback.best_model_path if isinstance(callback, ModelCheckpoint) else ""
+    best = cli.callbacks.best_checkpoint()
     if cli.command.then_test:
-        trainer.test(model, data, best or None, verbose=False, weights_only=True)
+        trainer.test(model, data, best, verbose=False, weights_only=True)
     if trainer.is_global_zero:
         record = next(callback.record for callback in trainer.callbacks if isinstance(callback, RunRecord))  # type: ignore[attr-defined]
         print(summary(record, trainer, best), flush=True)

@@ -18,6 +18,8 @@ from lit_modules.execution.seeding import seed_step
 from lit_modules.initialization import he_initialization, start_output
 from lit_modules.metrics import StageMetrics
 
+PLAIN = (bool, int, float, str, type(None))  # what a checkpoint keeps of the arguments
+
 
 class LitClassifier(CheckedLoading, pl.LightningModule):
     """Trains `net` to classify images with cross entropy.
@@ -185,8 +187,12 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
             self.net.train(training)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the temperature."""
+        """Store the temperature; of the hyperparameters, those that can be read again without unpickling objects."""
         checkpoint["temperature"] = self.temperature
+        stored = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
+        if stored and "_instantiator" not in stored:  # of a Trainer of the user's own, which was given objects
+            plain = {name: value for name, value in stored.items() if type(value) in PLAIN}
+            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = plain
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the temperature over; a checkpoint from elsewhere has none."""

@@ -75,6 +75,8 @@ WARMUP = {"class_path": "lit_modules.schedules.WarmupDecay"}
 PLATEAU = {"class_path": "torch.optim.lr_scheduler.ReduceLROnPlateau", "init_args": {"mode": "max", "patience": 0}}
 
 
+# Where the first run of an experiment leaves its checkpoints, in the experiment's folder.
+SAVED = Path("logs/recipe/version_0/checkpoints")
 # What a checkpoint holds of the computation.
 COMPUTED = ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step", "loops")
 
@@ -158,7 +160,7 @@ def finish(process: subprocess.Popen, timeout: float) -> Answer:
 
 
 def checkpoint(folder: Path, name: str = "last") -> dict[str, Any]:
-    return torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+    return torch.load(folder / SAVED / f"{name}.ckpt", weights_only=True)
 
 
 def differences(first: Any, second: Any, path: str = "") -> list[str]:

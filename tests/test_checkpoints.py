@@ -20,7 +20,7 @@ import torch
 import yaml
 from commands import DATA, ENVIRONMENT, REPO, run_forked
 from conftest import Run
-from stoppable import checkpoint, flags, train, write
+from stoppable import SAVED, checkpoint, flags, train, write
 
 import compare
 import export
@@ -115,16 +115,16 @@ def shell(command: str, folder: Path) -> subprocess.CompletedProcess:
 def test_file_that_can_not_be_written_whole_leaves_the_last_good_one(tmp_path: Path) -> None:
     folder = write(tmp_path / "run")
     assert train(folder, at=["train", 1, 1, 0]).code == 143
-    before = (folder / "checkpoints" / "last.ckpt").read_bytes()
+    before = (folder / SAVED / "last.ckpt").read_bytes()
     (folder / "command.json").write_text("{}")
-    command = [sys.executable, str(REPO / "train.py"), *flags("--ckpt_path", "checkpoints/last.ckpt")]
+    command = [sys.executable, str(REPO / "train.py"), *flags("--ckpt_path", "last")]
     (folder / "seen-0").unlink()
     done = shell(f"ulimit -f 40; {' '.join(command)}", folder)  # files of 40 KiB at most
     assert done.returncode == 1, done.stderr
     assert "can't be written: File too large; the checkpoint saved before it is untouched" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    assert (folder / "checkpoints" / "last.ckpt").read_bytes() == before
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert (folder / SAVED / "last.ckpt").read_bytes() == before
+    assert sorted(path.name for path in (folder / SAVED).iterdir()) == ["best.ckpt", "last.ckpt"]
 
 
 @pytest.mark.skipif(
@@ -134,20 +134,20 @@ def test_file_that_can_not_be_written_whole_leaves_the_last_good_one(tmp_path: P
 def test_full_disk(tmp_path: Path) -> None:
     folder = write(tmp_path / "run")
     assert train(folder, "--max_epochs", "1", at=None).code == 0
-    for name in ("seen-0", "checkpoints/best.ckpt"):
+    for name in ("seen-0", SAVED / "best.ckpt"):
         (folder / name).unlink()
     disk = tmp_path / "disk"
     disk.mkdir()
     (folder / "command.json").write_text("{}")
-    command = " ".join([sys.executable, str(REPO / "train.py"), *flags()])
+    command = " ".join([sys.executable, str(REPO / "train.py"), *flags("--ckpt_path", "last")])
     mount = f"mount -t tmpfs -o size=160k tmpfs {disk} && cp -r {folder}/. {disk} && cd {disk}"
     done = shell(
-        f"unshare -rm bash -c '{mount} && {command}; code=$?; sha256sum checkpoints/last.ckpt; exit $code'", tmp_path
+        f"unshare -rm bash -c '{mount} && {command}; code=$?; sha256sum {SAVED}/last.ckpt; exit $code'", tmp_path
     )
     assert done.returncode == 1, done.stderr
     assert "can't be written: No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
-    digest = subprocess.run(["sha256sum", folder / "checkpoints" / "last.ckpt"], capture_output=True, text=True).stdout
+    digest = subprocess.run(["sha256sum", folder / SAVED / "last.ckpt"], capture_output=True, text=True).stdout
     assert done.stdout.split()[-2] == digest.split()[0]
 
 

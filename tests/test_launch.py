@@ -23,7 +23,7 @@ import yaml
 from commands import DATA, ENVIRONMENT, REPO, Answer, run, run_forked
 from jsonargparse import ArgumentParser
 from PIL import Image
-from stoppable import AUGMENTATION, COMPUTED, PLATEAU, checkpoint, differences, finish, start, train, write
+from stoppable import AUGMENTATION, COMPUTED, PLATEAU, SAVED, checkpoint, differences, finish, start, train, write
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -835,10 +835,7 @@ def test_each_signal_saves_and_says_how_to_continue(
     match = CONTINUE.search(answer.err)
     assert match, answer.err
     (folder / "command.json").write_text("{}")
-    # The command as it stands; without a logger there is no run's folder in which "last" could be looked for.
-    command = [token if token != "last" else "checkpoints/last.ckpt" for token in shlex.split(match[1])]
-    assert command[-2] == "--ckpt_path"
-    answer = run_forked(*command, folder=folder)
+    answer = run_forked(*shlex.split(match[1]), folder=folder)
     assert answer.code == 0, answer.err
     assert checkpoint(folder)["global_step"] == 15
 
@@ -859,7 +856,7 @@ def test_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     answer = train(folder, at=["train", 0, 1, 0], signals=(signal.SIGINT, signal.SIGINT))
     assert answer.code == 130
     assert "press Ctrl-C again" in answer.err and "Stopped at once" in answer.err
-    assert not (folder / "checkpoints").exists()
+    assert not (folder / SAVED).exists()
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -868,7 +865,7 @@ def test_testing_ends_at_once(signum: signal.Signals, code: int, tmp_path: Path)
     assert train(folder, "--max_epochs", "1").code == 0
     (folder / "command.json").write_text(f'{{"at": ["test", 0, 1, 0], "signals": [{int(signum)}]}}')
     arguments = ["test", "--model", "recipe.yaml", "--data_dir", str(DATA), "--max_epochs", "1"]
-    answer = run_forked(*arguments, "--ckpt_path", "checkpoints/last.ckpt", folder=folder)
+    answer = run_forked(*arguments, "--ckpt_path", "last", folder=folder)
     assert answer.code == code, answer
     assert answer.err.strip().splitlines()[-1].startswith("Stopped by")
     assert "Traceback" not in answer.err
@@ -926,7 +923,7 @@ def test_slurm_job_is_saved_and_requeued(tmp_path: Path) -> None:
     assert "requeued" in answer.err and "Traceback" not in answer.err
     assert (tmp_path / "requeued").read_text().split() == ["requeue", "17"]
     assert checkpoint(folder)["global_step"] > 5
-    assert (folder / "hpc_ckpt_1.ckpt").is_file()  # from which Lightning continues the job by itself
+    assert (folder / SAVED.parent / "hpc_ckpt_1.ckpt").is_file()  # from which Lightning continues the job by itself
 
 
 def _children(pid: int) -> list[str]:
@@ -947,7 +944,7 @@ def stop_and_continue(folder: Path, points: list[list], *flags: str) -> None:
     for point in points:
         answer = train(folder, *flags, *more, at=point)
         assert answer.code == 143, (point, answer)
-        more = ("--ckpt_path", "checkpoints/last.ckpt")
+        more = ("--ckpt_path", "last")
     answer = train(folder, *flags, *more)
     assert answer.code == 0, answer.err
 
@@ -1022,7 +1019,7 @@ def test_continuing_from_an_epochs_end_is_bit_equal(tmp_path: Path) -> None:
     whole, parts = write(tmp_path / "whole", scheduler=PLATEAU), write(tmp_path / "parts", scheduler=PLATEAU)
     assert train(whole).code == 0
     assert train(parts, at=["train", 2, 0, 0], signals=(signal.SIGKILL,)).code == -signal.SIGKILL
-    answer = train(parts, "--ckpt_path", "checkpoints/last.ckpt")
+    answer = train(parts, "--ckpt_path", "last")
     assert answer.code == 0, answer.err
     expected, found = checkpoint(whole), checkpoint(parts)
     assert expected["lr_schedulers"][0]["last_epoch"] == 3  # the schedule has seen each epoch, once
@@ -1039,7 +1036,7 @@ def test_best_epoch_is_remembered_in_another_working_folder(tmp_path: Path) -> N
     assert answer.code == 0, answer.err
     after = torch.load(saved, weights_only=True)
     assert after["global_step"] == 15  # continued in its own folder
-    (key,) = (key for key in after["callbacks"] if "val/accuracy" in key and key.startswith("ModelCheckpoint"))
+    (key,) = (key for key in after["callbacks"] if "val/accuracy" in key and key.startswith("RunCheckpoint"))
     best, path = (after["callbacks"][key][name] for name in ("best_model_score", "best_model_path"))
     assert best >= before["callbacks"][key]["best_model_score"]
     assert Path(path) == saved.with_name("best.ckpt")

@@ -1,0 +1,123 @@
+"""A folder for each run, and the run's own checkpoints in it."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+
+class RunFolder(Callback):
+    """The run's own folder, `LOG_DIR/RECIPE/version_N`, whatever logger it has; it must be the first callback.
+
+    The first process claims it by making it, which succeeds for one of several runs that start at the same moment.
+
+    Args:
+        recipe: Name of the recipe.
+        start: Folder of the run that is continued.
+
+    Attributes:
+        log_dir: Folder of all runs.
+        path: The run's folder; None before training starts, and where nothing is to be kept (`fast_dev_run`).
+    """
+
+    def __init__(self, recipe: str, start: Path) -> None:
+        self.log_dir = Path()
+        self.path: Path | None = None
+        self._recipe = recipe
+        self._start = start
+
+    def claim(self) -> Path:
+        """The folder, made if it was not there; for the first process alone."""
+        if self.path is None:
+            # Absolute, else a run that is continued from another working folder forgets its best epoch.
+            parent, start = self.log_dir.resolve() / self._recipe, self._start.resolve()
+            if start.parent == parent and _number(start) is not None:
+                self.path = start
+            else:
+                parent.mkdir(parents=True, exist_ok=True)
+                self.path = _make_next(parent)
+        return self.path
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Claim the folder, and tell the other processes."""
+        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        folder = str(self.claim()) if trainer.is_global_zero else ""
+        self.path = Path(trainer.strategy.broadcast(folder))
+        trainer._default_root_dir = str(self.path)  # type: ignore[attr-defined]  # where callbacks of the user's own put what they write
+
+
+class RunLogger(TensorBoardLogger):
+    """TensorBoard's logs in the run's folder."""
+
+    def __init__(self, folder: RunFolder, recipe: str) -> None:
+        super().__init__(folder.log_dir.resolve(), recipe, default_hp_metric=False)
+        self._folder = folder
+
+    @property
+    def version(self) -> int:
+        """N of the folder's name; only the first process, which alone writes, is asked before all know it."""
+        first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+        folder = self._folder.path or (self._folder.claim() if first else None)
+        return (_number(folder) if folder else None) or 0
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """One checkpoint of fixed name in the run's folder, which does not collide with `ModelCheckpoint`s of the user's.
+
+    Args:
+        folder: The run's folder.
+        name: Name of the file, without its ending.
+        settings: As for `ModelCheckpoint`.
+    """
+
+    def __init__(self, folder: RunFolder, name: str, **settings: Any) -> None:
+        super().__init__(filename=name, enable_version_counter=False, **settings)
+        self._folder = folder
+        self._is_there = False
+
+    @property
+    def file(self) -> Path | None:
+        """The checkpoint; None before training starts, and where nothing is saved."""
+        return self._folder.path and self._folder.path / "checkpoints" / f"{self.filename}.ckpt"
+
+    @property
+    def _legacy_state_key(self) -> Any:
+        """How checkpoints of earlier versions name this callback."""
+        return self.state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take the folder over."""
+        if self.file:
+            self.dirpath = str(self.file.parent)
+            self._is_there = trainer.strategy.broadcast(self.file.exists())
+        super().setup(trainer, pl_module, stage)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the best score over, if its checkpoint lies here; paths in the file from which training goes on count
+        for nothing."""
+        score = state_dict.get("best_model_score")
+        if self._is_there and isinstance(score, torch.Tensor) and score.numel() == 1:
+            path = str(self.file)
+            self.best_model_path = self.kth_best_model_path = path
+            self.best_model_score = self.kth_value = score
+            self.best_k_models = {path: score}
+
+
+def _number(folder: Path) -> int | None:
+    digits = folder.name.removeprefix("version_")
+    return int(digits) if folder.name.startswith("version_") and digits.isdecimal() else None
+
+
+def _make_next(parent: Path) -> Path:
+    number = max((found for path in parent.iterdir() if (found := _number(path)) is not None), default=-1) + 1
+    while True:
+        try:
+            (parent / f"version_{number}").mkdir()
+            return parent / f"version_{number}"
+        except FileExistsError:
+            number += 1
