@@ -15,12 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
 from commands import DATA, ENVIRONMENT, REPO, run_forked
 from conftest import Run
-from stoppable import SAVED, checkpoint, flags, train, write
+from stoppable import SAVED, checkpoint, differences, flags, train, write
 
 import compare
 import export
@@ -29,6 +30,7 @@ from checkpoints.writing import AtomicCheckpointIO
 from datamodules import FashionMNISTDataModule
 from errors import RunError, UserError
 from lit_modules import LitClassifier
+from models.lenet import LeNet
 
 # ---- Checkpoints survive kills, full disks and damage.
 
@@ -133,7 +135,7 @@ def test_file_that_can_not_be_written_whole_leaves_the_last_good_one(tmp_path: P
 )
 def test_full_disk(tmp_path: Path) -> None:
     folder = write(tmp_path / "run")
-    assert train(folder, "--max_epochs", "1", at=None).code == 0
+    assert train(folder, at=["train", 1, 0, 0]).code == 143
     for name in ("seen-0", SAVED / "best.ckpt"):
         (folder / name).unlink()
     disk = tmp_path / "disk"
@@ -383,3 +385,89 @@ def test_records_are_read_as_plain_values(trained: Run, folder: Path, capsys: py
     assert compare.main(["record.json"]) == 0
     assert "lenet" in capsys.readouterr().out
     assert not (folder / "executed").exists()
+
+
+# ---- What a run saves is of use to it, whatever callbacks stand beside the project's.
+
+KEEPER = """
+import numpy as np
+from pathlib import Path
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch.callbacks import Callback
+
+class Keeper(Callback):
+    def state_dict(self):
+        return {"count": PositiveInt(3), "rate": np.float64(0.5), "path": Path("a"), "pairs": [(PositiveInt(1), "b")]}
+
+class Hoarder(Callback):
+    def state_dict(self):
+        return {"parts": [range(3)]}
+"""
+
+
+def test_plain_values_of_a_callback_are_saved_as_such(tmp_path: Path) -> None:
+    (tmp_path / "keeper.py").write_text(KEEPER)
+    one_epoch = ["--max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--patience=3"]
+    arguments = ["fit", "--model=lenet", f"--data_dir={DATA}", "--val_size=200", "--accelerator=cpu", *one_epoch]
+    answer = run_forked(*arguments, "--trainer.callbacks=keeper.Keeper", folder=tmp_path)
+    assert answer.code == 0, answer.err
+    saved = tmp_path / "logs/lenet/version_0/checkpoints/last.ckpt"
+    states = torch.load(saved, weights_only=True)["callbacks"]
+    assert states["Keeper"] == {"count": 3, "rate": 0.5, "path": "a", "pairs": [(1, "b")]}
+    assert type(states["Keeper"]["count"]) is int
+    answer = run_forked(*arguments, "--trainer.callbacks=keeper.Hoarder", folder=tmp_path)
+    assert answer.code == 2
+    assert len(answer.err.strip().splitlines()) == 1 and "the callback Hoarder" in answer.err
+    assert not (tmp_path / "logs/lenet/version_1/checkpoints/last.ckpt").exists()
+
+
+def test_the_best_checkpoint_is_the_projects_own(tmp_path: Path) -> None:
+    """Not that of a callback of the user's own, which keeps every second step; here the last weights are bad."""
+    schedule = ["torch.optim.lr_scheduler.StepLR", "--model.scheduler.step_size=1", "--model.scheduler.gamma=400"]
+    more = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.monitor=val/accuracy"]
+    more += ["--trainer.callbacks.mode=max", "--trainer.callbacks.save_top_k=-1"]
+    data = [f"--data_dir={DATA}", "--val_size=200", "--accelerator=cpu"]
+    arguments = ["--model=lenet", *data, "--max_epochs=2", "--model.scheduler", *schedule, *more]
+    answer = run_forked(*arguments, "--model.scheduler_interval=epoch", folder=tmp_path)
+    assert answer.code == 0, answer.err
+    saved = tmp_path / "logs/lenet/version_0/checkpoints"
+    assert len(list(saved.glob("*.ckpt"))) == 4
+    assert "logs/lenet/version_0/checkpoints/best.ckpt" in answer.out
+    losses = []
+    for name in ("best", "last"):
+        test = run_forked("test", f"--ckpt_path={saved / name}.ckpt", "--trust_checkpoint", *data[:1], folder=tmp_path)
+        losses.append(test.out.strip().rpartition("loss ")[2])
+    assert losses[0] != losses[1]
+    assert f"loss {losses[0]}" in answer.out
+
+
+def test_a_finished_run_that_is_continued_keeps_its_record(tmp_path: Path) -> None:
+    one_epoch = ["--max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
+    arguments = ["--model=lenet", f"--data_dir={DATA}", "--val_size=200", "--accelerator=cpu", *one_epoch]
+    assert run_forked(*arguments, folder=tmp_path).code == 0
+    file = tmp_path / "logs/lenet/version_0/record.json"
+    before = json.loads(file.read_text())
+    assert run_forked("fit", *arguments, "--ckpt_path=last", folder=tmp_path).code == 0
+    assert json.loads(file.read_text()) == before
+
+
+def test_a_checkpoint_of_a_plain_trainer_can_be_loaded(tmp_path: Path) -> None:
+    data = FashionMNISTDataModule(data_dir=str(DATA), val_size=200, image_size=28)
+    trainer = pl.Trainer(
+        default_root_dir=tmp_path,
+        max_epochs=1,
+        limit_train_batches=2,
+        limit_val_batches=1,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=False,
+    )
+    classifier = LitClassifier(LeNet(), label_smoothing=0.1)
+    trainer.fit(classifier, data)
+    (path,) = tmp_path.glob("checkpoints/*.ckpt")
+    loaded = LitClassifier.load_from_checkpoint(path, net=LeNet())
+    assert loaded.hparams["label_smoothing"] == 0.1
+    assert not differences(dict(classifier.state_dict()), dict(loaded.state_dict()))
+    answer = run_forked("test", "--model=lenet", f"--ckpt_path={path}", f"--data_dir={DATA}", folder=tmp_path)
+    assert answer.code == 0, answer.err
