@@ -37,10 +37,6 @@ class EpochProgress(ProgressBar):
         """Called by the Trainer on all processes but the first."""
         self._enabled = False
 
-    def enable(self) -> None:
-        """Undo `disable`."""
-        self._enabled = True
-
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin the epoch's bar."""
         self._begin(f"epoch {trainer.current_epoch + 1}{_of(trainer.max_epochs)}", self.total_train_batches)
@@ -98,25 +94,12 @@ class EpochProgress(ProgressBar):
                 fields.pop(name, None)
         print("".join(fields.values()), flush=True)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remove the bar of a validation that is not part of an epoch."""
-        if trainer.state.fn != "fit":
-            self._end()
-
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remove the bar."""
-        self._end()
-
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remove the bar."""
-        self._end()
-
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Remove the bar, so that what is said next has a line of its own."""
         self._end()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """The same for a run that ends early."""
+        """Remove the bar of what is over."""
         self._end()
 
     def _begin(self, what: str, total: float) -> None:
