@@ -121,14 +121,14 @@ def _class_accuracy(groups: Sequence[Group]) -> Any:
     table = [[group.class_accuracy.get(name, 0.0) for name in classes] for group in groups]
     names = [_drawable(group.name, WIDE) for group in groups]
     rows = [0.5 + 0.17 * name.count("\n") for name in names]
-    figure = Figure(figsize=(9.5, 1.5 + len(rows) * max(rows)), layout="constrained")
+    figure = Figure(figsize=(9.5, 1.9 + len(rows) * max(rows)), layout="constrained")
     axes = figure.subplots()
     lowest = min(map(min, table))
     # As light as the weakest class, but never so narrow that noise looks like a difference.
     axes.imshow(table, cmap="Blues", vmin=min(lowest, 0.8) - 0.05, vmax=1.05, aspect="auto")
     axes.set_xticks(
         range(len(classes)),
-        [_drawable(name, WIDE) for name in classes],
+        [_drawable(name, WIDE // 2) for name in classes],
         rotation=35,
         ha="right",
         rotation_mode="anchor",

@@ -144,7 +144,7 @@ def unpack_right(text: str, images: int) -> list[bool]:
     bits = int.from_bytes(packed, "little")
     if len(packed) != size or bits >> images:
         raise ValueError(f"{images} images were expected")
-    return [bit == "1" for bit in reversed(f"{bits:0{images}b}")]
+    return [bit == "1" for bit in reversed(f"{bits:0{images}b}")] if images else []
 
 
 def _check(mapping: Any, schema: dict[str, tuple[str, bool]], prefix: str = "") -> None:

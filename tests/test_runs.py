@@ -1,15 +1,20 @@
 """Records of runs: comparing them, and sweeps."""
 
+import base64
 import copy
 import csv
 import gzip
 import json
+import math
 import os
+import random
+import re
 import signal
 import statistics
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +27,18 @@ from PIL import Image
 
 import compare
 import sweep
+from benchmarks.harness.side_by_side import RESULTS
 from datamodules import CLASS_NAMES
 from errors import UserError
 from runs import report
 from runs import sweeps as sweeping
-from runs.groups import fold, wilson
+from runs.differences import difference, differences, mcnemar, seeds_needed, two_sided
+from runs.groups import Group, fold, wilson
+from runs.reading import Run as Record
 from runs.reading import find_runs
+from runs.record import pack_right, unpack_right
 from runs.search_space import Choice, Range, add_setting, every_combination
-from runs.settings import shaping
+from runs.settings import GROUPS, MACHINE, SETTINGS, is_kept, kind, leaves, shaping
 
 # ---- compare.py on real records, and on runs that it trains itself.
 
@@ -319,6 +328,289 @@ def test_a_failed_recipe_does_not_stop_the_others(tmp_path: Path) -> None:
     assert answer.code == 1
     assert "nin with seed 0 was not finished" in answer.err
     assert [run.recipe for run in find_runs([tmp_path / "logs"]) if run.finished] == ["lenet"]
+
+
+# ---- Records from elsewhere: their texts are shown as text, and what makes no sense is refused.
+
+HOSTILE = {
+    "title": "\x1b]0;title\x07",
+    "colour": "\x1b[31mred\x9b0m",
+    "lines": "one\ntwo\rthree\u2028four",
+    "direction": "abc\u202edef",
+    "surrogate": "\ud800",
+    "markup": "[red]x[/blue]",
+    "emoji": ":skull:",
+    "html": "<script>alert(1)</script><img src=x onerror=alert(1)>",
+    "picture": "![x](http://127.0.0.1/x.png)",
+    "table": "a | b",
+    "code": "`x` **y** $z$ ~~w~~",
+    "formula": "=cmd|' /C calc'!A0",
+    "legend": "_hidden",
+    "glyph": "网络 \U0001f600 $\\frac{",
+    "long": "x" * 5_000,
+}
+
+
+@pytest.mark.parametrize("place", ["recipe", "class", "machine", "setting"])
+def test_any_text_of_a_record_is_shown_as_text(
+    place: str, trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
+    for seed, (name, text) in enumerate(HOSTILE.items()):
+        one = copy.deepcopy(record)
+        if place == "recipe":
+            one["recipe"] = one["commit"] = one["precision"] = text
+        elif place == "machine":
+            one["machine"]["cpu"] = one["machine"]["gpu"] = one["versions"]["torch"] = text
+        elif place == "setting":
+            one["config"]["model"]["net"]["init_args"] = {text: text}
+        one["test"]["class_accuracy"] = {text: 0.5 for text in HOSTILE.values()} if place == "class" else {}
+        write(tmp_path / name, one, seed=seed if place == "class" else 0, accuracy=0.8)
+    assert compare.main([str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    out, err = capsys.readouterr()
+    assert not err
+    written = (tmp_path / "out/report.md").read_text(encoding="utf-8")
+    for shown in (out, written):
+        assert not [char for char in shown if not char.isprintable() and char != "\n"]
+    assert "<script" not in written and not re.search(r"(?<!\\)\]\(http", written)
+    rows = [line for line in written.splitlines() if line.startswith("|")]
+    cells = {len(re.findall(r"(?<!\\)\|", row)) for row in rows}
+    assert len(cells) <= 2, "the table of classes, and that of runs"
+    if place == "recipe":
+        assert "[red]x[/blue]" in out and ":skull:" in out
+    text = (tmp_path / "out/runs.csv").read_text(encoding="utf-8")
+    assert not re.search(r"(^|,)\"?=cmd", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("recipe", None),
+        ("recipe", ""),
+        ("recipe", 3),
+        ("config", {}),
+        ("config", []),
+        ("seed", "0"),
+        ("seed", -1),
+        ("epochs", {}),
+        ("epochs", []),
+        ("epochs", [3]),
+        ("epochs", [{"epoch": "one", "seconds": 1.0}]),
+        ("epochs", [{"epoch": 1}]),
+        ("epochs", [{"epoch": 1, "seconds": -1.0}]),
+        ("epochs", [{"epoch": 1, "seconds": 1.0, "val/accuracy": 7}]),
+        ("epochs", [{"epoch": 1, "seconds": 1.0, "val/loss": "x"}]),
+        ("machine", "this one"),
+        ("machine", {"cpu": None}),
+        ("devices", 0),
+        ("precision", None),
+        ("versions", {"torch": {}}),
+        ("flops", float("inf")),
+        ("parameters", 10**400),
+        ("fit_seconds", "long"),
+        ("peak_memory_bytes", float("nan")),
+        ("test.accuracy", 1.5),
+        ("test.accuracy", float("nan")),
+        ("test.accuracy", None),
+        ("test.images", 0),
+        ("test.images", 2.5),
+        ("test.class_accuracy", ["a"]),
+        ("test.class_accuracy", {"a": "b"}),
+        ("test.right", "no base64"),
+        ("test.right", "eNpjAAAAAQAB"),
+        ("test", [1]),
+    ],
+)
+def test_a_record_that_makes_no_sense_is_one_line(
+    place: str, value: Any, trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
+    inside = record["test"] if place.startswith("test.") else record
+    inside[place.removeprefix("test.")] = value
+    (tmp_path / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    assert compare.main([str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert f"{tmp_path}/record.json is damaged" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe", b"[" * 200_000, b'{"recipe": ' + b"9" * 5000 + b"}"])
+def test_what_is_no_record_is_one_line(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "record.json").write_bytes(content)
+    assert compare.main([str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert "record.json is damaged" in err and err.count("\n") == 1
+
+
+def test_infinite_losses_and_perfect_accuracies_are_drawn(trained: Run, tmp_path: Path) -> None:
+    record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
+    for seed, loss in enumerate((math.inf, -math.inf)):
+        record["epochs"][0]["val/loss"] = record["test"]["loss"] = loss
+        write(tmp_path / str(seed), record, seed=seed, accuracy=1.0)
+    assert compare.main([str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason", "tested"),
+    [
+        ({"trainer.limit_test_batches": 2}, "64 of 500 test images", 64),
+        ({"trainer.limit_test_batches": 0.5}, "256 of 500 test images", 256),
+        ({"trainer.limit_test_batches": 1}, "32 of 500 test images", 32),
+        ({"trainer.limit_test_batches": 1.0}, "", 500),
+        ({"trainer.limit_test_batches": None}, "", 500),
+        ({"trainer.limit_train_batches": 3}, "limit_train_batches 3", 500),
+        ({"trainer.limit_train_batches": 1.0}, "", 500),
+        ({"trainer.overfit_batches": 0.1}, "overfit_batches 0.1", 500),
+    ],
+)
+def test_partial_runs_are_marked(
+    changes: dict[str, Any], reason: str, tested: int, trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
+    del record["test"]["test_set"], record["test"]["right"]  # as older records are: they tell the size of the whole set
+    for name, value in changes.items():
+        record["config"]["trainer"][name.removeprefix("trainer.")] = value
+    record["config"]["data"] |= {"batch_size": 32, "eval_batch_size": None}
+    write(tmp_path / "a", record, accuracy=0.8)
+    (group,) = fold(find_runs([tmp_path]))
+    assert group.partial == ["3 of 8 epochs", *([reason] if reason else [])]
+    assert group.interval == wilson(0.8, tested)
+    assert compare.main([str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    line = f"* partial: lenet: {', '.join(group.partial)}"
+    assert line in capsys.readouterr().out
+    assert f"\\{line}" in (tmp_path / "out/report.md").read_text(encoding="utf-8")
+
+
+def test_a_whole_run_is_not_marked(trained: Run, tmp_path: Path) -> None:
+    record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
+    record["epochs"] = [{"epoch": number + 1, "seconds": 1.0} for number in range(8)]
+    write(tmp_path / "a", record | {"max_epochs": 8}, accuracy=0.8)
+    (run,) = find_runs([tmp_path])
+    assert run.partial == []
+    record["epochs"].pop()
+    record["config"]["patience"] = 2  # which may end a whole run early
+    write(tmp_path / "b", record | {"max_epochs": 8}, seed=1, accuracy=0.8)
+    assert [run.partial for run in find_runs([tmp_path])] == [[], []]
+    record["config"]["patience"] = None
+    write(tmp_path / "c", record | {"max_epochs": 8}, seed=2, accuracy=0.8)
+    assert [run.partial for run in find_runs([tmp_path])] == [[], [], ["7 of 8 epochs"]]
+
+
+def test_the_record_tells_which_images_were_right(trained: Run) -> None:
+    (run,) = find_runs([trained.folder])
+    assert run.right is not None
+    assert len(run.right) == 500
+    assert statistics.mean(run.right) == pytest.approx(run.accuracy)
+    labels = gzip.decompress((DATA / "t10k-labels-idx1-ubyte.gz").read_bytes())[8:]
+    for index, share in enumerate(run.record["test"]["class_accuracy"].values()):
+        of_class = [one for one, label in zip(run.right, labels, strict=True) if label == index]
+        assert statistics.mean(of_class) == pytest.approx(share)
+
+
+# ---- Is the difference more than chance?
+
+
+@pytest.mark.parametrize("length", [1, 8, 500, 10_000])
+def test_right_images_are_packed_and_unpacked(length: int) -> None:
+    draw = random.Random(length)
+    right = [draw.random() < 0.9 for _ in range(length)]
+    text = pack_right(right)
+    assert unpack_right(text, length) == right
+    assert len(text) < 80 + length / 5
+    with pytest.raises(ValueError):
+        unpack_right(text, length + 8)
+
+
+def test_a_small_text_does_not_become_gigabytes() -> None:
+    bomb = base64.b64encode(zlib.compress(bytes(100_000_000))).decode()
+    with pytest.raises(ValueError, match="10000 images"):
+        unpack_right(bomb, 10_000)
+
+
+@pytest.mark.parametrize(
+    ("t", "degrees", "p"), [(2.776, 4, 0.05), (12.706, 1, 0.05), (2.228, 10, 0.05), (1.96, 1e9, 0.05), (0, 3, 1)]
+)
+def test_t_distribution(t: float, degrees: float, p: float) -> None:
+    assert two_sided(t, degrees) == pytest.approx(p, abs=2e-4)
+
+
+def test_mcnemar() -> None:
+    first, second = [True] * 10 + [False] * 2, [False] * 8 + [True] * 4
+    assert mcnemar(first, second) == pytest.approx(2 * (1 + 10 + 45) / 2**10)  # 8 against 2
+    assert mcnemar(first, first) == 1
+
+
+def simulated(draw: random.Random, seeds: int, images: list[float], gain: float = 0.0) -> Group:
+    """Runs of a recipe: each image has its difficulty, each seed its luck, and each run decides on each image anew."""
+    runs = []
+    for seed in range(seeds):
+        luck = draw.gauss(gain, 0.01)
+        right = [draw.random() < min(1.0, max(0.0, share + luck)) for share in images]
+        test = {"accuracy": statistics.fmean(right), "loss": 0.3, "images": len(right), "right": pack_right(right)}
+        record = {"recipe": "x", "seed": seed, "config": {}, "test": test, "epochs": [], "devices": 1}
+        runs.append(Record(Path(), record))
+    return Group(runs, name="x")
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_equals_are_told_apart_as_rarely_as_promised(seeds: int) -> None:
+    draw = random.Random(seeds)
+    images = [draw.betavariate(2, 0.25) for _ in range(1000)]
+    found = [difference(simulated(draw, seeds, images), simulated(draw, seeds, images)) for _ in range(200)]
+    assert 0.03 <= sum(one.p < 0.05 for one in found) / 200 <= 0.07
+
+
+def test_single_networks_of_equal_skill_are_told_apart_as_rarely_as_promised() -> None:
+    """McNemar's test is about the networks themselves: their luck is the same here, and the images are drawn anew."""
+    draw, false = random.Random(5), 0
+    for _ in range(200):
+        images = [draw.betavariate(2, 0.25) for _ in range(1000)]
+        first, second = ([draw.random() < share for share in images] for _ in range(2))
+        false += mcnemar(first, second) < 0.05
+    assert 0.03 <= false / 200 <= 0.07
+
+
+def test_real_differences_are_found_and_paired_images_help() -> None:
+    draw = random.Random(0)
+    images = [draw.betavariate(2, 0.25) for _ in range(2000)]
+    better, worse = simulated(draw, 4, images, 0.05), simulated(draw, 4, images)
+    paired = difference(better, worse)
+    for run in (*better.runs, *worse.runs):
+        del run.record["test"]["right"]
+        vars(run).pop("right", None)
+    unpaired = difference(better, worse)
+    assert paired.paired and not unpaired.paired
+    assert paired.p < 0.05
+    assert paired.p < unpaired.p
+    assert seeds_needed(0.002**2, 0.0) == 16
+    assert seeds_needed(0.002**2, 0.002**2) is None
+
+
+def test_many_comparisons_are_corrected(logs: Path) -> None:
+    groups = fold(find_runs([logs]))
+    alone = [difference(groups[0], other).p for other in groups[1:]]
+    together = [one.p for one in differences(groups)]
+    assert together == sorted(together, reverse=True)
+    assert min(together) == pytest.approx(min(1, 2 * min(alone)))
+
+
+# ---- The table of settings.
+
+
+def test_every_setting_is_of_one_kind() -> None:
+    config = json.loads((RESULTS / "runs/lenet-seed0-cpu.json").read_text(encoding="utf-8"))["config"]
+    known = set(leaves(config)) | {"model.net.image_size", "trainer.limit_test_batches"}
+    assert set(SETTINGS) - known <= {"model.checkpoint_activations", "model.flip_test", "pretrained"}, (
+        "no such settings"
+    )
+    free = {name for name in known if name.startswith(("model.", "data.")) and not is_kept(name, scheduled=True)}
+    assert {"data.data_dir", "data.num_workers", "data.eval_batch_size", "model.compile"} <= free
+    assert is_kept("model.optimizer.init_args.lr", scheduled=False)
+    assert is_kept("trainer.max_epochs", scheduled=True) and not is_kept("trainer.max_epochs", scheduled=False)
+    for name in known - set(SETTINGS):
+        assert kind(name) in (*GROUPS.values(), MACHINE)
 
 
 # ---- sweep.py: the space on the command line, and real sweeps that fail, stop and go on.
