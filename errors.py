@@ -8,6 +8,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -111,3 +112,11 @@ def plain(text: str) -> str:
     These are control characters, line breaks, marks that turn the direction of writing, and broken surrogates.
     """
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def shown(path: str | Path) -> str:
+    """The path as one would type it from here."""
+    try:
+        return str(Path(path).resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

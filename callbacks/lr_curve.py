@@ -1,14 +1,28 @@
-"""The learning-rate finder's curve, beside the run: as JSON, and as a picture where matplotlib is installed."""
+"""The curve of the search for a learning rate, as JSON, and as a picture where matplotlib is installed."""
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from callbacks.run_folder import RunFolder
-from launch.learning_rate import Curve
-from launch.summary import shown
+from errors import MissingPackage, shown
+
+
+class Curve(NamedTuple):
+    """What a search measured.
+
+    Attributes:
+        learning_rate: The rate to take, with three significant digits.
+        rates: Learning rate of each step.
+        losses: Training loss of each step, smoothed; NaN where it was not finite.
+    """
+
+    learning_rate: float
+    rates: list[float]
+    losses: list[float]
 
 
 class LearningRateCurve(Callback):
@@ -35,7 +49,7 @@ class LearningRateCurve(Callback):
             plot(self._curve, picture)
             print(f"Curve of the learning rates: {shown(picture)}", flush=True)
         except ImportError:
-            hint = "a picture needs the package matplotlib: pip install -r requirements-extras.txt"
+            hint = MissingPackage("a picture needs", "matplotlib")
             print(f"Curve of the learning rates: {shown(target)} ({hint})", flush=True)
 
 

@@ -8,10 +8,11 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 
+from callbacks.lr_curve import Curve
 from cli.messages import one_line
 from errors import UserError
 from launch.checks import check_input
-from launch.learning_rate import HIGHEST, LOWEST, STEPS, Curve, find_learning_rate, from_first_process
+from launch.learning_rate import HIGHEST, LOWEST, STEPS, find_learning_rate, from_first_process
 from launch.memory import largest_batch_size
 from weights.imagenet import start_from_imagenet
 

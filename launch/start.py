@@ -12,8 +12,7 @@ import yaml
 from checkpoints.reading import read_checkpoint, stored_config
 from cli.command import Command
 from cli.recipes import load_yaml
-from errors import UserError
-from launch.summary import shown
+from errors import UserError, shown
 
 
 @dataclass

@@ -1,11 +1,12 @@
 """What a run prints when it is over: results, where its files lie, and the next command to type."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+
+from errors import shown
 
 
 def summary(record: dict[str, Any], trainer: Trainer, checkpoint: Path | None) -> str:
@@ -46,11 +47,3 @@ def scores(measured: Mapping[str, Any]) -> str:
         flipped = f"accuracy {measured['accuracy_flip']:.4f}, loss {measured['loss_flip']:.4f}"
         text += f"; averaged with the mirror images: {flipped}"
     return text
-
-
-def shown(path: str | Path) -> str:
-    """The path as one would type it from here."""
-    try:
-        return str(Path(path).resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

@@ -14,7 +14,7 @@ from callbacks.confusion import Confusion
 from callbacks.divergence_guard import DivergenceGuard
 from callbacks.exact_resume import ExactResume
 from callbacks.graceful_stop import GracefulStop
-from callbacks.lr_curve import LearningRateCurve
+from callbacks.lr_curve import Curve, LearningRateCurve
 from callbacks.model_table import ModelTable
 from callbacks.no_profiler import NoProfiler
 from callbacks.prediction_writer import PredictionWriter
@@ -29,7 +29,6 @@ from callbacks.tensorboard.pictures import TensorBoardPictures
 from checkpoints.writing import AtomicCheckpointIO
 from datamodules import CLASS_NAMES
 from errors import UserError
-from launch.learning_rate import Curve
 from launch.start import Start, how_to_continue
 
 

@@ -16,7 +16,9 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
@@ -26,12 +28,13 @@ from PIL import Image
 from stoppable import AUGMENTATION, COMPUTED, PLATEAU, SAVED, checkpoint, differences, finish, start, train, write
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.utils.data import DataLoader
 
 from checkpoints.reading import read_checkpoint
 from cli.recipes import recipes
 from datamodules import CLASS_NAMES, FashionMNISTDataModule
 from errors import UserError
-from launch.learning_rate import LIGHTNINGS_SMOOTHING, _as_measured, _smoothed
+from launch.learning_rate import STEPS, find_learning_rate
 from launch.memory import advice, is_out_of_memory, largest_batch_size
 from launch.start import _replace
 from lit_modules import LitClassifier
@@ -346,6 +349,7 @@ def test_the_same_seed_trains_the_same_network(tmp_path):
 OWN = """
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 class Tiny(nn.Module):
     def __init__(self, hidden: int = 8, num_classes: int = 10):
@@ -1059,6 +1063,7 @@ FIND_BATCH_SIZE = ("--data_dir", str(DATA), "--val_size", "200", "--max_epochs",
 FAULTS = """
 import json, resource
 from pathlib import Path
+from typing import Any
 from lightning.pytorch.callbacks import Callback
 
 class Faults(Callback):
@@ -1250,14 +1255,59 @@ def test_mistakes_are_one_line(flags: tuple[str, ...], message: str, tmp_path: P
     assert not (tmp_path / "logs").exists()
 
 
-def test_measured_losses_are_recovered_from_lightnings_average() -> None:
-    losses = [2.3, 2.2, 2.4, 1.0, 5.0]
-    average, averages = 0.0, []
-    for step, loss in enumerate(losses, 1):  # as in Lightning's finder
-        average = LIGHTNINGS_SMOOTHING * average + (1 - LIGHTNINGS_SMOOTHING) * loss
-        averages.append(average / (1 - LIGHTNINGS_SMOOTHING ** (step + 1)))
-    assert list(_as_measured(averages)) == pytest.approx(losses)
+class Slope(pl.LightningModule):
+    """Its loss falls at any rate, and its batches have losses of their own; notes the rate of each step."""
+
+    def __init__(self, losses: list[float]) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.losses, self.rates, self.scheduler = losses, [], "none"
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=123.0)
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.losses[len(self.rates)] + self.weight * 0 + batch.mean()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
 
 
-def test_smoothing_keeps_a_constant() -> None:
-    assert _smoothed([2.0] * 5) == pytest.approx([2.0] * 5)
+class Numbers(pl.LightningDataModule):
+    """Batches of one number each: -1, 0, 1, -1, 0, 1, ..., whose losses average to that of the step."""
+
+    train_set, batch_size = [-1.0, 0.0, 1.0] * 4, 1
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(torch.tensor(self.train_set))
+
+
+def search(losses: list[float]) -> tuple[Slope, Any]:
+    """`--lr auto` on steps of three batches, with these losses."""
+    model, state = Slope(losses), torch.get_rng_state()
+    try:
+        return model, find_learning_rate(model, Numbers(), torch.device("cpu"), 3, accelerator="cpu")
+    finally:
+        assert torch.equal(state, torch.get_rng_state())
+
+
+def test_each_step_of_the_search_is_taken_at_the_rate_and_has_the_loss_that_it_says() -> None:
+    losses = [2.0] * 60 + [1.0] * 20 + [1.5] * (STEPS - 80)
+    model, curve = search(losses)
+    assert curve.rates == model.rates == pytest.approx([10 ** (-8 + 0.08 * (step + 1)) for step in range(STEPS)])
+    assert curve.losses[:60] == pytest.approx([2.0] * 60)  # smoothing keeps a constant
+    assert curve.losses[60:62] == pytest.approx([1.9, 1.81], abs=2e-3)
+    assert curve.learning_rate == float(f"{curve.rates[79] / 10:.3g}")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 50.0])
+def test_the_search_ends_where_the_loss_explodes(bad: float) -> None:
+    _, curve = search([2.0] * 40 + [1.0] * 20 + [bad] * (STEPS - 60))
+    assert len(curve.losses) == len(curve.rates) < 65
+    assert curve.learning_rate == float(f"{curve.rates[59] / 10:.3g}")
+
+
+@pytest.mark.parametrize("losses", [[2.0] * STEPS, [math.nan] * STEPS, [2.0, *[3.0] * STEPS]])
+def test_a_search_without_a_fall_is_refused(losses: list[float]) -> None:
+    with pytest.raises(UserError, match="no learning rate made the loss fall"):
+        search(losses)
