@@ -1261,7 +1261,8 @@ class Slope(pl.LightningModule):
     def __init__(self, losses: list[float]) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.losses, self.rates, self.scheduler = losses, [], "none"
+        self.losses, self.scheduler = losses, "none"
+        self.rates: list[float] = []
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=123.0)
@@ -1279,7 +1280,7 @@ class Numbers(pl.LightningDataModule):
     train_set, batch_size = [-1.0, 0.0, 1.0] * 4, 1
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(torch.tensor(self.train_set))
+        return DataLoader(self.train_set)  # type: ignore[arg-type]  # a list is a data set too
 
 
 def search(losses: list[float]) -> tuple[Slope, Any]:
