@@ -1,6 +1,7 @@
 """What a run prints when it is over: results, where its files lie, and the next command to type."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
