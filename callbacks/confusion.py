@@ -1,7 +1,7 @@
 """Which classes are taken for which, and the most confident mistakes, of each evaluation."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -9,21 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-
-class Mistake(NamedTuple):
-    """An image of which the network was wrongly sure.
-
-    Attributes:
-        image: Place of the image in its evaluation set.
-        label: Its true class.
-        guess: The class that the network took it for.
-        probability: How sure the network was, 0 to 1.
-    """
-
-    image: int
-    label: int
-    guess: int
-    probability: float
+from pictures.mistakes import Mistake
 
 
 class Confusion(Callback):

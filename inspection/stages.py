@@ -1,10 +1,13 @@
 """A network's stages: output shape, parameters and FLOPs of each, as the tutorial prints them."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+Kept = TypeVar("Kept")
 
 
 class Stage(NamedTuple):
@@ -37,29 +40,51 @@ def stages(net: nn.Module, input_shape: tuple[int, int, int]) -> tuple[list[Stag
     Raises:
         Exception: Whatever the network raises for an image of that shape.
     """
-    names = stage_modules(net)
-    shapes: list[tuple[nn.Module, tuple[int, ...]]] = []
 
-    def note_shape(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        shapes.append((module, tuple(output.shape[1:]) if isinstance(output, Tensor) else ()))
+    def forward() -> Tensor:
+        with counter:
+            return torch.func.functional_call(net, without_data(net), torch.empty(1, *input_shape, device="meta"))
 
-    handles = [module.register_forward_hook(note_shape) for module in names]
-    was_training = net.training
     counter = FlopCounterMode(display=False)
+    walked, output = walk(net, forward, lambda output: tuple(output.shape[1:]))
+    flops = {name.partition(".")[2]: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    rows = [
+        Stage(name, type(module).__name__, shape or (), _parameters(module), flops.get(name, 0))
+        for name, module, shape in walked
+    ]
+    return rows, Stage("", type(net).__name__, tuple(output.shape[1:]), _parameters(net), counter.get_total_flops())
+
+
+def walk(
+    net: nn.Module, forward: Callable[[], Any], keep: Callable[[Tensor], Kept]
+) -> tuple[list[tuple[str, nn.Module, Kept | None]], Any]:
+    """Run a network once, in evaluation mode and without gradients, and look at each stage's output.
+
+    Args:
+        net: The network; its mode is restored afterwards.
+        forward: Runs it. Not through `net(...)`: a compiled network knows no hooks, and would be compiled anew.
+        keep: What to keep of an output, before the next stage may change it in place.
+
+    Returns:
+        Name, module and what was kept (None of an output that is no tensor) of each stage, in the order in which they
+        ran; and what `forward` returned.
+    """
+    names = stage_modules(net)
+    walked: list[tuple[str, nn.Module, Kept | None]] = []
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        walked.append((names[module], module, keep(output) if isinstance(output, Tensor) else None))
+
+    handles = [module.register_forward_hook(note) for module in names]
+    was_training = net.training
     try:
         net.eval()
-        with torch.no_grad(), counter:
-            output = torch.func.functional_call(net, without_data(net), torch.empty(1, *input_shape, device="meta"))
+        with torch.no_grad():
+            return walked, forward()
     finally:
         net.train(was_training)
         for handle in handles:
             handle.remove()
-    flops = {name.partition(".")[2]: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
-    rows = [
-        Stage(names[module], type(module).__name__, shape, _parameters(module), flops.get(names[module], 0))
-        for module, shape in shapes
-    ]
-    return rows, Stage("", type(net).__name__, tuple(output.shape[1:]), _parameters(net), counter.get_total_flops())
 
 
 def stage_modules(net: nn.Module) -> dict[nn.Module, str]:

@@ -1,26 +1,39 @@
-"""The most confident mistakes, each beside what spoke for the class it was taken for and for its true class."""
+"""The most confident mistakes, each beside the parts that Grad-CAM names for the guess and for the true class."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor, nn
 
-from callbacks.confusion import Mistake
-from inspection.grad_cam import grad_cam, heat_map
-from pictures.contact_sheet import FAINT, PAPER
+from inspection.grad_cam import grad_cam
+from pictures.heat_map import heat_map
+from pictures.sheet import TRUE, WRONG, Entry, Line, sheet, square
 
 SIZE, EDGE = 28, 112  # pixels of an image, and of its picture
-GAP, LINE, MARGIN = 8, 20, 12
-ROW = 3 * EDGE + 2 * GAP, EDGE + LINE
 COLUMNS = 2
-TRUE, WRONG = "#08519c", "#d94801"
 BATCH = 8  # their gradients take memory
 HEADING = (
-    "Each image, then what spoke for the class it was taken for, and what for its true class.",
+    "Each image, then the parts that made the network guess its class, and those that speak for the true one.",
     "Grad-CAM: dark violet is nothing, yellow the most; each heat map has its own scale.",
 )
+
+
+class Mistake(NamedTuple):
+    """An image of which the network was wrongly sure.
+
+    Attributes:
+        image: Place of the image in its evaluation set.
+        label: Its true class.
+        guess: The class that the network took it for.
+        probability: How sure the network was, 0 to 1.
+    """
+
+    image: int
+    label: int
+    guess: int
+    probability: float
 
 
 def explain_mistakes(
@@ -45,28 +58,15 @@ def explain_mistakes(
     for few, guess, label in zip(images.split(BATCH), guesses.split(BATCH), labels.split(BATCH), strict=True):
         batch = data.preprocess(few.to(device))
         heats += zip(grad_cam(net, batch, guess), grad_cam(net, batch, label), strict=True)
-
-    columns = min(COLUMNS, len(mistakes))
-    step = ROW[0] + 2 * MARGIN, ROW[1] + MARGIN
-    font = ImageFont.load_default(13)
-    head = MARGIN + len(HEADING) * LINE
-    width = max(columns * step[0], round(max(map(font.getlength, HEADING))) + 2 * MARGIN)
-    sheet = Image.new("RGB", (width, head + -(-len(mistakes) // columns) * step[1] + MARGIN), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for number, line in enumerate(HEADING):
-        draw.text((MARGIN, MARGIN // 2 + number * LINE), line, FAINT, font)
-    for index, (image, mistake, (wrong, true)) in enumerate(zip(images.numpy(), mistakes, heats, strict=True)):
-        left, top = MARGIN + index % columns * step[0], head + index // columns * step[1]
-        label, guess = class_names[mistake.label], class_names[mistake.guess]
-        for place, (picture, caption, ink) in enumerate(
-            (
-                (Image.fromarray(image), f"is {label}", TRUE),
-                # In the image's own pixels: smooth pictures would take ten times the space in TensorBoard's logs.
-                (heat_map(image, wrong, SIZE), f"{guess} {mistake.probability:.1%}", WRONG),
-                (heat_map(image, true, SIZE), label, TRUE),
-            )
-        ):
-            x = left + place * (EDGE + GAP)
-            sheet.paste(picture.resize((EDGE, EDGE), Image.Resampling.NEAREST), (x, top))
-            draw.text((x, top + EDGE + 1), caption, ink, font)
-    return sheet
+    entries = []
+    for image, mistake, (wrong, true) in zip(images.numpy(), mistakes, heats, strict=True):
+        label_name, guess_name = class_names[mistake.label], class_names[mistake.guess]
+        # In the image's own pixels: smooth pictures would take ten times the space in TensorBoard's logs.
+        maps = [heat_map(image, heat, SIZE).resize((EDGE, EDGE), Image.Resampling.NEAREST) for heat in (wrong, true)]
+        captions = (
+            [Line(f"is {label_name}", TRUE)],
+            [Line(f"{guess_name} {mistake.probability:.1%}", WRONG)],
+            [Line(label_name, TRUE)],
+        )
+        entries.append(Entry((square(image, EDGE), *maps), captions))
+    return sheet(entries, COLUMNS, EDGE, HEADING)

@@ -19,9 +19,10 @@ from PIL import Image, ImageOps
 from checkpoints.reading import listed
 from datamodules import CLASS_NAMES, FashionMNISTDataModule
 from errors import RunError
-from inspection.grad_cam import EDGE, grad_cam, heat_map
+from inspection.grad_cam import grad_cam
 from lit_modules import LitClassifier
 from pictures.cleaning import as_fashion_mnist
+from pictures.heat_map import EDGE, heat_map
 from pictures.reading import PictureError, read_picture
 from weights.trained import load_trained
 

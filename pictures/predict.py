@@ -18,14 +18,14 @@ from rich.text import Text
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from callbacks.confusion import Mistake
 from datamodules import FashionMNISTDataModule
 from errors import UserError
-from inspection.grad_cam import check_captum, grad_cam, overlay
+from inspection.grad_cam import check_captum, grad_cam
 from lit_modules import LitClassifier
 from pictures.cleaning import Invert, as_fashion_mnist
 from pictures.contact_sheet import Tile, contact_sheet, thumbnail
-from pictures.mistakes import explain_mistakes
+from pictures.heat_map import overlay
+from pictures.mistakes import Mistake, explain_mistakes
 from pictures.reading import PictureError, find_pictures, read_picture
 
 TOP = 3
@@ -134,7 +134,7 @@ def write_mistakes(
     mistakes: Sequence[Mistake],
     path: Path,
 ) -> None:
-    """Write a sheet of the worst mistakes among the test images, with what spoke for the guess and for the truth.
+    """Write a sheet of the worst mistakes among the test images, with the parts behind the guess and behind the truth.
 
     Args:
         trainer: Has predicted the classes of the test images.
@@ -155,7 +155,7 @@ def write_mistakes(
     png = io.BytesIO()
     explain_mistakes(net, data, images, mistakes, class_names).save(png, "PNG", optimize=True)
     _write_bytes(path, png.getvalue())
-    print(f"Wrote the {len(mistakes)} most confident mistakes and what spoke for them to {printable(path)}")
+    print(f"Wrote the {len(mistakes)} most confident mistakes, explained, to {printable(path)}")
 
 
 def printable(path: Path) -> str:

@@ -38,7 +38,6 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
 from torchvision.models import get_model, get_model_weights
 
-from callbacks.confusion import Mistake
 from callbacks.divergence_guard import DivergenceGuard
 from callbacks.processes import Processes
 from callbacks.temperature import GRID, best_temperature
@@ -49,7 +48,7 @@ from errors import Diverged, UserError
 from inspection.graph import network_graph
 from lit_modules import LitClassifier
 from models import VGG, GoogLeNet, LeNet, NiN
-from pictures.mistakes import explain_mistakes
+from pictures.mistakes import Mistake, explain_mistakes
 from weights.imagenet import _first_convolution, _weights_for, start_from_imagenet
 
 # ---- Training that has gone wrong ends, or says so, and keeps the last good checkpoint.

@@ -19,10 +19,9 @@ import torch
 from chromium import Page, find_chromium
 from commands import DATA, ENVIRONMENT, REPO, run_forked
 from conftest import train_once
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 import demo
-from callbacks.confusion import Mistake
 from cli.command import parse_command_line
 from cli.flags import PREDICT_FLAGS, help_text
 from datamodules import CLASS_NAMES, FashionMNISTDataModule
@@ -32,11 +31,11 @@ from inspection.grad_cam import grad_cam, last_feature_maps
 from lit_modules import LitClassifier
 from lit_modules.initialization import he_initialization
 from models import VGG, AlexNet, GoogLeNet, LeNet, NiN
-from pictures import fonts
 from pictures.cleaning import as_fashion_mnist
-from pictures.contact_sheet import COLUMNS, Tile, contact_sheet, fitting, thumbnail
-from pictures.mistakes import explain_mistakes
+from pictures.contact_sheet import COLUMNS, Tile, contact_sheet, thumbnail
+from pictures.mistakes import Mistake, explain_mistakes
 from pictures.reading import LONGEST_EDGE, PictureError, find_pictures, read_picture
+from pictures.sheet import fitting, legible
 
 # ---- One's own pictures: what is read, what the network gets to see, and what it makes of them.
 
@@ -466,7 +465,7 @@ def test_worst_mistakes_of_the_test_images_are_explained(checkpoint, tmp_path):
     answer = predict(checkpoint, tmp_path, "--gradcam", f"--data_dir={DATA}")
     assert (answer.code, answer.err) == (0, "")
     path = checkpoint.parent.parent / "mistakes.png"
-    assert f"Wrote the 16 most confident mistakes and what spoke for them to {path}" in answer.out
+    assert f"Wrote the 16 most confident mistakes, explained, to {path}" in answer.out
 
     rows = list(csv.DictReader((checkpoint.parent.parent / "predictions.csv").read_text().splitlines()))
     wrong = [row for row in rows if row["label"] != row["prediction"]]
@@ -539,62 +538,34 @@ def test_grad_cam_of_every_network_leaves_no_trace(network, arguments, size):
 # Names in any script
 
 
-@pytest.fixture
-def fonts_in(monkeypatch):
-    """Let only these folders have fonts."""
-
-    def choose(*folders):
-        monkeypatch.setattr(fonts, "FOLDERS", [str(folder) for folder in folders])
-        fonts._system_fonts.cache_clear()
-
-    yield choose
-    fonts._system_fonts.cache_clear()
-
-
-def boxes(text, font):
-    """The characters of which the font draws its sign for a missing one."""
+def boxes(text):
+    """The characters of which Pillow's font draws its sign for a missing one."""
+    font = ImageFont.load_default(14)
     missing = bytes(font.getmask("\uffff"))
     return [character for character in text if bytes(font.getmask(character)) == missing]
 
 
-def test_names_that_no_font_can_show_are_escaped(fonts_in, tmp_path):
-    (tmp_path / "broken.ttf").write_bytes(b"no font")
-    fonts_in(tmp_path, tmp_path / "gone")
+def test_names_that_the_font_cannot_show_are_escaped():
+    assert boxes("照片.png") == ["照", "片"]
     for name, expected in {
         "plain.png": "plain.png",
+        "cafe\u0301.png": "cafe.png",
         "照片.png": r"\u7167\u7247.png",
+        "жук.png": r"\u0436\u0443\u043a.png",
         "5\N{SQUARE KG} \N{FULLWIDTH LATIN CAPITAL LETTER A}.png": "5kg A.png",
         "\N{ATHLETIC SHOE}.png": r"\U0001f45f.png",
     }.items():
-        text, font = fonts.legible(name, 14)
+        text = legible(name)
         assert text == expected
-        assert not boxes(text, font)
+        assert not boxes(text)
 
 
-def test_a_font_of_the_system_shows_what_pillows_own_does_not(fonts_in, tmp_path):
-    found = [path for path in fonts._system_fonts() if fonts._has(path, "ж")]
-    if not found:
-        pytest.skip("no font with Cyrillic letters")
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / found[0].name).symlink_to(found[0])
-    fonts_in(tmp_path)
-    assert fonts.legible("plain.png", 14)[1] == fonts._font(None, 14)
-    text, font = fonts.legible("жук.png", 14)
-    assert text == "жук.png"
-    assert Path(str(font.path)) == tmp_path / "deep" / found[0].name
-    assert not boxes(text, font)
+def test_names_in_any_script_tell_pictures_apart():
     sheets = []
     for name in ("жук.png", "жёлтый жук.png"):
         tile = Tile(name, thumbnail(drawing(bag)), np.zeros((28, 28), np.uint8), [("Bag", 0.9)])
         sheets.append(np.asarray(contact_sheet([tile])))
     assert not np.array_equal(sheets[0], sheets[1])
-
-
-@pytest.mark.skipif(not any(fonts._has(path, "照") for path in fonts._system_fonts()), reason="no Chinese font")
-def test_chinese_names_are_shown():
-    text, font = fonts.legible("我的照片（一）.png", 14)
-    assert text == "我的照片（一）.png"
-    assert not boxes(text, font)
 
 
 # The contact sheet
@@ -609,14 +580,12 @@ def test_contact_sheet_has_room_for_all():
 
 
 def test_long_names_lose_their_middle():
-    from PIL import ImageFont
-
     font = ImageFont.load_default(14)
-    text = fitting("a very long name of a picture that somebody took on holiday.png", font, 150)
+    text = fitting("a very long name of a picture that somebody took on holiday.png", 150)
     assert font.getlength(text) <= 150
     assert text.startswith("a very")
     assert text.endswith("day.png")
-    assert fitting("short.png", font, 150) == "short.png"
+    assert fitting("short.png", 150) == "short.png"
 
 
 # ---- The page of demo.py: its answers, and the whole of it in a browser.

@@ -8,6 +8,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
+from pictures import sheet
+from pictures.sheet import Entry, Line
+
 INK, GREY, PAPER, GAP = (40, 40, 40), (110, 110, 110), (255, 255, 255), 2
 # Both ends of the ramps of the confusion matrix: right answers, wrong ones.
 RIGHT = ((247, 251, 255), (8, 81, 156))
@@ -48,27 +51,6 @@ def grid(tiles: Tensor, columns: int, scale: int = 1, background: int = 255) -> 
     return Image.fromarray(canvas)
 
 
-def captioned_grid(tiles: Tensor, captions: Sequence[Sequence[tuple[str, tuple[int, int, int]]]]) -> Image.Image:
-    """Tiles four in a row, each above its own lines of text.
-
-    Args:
-        tiles: Grey values (N, H, W) uint8, H and W at least 100.
-        captions: For each tile its lines: text and colour.
-    """
-    count, height, width = tiles.shape
-    line = 16
-    columns = min(4, count)
-    down, right = height + line * max(map(len, captions)) + 10, width + 10
-    canvas = Image.new("RGB", (columns * right, -(-count // columns) * down), PAPER)
-    draw = ImageDraw.Draw(canvas)
-    for index, (tile, lines) in enumerate(zip(tiles.numpy(), captions, strict=True)):
-        top, left = index // columns * down, index % columns * right + 5
-        canvas.paste(Image.fromarray(tile), (left, top + 4))
-        for number, (text, colour) in enumerate(lines):
-            draw.text((left, top + height + 5 + number * line), text, colour, _font(14))
-    return canvas
-
-
 def confusion_matrix(matrix: Tensor, class_names: Sequence[str]) -> Image.Image:
     """Table of the numbers of images: a row for each true class, a column for each guess, and the row's accuracy.
 
@@ -86,7 +68,7 @@ def confusion_matrix(matrix: Tensor, class_names: Sequence[str]) -> Image.Image:
     draw.text((2, head - 18), "true", GREY, _font(13))
     for column, name in enumerate([*class_names, "accuracy"]):
         text = Image.new("L", (head, 18))
-        ImageDraw.Draw(text).text((2, 1), name, 255, _font(14))
+        ImageDraw.Draw(text).text((2, 1), sheet.fitting(name, head - 4), 255, _font(14))
         place = (left + column * cell + (14 if column == classes else 0) + cell // 2 - 9, 0)
         canvas.paste(Image.new("RGB", (18, head), INK), place, text.rotate(90, expand=True))
     totals = matrix.sum(dim=1).clamp(min=1)
@@ -94,7 +76,7 @@ def confusion_matrix(matrix: Tensor, class_names: Sequence[str]) -> Image.Image:
     for row, (name, counts) in enumerate(zip(class_names, matrix.tolist(), strict=True)):
         top = head + row * cell
         middle = top + cell // 2
-        draw.text((left - 6, middle), name, INK, _font(14), anchor="rm")
+        draw.text((left - 6, middle), sheet.fitting(name, left - 8), INK, _font(14), anchor="rm")
         for column, count in enumerate(counts):
             x = left + column * cell
             share = shares[row][column]
@@ -149,7 +131,7 @@ def inputs(images: Tensor, captions: Sequence[str]) -> Image.Image:
     pixels = images.float().mean(dim=1)
     low, high = pixels.min(), pixels.max()
     tiles = ((pixels - low) / (high - low).clamp(min=1e-12) * 255).round().byte()
-    return captioned_grid(enlarge(tiles), [[(caption, INK)] for caption in captions])
+    return _captioned(tiles, [[Line(caption)] for caption in captions])
 
 
 def enlarge(tiles: Tensor) -> Tensor:
@@ -175,10 +157,17 @@ def mistakes(tiles: Tensor, labels: Sequence[str], guesses: Sequence[str], sure:
         ImageDraw.Draw(picture).text((8, 12), "no mistakes", INK, _font(15))
         return picture
     captions = [
-        [(f"is {label}", RIGHT[1]), (f"{guess} {probability:.1%}", WRONG[1])]
+        [Line(f"is {label}", sheet.TRUE), Line(f"{guess} {probability:.1%}", sheet.WRONG)]
         for label, guess, probability in zip(labels, guesses, sure, strict=True)
     ]
-    return captioned_grid(enlarge(tiles), captions)
+    return _captioned(tiles, captions)
+
+
+def _captioned(tiles: Tensor, captions: Sequence[Sequence[Line]]) -> Image.Image:
+    """Tiles (N, H, W) uint8, four in a row, each above its lines."""
+    large = enlarge(tiles)
+    entries = [Entry([Image.fromarray(tile)], [lines]) for tile, lines in zip(large.numpy(), captions, strict=True)]
+    return sheet.sheet(entries, 4, large.shape[-1])
 
 
 def _columns(count: int) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from callbacks.confusion import Confusion
 from callbacks.tensorboard import drawing as pictures
 from inspection.graph import network_graph
-from inspection.stages import stage_modules
+from inspection.stages import walk
 
 LAYOUT = {
     "Train and validation": {
@@ -159,29 +159,16 @@ def _feature_maps(net: nn.Module, image: Tensor) -> Iterator[tuple[str, Tensor]]
 
     A stage that neither has parameters nor changes the shape (an activation) is shown as part of the one before it.
     """
+    image = image.to(next(net.parameters()).dtype)
+    walked, _ = walk(net, lambda: net.forward(image), lambda output: output[0].clone())
     found: list[tuple[str, nn.Module, Tensor]] = []
-
-    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-        if not isinstance(output, Tensor) or output.dim() != 4 or output.shape[-1] < 2:
-            return
-        maps = output[0].clone()  # an activation in place would change it
+    for name, module, maps in walked:
+        if maps is None or maps.dim() != 3 or maps.shape[-1] < 2:
+            continue
         if found and maps.shape == found[-1][2].shape and next(module.parameters(), None) is None:
             found[-1] = (*found[-1][:2], maps)
         else:
-            found.append((names[module], module, maps))
-
-    names = stage_modules(net)
-    handles = [module.register_forward_hook(keep) for module in names]
-    was_training = net.training
-    try:
-        net.eval()
-        with torch.no_grad():
-            # Not net(...): a compiled network would be compiled anew for a single image.
-            net.forward(image.to(next(net.parameters()).dtype))
-    finally:
-        net.train(was_training)
-        for handle in handles:
-            handle.remove()
+            found.append((name, module, maps))
     for name, module, maps in found:
         yield f"{name}_{type(module).__name__}_{'x'.join(map(str, maps.shape))}", maps.float().cpu()
 
