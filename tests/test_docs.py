@@ -1,10 +1,10 @@
 """The pages in docs/, the README and the notebook: current, without dead links, and with commands that run."""
 
-import importlib
 import re
 import shlex
 import shutil
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,14 +14,19 @@ from commands import run_forked
 from nbclient import NotebookClient
 
 from cli.command import parse_command_line
+from docs.course import exercises
+from docs.course.check import COURSE, TEXTS, findings
+from docs.course.check import main as check_answer
+from docs.drawing import build
+from docs.make_docs import main as make_docs
+from inspection.receptive_field import WHOLE, receptive_fields
 
 PROJECT = Path(__file__).parents[1]
 DOCS = PROJECT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
+CHINESE_PAGES = sorted((DOCS / "zh-CN").glob("*.md"))
 READMES = [PROJECT / "README.md", PROJECT / "README.zh-CN.md"]
 NOTEBOOK = PROJECT / "notebooks" / "walkthrough.ipynb"
-# By name, for mypy would take the file for two modules.
-make_docs = importlib.import_module("docs.make_docs").main
 
 
 def commands(page: Path) -> Iterator[list[str]]:
@@ -103,7 +108,9 @@ def test_a_picture_shows_every_size_and_the_whole_cost(name: str, shapes: str) -
     assert 190 <= sum(shares) <= 205  # parameters and FLOPs, each 100 but for rounding and shares below 1
 
 
-@pytest.mark.parametrize("page", [*PAGES, *READMES, NOTEBOOK], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [*PAGES, *CHINESE_PAGES, *READMES, NOTEBOOK], ids=lambda page: f"{page.parent.name}/{page.name}"
+)
 def test_links_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     if page == NOTEBOOK:
@@ -121,10 +128,11 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not dead
 
 
-def headings(page: Path) -> set[str]:
-    """The anchors that GitHub gives to a page's headings."""
-    lines = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+def headings(page: Path) -> list[str]:
+    """The anchors that GitHub gives to a page's headings, in order."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines]
 
 
 @pytest.mark.parametrize("page", READMES, ids=lambda page: page.name)
@@ -173,3 +181,157 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     measured, recorded = re.findall(r"0\.\d{4}", streams["check", "stdout"])
     assert measured == recorded
     assert float(measured) > 0.5  # chance is 0.1
+
+
+# Exercise -> what its starting point is told to look at, in order.
+STARTING_POINTS = {
+    "lenet-1": ["conv1_parameters", "conv1_flops", "conv2_parameters", "conv2_flops"],
+    "lenet-2": ["shapes", "parameters"],
+    "lenet-3": ["logits"],
+    "alexnet-1": ["smallest_image", "image_for_55", "receptive_field", "share_of_first_linear"],
+    "alexnet-2": ["alone"],
+    "vgg-1": ["three_3x3", "one_7x7", "receptive_field", "largest_layer"],
+    "vgg-2": ["learns"],
+    "vgg-3": ["official", "leaked"],
+    "nin-1": ["linear"],
+    "nin-2": ["dead", "gradient"],
+    "googlenet-1": ["direct_5x5", "reduced_5x5", "block_parameters", "flops_factor"],
+    "googlenet-2": ["kernel", "parameters"],
+}
+
+
+@pytest.mark.parametrize("name", exercises.EXERCISES)
+def test_a_starting_point_gets_its_hint_and_a_solution_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exercises, "LIMIT", 600)
+    file = name.replace("-", "_") + exercises.EXERCISES[name].suffix
+    found = findings(name, COURSE / "start" / file)
+    assert [finding.text for finding in found if not finding.right] == STARTING_POINTS[name]
+    solved = findings(name, COURSE / "solutions" / file)
+    assert [finding.text for finding in solved if not finding.right] == []
+
+
+def test_every_finding_is_told_in_both_languages() -> None:
+    assert list(TEXTS) == ["common", *exercises.EXERCISES]
+    for texts in TEXTS.values():
+        for text in texts.values():
+            for english, chinese in text.values() if isinstance(text, dict) else [text]:
+                assert sorted(re.findall(r"{.*?}", english)) == sorted(re.findall(r"{.*?}", chinese))
+                assert not re.search("[\u4e00-\u9fff]", english)
+
+
+def test_every_exercise_stands_on_its_page() -> None:
+    assert len(exercises.EXERCISES) == 12
+    for name in exercises.EXERCISES:
+        assert f"| `{name}` |" in (DOCS / f"{name.rpartition('-')[0]}.md").read_text(encoding="utf-8")
+
+
+def test_an_answer_is_reported_with_exit_code_and_language(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = tmp_path / "mine.py"
+    answer.write_text((COURSE / "start" / "lenet_1.py").read_text(encoding="utf-8").replace("= 0", "= 156", 1))
+    assert check_answer(["lenet-1", str(answer), "--language", "en"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "  right     conv1_parameters = 156"
+    assert lines[2].startswith("  look at   conv1_flops = 0: 2 × the weights")
+    assert check_answer(["lenet-1", str(COURSE / "solutions" / "lenet_1.py"), "--language", "zh-CN"]) == 0
+    assert capsys.readouterr().out.endswith("lenet-1 已完成。\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("lenet-9", "", "there is no exercise 'lenet-9'; there are: lenet-1, "),
+        ("lenet-1", None, "mine.py: a .py file with the answer was expected"),
+        ("lenet-1", "conv1_parameters =\n", "mine.py, line 1: SyntaxError: invalid syntax"),
+        ("lenet-1", "conv1_parameters = 156\n", "AttributeError: module 'answer' has no attribute 'conv1_flops'"),
+        (
+            "lenet-2",
+            "class Answer:\n    def __init__(self):\n        self.x = 1 / 0\n",
+            "mine.py, line 3: ZeroDivision",
+        ),
+        ("nin-2", "model: {net: models.nin.NiN, nothing: 1}\noutput_bias: 1\n", "nothing"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str | None, message: str
+) -> None:
+    answer = tmp_path / ("mine.yaml" if name == "nin-2" else "mine.py")
+    if content is not None:
+        answer.write_text(content, encoding="utf-8")
+    assert check_answer([name, str(answer)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_the_receptive_field_of_a_branch_is_the_largest_and_a_known_network_has_its_published_one() -> None:
+    net, shape = build("vgg16")
+    assert receptive_fields(net, shape)["features.30"] == 212  # Araujo et al. 2019, doi:10.23915/distill.00021
+    net, shape = build("googlenet")
+    assert receptive_fields(net, shape)["features.stage2"] == 27
+    assert (
+        receptive_fields(net, shape)["features.stage3"] == 27 + 2 * 4 * 8 + 2 * 8
+    )  # two blocks by their 5x5, a pooling
+    assert receptive_fields(net, shape)["classifier.1"] == WHOLE
+
+
+PAIRS = [tuple(READMES), *((page, DOCS / "zh-CN" / page.name) for page in PAGES)]
+
+
+def code_blocks(text: str) -> list[str]:
+    """The blocks of code without comments."""
+    blocks = re.findall(r"```(?:bash|python|yaml)\n(.*?)```", text, re.DOTALL)
+    return [re.sub(r"(?m) *# .*$", "", block) for block in blocks]
+
+
+def numbers(text: str) -> Counter[str]:
+    """Every number of two digits or more, and how often it stands there."""
+    return Counter(
+        re.findall(r"(?<![A-Za-z])\d[\d.,]*\d", re.sub(r"```.*?```|\]\([^)]*\)|<!--.*?-->", "", text, flags=re.DOTALL))
+    )
+
+
+def links(page: Path) -> list[tuple[str, int]]:
+    """Each link that isn't to the other language: its target, and which of the target's headings it leads to."""
+    found = []
+    for link in re.findall(
+        r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    ):
+        path, _, anchor = link.partition("#")
+        if link.startswith("http"):
+            found.append((link, 0))
+            continue
+        target = (page.parent / path).resolve() if path else page
+        heading = headings(target).index(anchor) if anchor else 0
+        shown = target.relative_to(PROJECT).as_posix()
+        found.append((shown.replace("docs/zh-CN", "docs").replace("README.zh-CN", "README"), heading))
+    return sorted(link for link in found if link[0] != "README.md" or link[1])
+
+
+@pytest.mark.parametrize(("english", "chinese"), PAIRS, ids=lambda page: f"{page.parent.name}/{page.name}")
+def test_chinese_is_level_with_english(english: Path, chinese: Path) -> None:
+    texts = [page.read_text(encoding="utf-8") for page in (english, chinese)]
+    levels = [re.findall(r"^#+(?= )", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE) for text in texts]
+    assert levels[1] == levels[0]
+    assert code_blocks(texts[1]) == code_blocks(texts[0])
+    first, second = map(numbers, texts)
+    assert (first - second, second - first) == (Counter(), Counter())
+    assert links(chinese) == links(english)
+    regions = [re.findall(r"<!-- .*? -->", text) for text in texts]
+    assert regions[1] == regions[0]
+    # Bullets, numbered questions and rows of tables.
+    shapes = [re.findall(r"^ *(?:-|\d\.|\|(?=[^-]))(?= )", text, re.MULTILINE) for text in texts]
+    assert shapes[1] == shapes[0]
+    asides = [sorted(re.findall(r"`--[\w.]+|`\w+[/.][\w./]+`", text)) for text in texts]
+    assert asides[1] == asides[0]
+
+
+def test_the_messages_are_those_of_the_code() -> None:
+    folders = ("cli", "launch", "checkpoints", "datamodules", "callbacks", "weights")
+    files = [PROJECT / "errors.py", *(path for folder in folders for path in (PROJECT / folder).rglob("*.py"))]
+    source = re.sub(r'"\s*f?"', "", "".join(path.read_text(encoding="utf-8") for path in files))
+    source = re.sub(r"{.*?}", "…", source)
+    listed = re.findall(r"^\| `(.+?)` \|", (DOCS / "messages.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(listed) > 10
+    for message in listed:
+        for part in filter(None, message.split("…")):
+            assert part.strip() in source, message

@@ -27,23 +27,28 @@ OPENING = re.compile(r"<!-- (?:results|throughput|measured) ")
 COLLAPSED = 0.15
 # Contestants of benchmarks.throughput, in the table's order; {} is the version.
 PEERS = {
-    "tutorial": ("times the tutorial's loop", "教程循环的倍数"),
-    "d2l": ("times d2l {}", "d2l {} 的倍数"),
-    "references": ("times torchvision's style", "torchvision 风格的倍数"),
-    "timm": ("times timm {}", "timm {} 的倍数"),
+    "tutorial": ("times the tutorial's loop", "相对教程循环的加速比"),
+    "d2l": ("times d2l {}", "相对 d2l {} 的加速比"),
+    "references": ("times torchvision's style", "相对 torchvision 风格循环的加速比"),
+    "timm": ("times timm {}", "相对 timm {} 的加速比"),
 }
 FAMILY_HEADERS = (
     "recipe | network | input | parameters | FLOPs an image | epochs | published | here: mean ± deviation (range) | "
     "seeds (collapsed) | training",
-    "配方 | 网络 | 输入 | 参数量 | 单张 FLOPs | 轮数 | 公开结果 | 本项目：均值 ± 标准差（范围） | "
+    "配方 | 网络 | 输入 | 参数量 | 每张图的 FLOPs | 轮数 | 公开结果 | 本项目：均值 ± 标准差（范围） | "
     "种子数（训练失败） | 训练时间",
 )
 BEST_HEADERS = (
     "recipe | input | parameters | FLOPs an image | epochs | published | 55,000 images | all 60,000 | "
     "all, flip-averaged | seeds (collapsed) | training",
-    "配方 | 输入 | 参数量 | 单张 FLOPs | 轮数 | 公开结果 | 55,000 张 | 全部 60,000 张 | 全部，翻转平均 | "
-    "种子数（训练失败） | 训练时间",
+    "配方 | 输入 | 参数量 | 每张图的 FLOPs | 轮数 | 公开结果 | 55,000 张 | 全部 60,000 张 | "
+    "全部，水平翻转平均（TTA） | 种子数（训练失败） | 训练时间",
 )
+MODULE_HEADERS = (
+    "command | test accuracy | seeds (collapsed) | published | training",
+    "命令 | 测试准确率 | 种子数（训练失败） | 公开结果 | 训练时间",
+)
+NOT_MEASURED = ("not measured yet", "尚未测量")
 NETWORKS = {"lenet": "LeNet", "alexnet": "AlexNet", "vgg11": "VGG-11", "nin": "NiN", "googlenet": "GoogLeNet"}
 
 
@@ -56,7 +61,7 @@ class Language(NamedTuple):
 
 def pages() -> list[Path]:
     """The files that have tables to write."""
-    files = [README, CHINESE, *sorted((PROJECT / "docs").glob("*.md"))]
+    files = [README, CHINESE, *sorted((PROJECT / "docs").glob("*.md")), *sorted((PROJECT / "docs/zh-CN").glob("*.md"))]
     return [path for path in files if OPENING.search(path.read_text(encoding="utf-8"))]
 
 
@@ -72,7 +77,7 @@ def written(path: Path, results: Results, folder: Path) -> str:
         UserError: If a region has no end, or an unknown name.
     """
     text = path.read_text(encoding="utf-8")
-    language = Language(1, "–") if path.name == CHINESE.name else Language(0, " to ")
+    language = Language(1, "–") if path == CHINESE or path.parent.name == "zh-CN" else Language(0, " to ")
     if len(OPENING.findall(text)) != len(REGION.findall(text)):
         raise UserError(f"{path.name}: a <!-- results ... --> or other region has no end, or not one name")
 
@@ -108,8 +113,8 @@ def results_table(name: str, results: Results, language: Language) -> str:
             if runs := results.of(entry, device):
                 command = " ".join(["python train.py --model", entry.recipe, *entry.flags])
                 rows.append((f"`{command}`", *_score(runs, language), _published([entry]), _time(runs, device)))
-    header = ("command", "test accuracy", "seeds (collapsed)", "published", "training")
-    return _markdown([header, *rows], left=1) if rows else "not measured yet"
+    header = MODULE_HEADERS[language.number].split(" | ")
+    return _markdown([header, *rows], left=1) if rows else NOT_MEASURED[language.number]
 
 
 def _family(entries: Sequence[Entry], results: Results, language: Language) -> str:
@@ -148,7 +153,7 @@ def throughput_table(record: dict[str, Any] | None, language: Language) -> str:
         language: Of the table.
     """
     if not record:
-        return ("not measured yet", "尚未测量")[language.number]
+        return NOT_MEASURED[language.number]
     networks = [{one["contestant"]: one for one in entry["contestants"]} for entry in record["results"]]
     peers = [name for name in PEERS if any(name in network for network in networks)]
     header = [("network, input, batch", "网络，输入，批量大小")[language.number]]
@@ -183,7 +188,7 @@ def measured_table(folder: Path, device: str, language: Language) -> str:
         if record and (result := line.result(record)):
             rows.append((line.what[language.number], result[language.number], f"`python -m benchmarks.{line.command}`"))
     header = (("what", "result", "command"), ("项目", "结果", "命令"))[language.number]
-    return _markdown([header, *rows], left=3) if rows else ("not measured yet", "尚未测量")[language.number]
+    return _markdown([header, *rows], left=3) if rows else NOT_MEASURED[language.number]
 
 
 class Line(NamedTuple):
@@ -216,7 +221,7 @@ def _overhead(record: dict[str, Any]) -> tuple[str, str]:
     ratios = [up(over["median"], 2) for over in kept]
     return (
         f"{answers[0]}; over one that keeps freed memory as ours does: {', '.join(ratios)}",
-        f"{answers[1]}；对比同样保留已释放内存的裸循环：{'、'.join(ratios)} 倍",
+        f"{answers[1]}；与同样保留已释放内存的最简训练循环相比：{'、'.join(ratios)} 倍",
     )
 
 
@@ -261,7 +266,8 @@ def _precision(record: dict[str, Any]) -> tuple[str, str]:
             compared["agree"]
         ]
         english.append(f"{entry['network']}: {bf16} and {plain} % ({agree[0]}), {times} times as fast")
-        chinese.append(f"{entry['network']}：{bf16}% 与 {plain}%（{agree[1]}），速度 {times} 倍")
+        network = entry["network"].replace(", ", "，").replace(" pixels", " 像素")
+        chinese.append(f"{network}：{bf16}% 与 {plain}%（{agree[1]}），速度 {times} 倍")
     return "; ".join(english), "；".join(chinese)
 
 
@@ -316,7 +322,7 @@ LINES = (
         "data_path",
         (
             "loader with shuffle, augmentation, resize, against PIL with workers",
-            "数据加载（打乱、增强、缩放），对比 PIL 多进程",
+            "数据加载（打乱、增强、缩放），与 PIL 多进程加载相比",
         ),
         _loader,
     ),
@@ -325,7 +331,7 @@ LINES = (
         "trainer_overhead",
         (
             "LeNet's epoch with bar, logs, metrics, checkpoints, over a bare loop",
-            "LeNet 每轮用时（含进度条、日志、指标、检查点），对比裸循环",
+            "LeNet 每轮用时（含进度条、日志、指标、检查点），与最简训练循环相比",
         ),
         _overhead,
     ),
@@ -334,7 +340,7 @@ LINES = (
         "freed_memory",
         (
             "training speed with freed memory kept for the next step, against glibc's default",
-            "保留已释放的内存供下一步使用，对比 glibc 默认行为的训练速度",
+            "保留已释放的内存供下一步使用，与 glibc 默认行为相比的训练速度",
         ),
         _freed_memory,
     ),
@@ -352,7 +358,7 @@ LINES = (
         "tensorboard_cost",
         (
             "LeNet's epoch with all of TensorBoard's pictures, over one without",
-            "LeNet 每轮用时：绘制全部 TensorBoard 图片，对比不绘制",
+            "LeNet 每轮用时：绘制全部 TensorBoard 图片，与不绘制相比",
         ),
         _pictures,
     ),
@@ -384,7 +390,7 @@ LINES = (
         _step,
     ),
     Line("scaling-{}", "scaling", ("images a second of several devices", "多设备的训练速度"), _scaling),
-    Line("reliability", "reliability", ("kills while a checkpoint was written", "写检查点时杀死进程"), _kills),
+    Line("reliability", "reliability", ("kills while a checkpoint was written", "写检查点时杀掉进程"), _kills),
     Line(
         "reliability",
         "reliability",

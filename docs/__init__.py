@@ -1,0 +1,1 @@
+"""The pages about the networks, what writes them, and the course."""

@@ -1,0 +1,34 @@
+"""lenet-3: cross entropy is the loss, and this network learns far too slowly. Find the bug.
+
+损失函数是交叉熵，而这个网络学得太慢。找出其中的错误。
+"""
+
+from torch import Tensor, nn
+
+
+class Answer(nn.Module):
+    """LeNet-5 for images of 28x28 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 6, kernel_size=5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(6, 16, kernel_size=5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        )
+        self.classifier = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(400, 120),
+            nn.ReLU(),
+            nn.Linear(120, 84),
+            nn.ReLU(),
+            nn.Linear(84, 10),
+            nn.Softmax(dim=1),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, 1, 28, 28) to ten values each, for torch.nn.functional.cross_entropy."""
+        return self.classifier(self.features(images))
