@@ -66,7 +66,9 @@ def test_measured_results_are_left_alone(tmp_path: Path) -> None:
     page.write_text(text, encoding="utf-8")
     assert make_docs(["--folder", str(tmp_path)]) == 0
     assert page.read_text(encoding="utf-8").startswith(text[: text.index("old")])
-    assert "| **total** | LeNet | 10 |  | **61,706** | **833,040** |\n<!-- /table -->" in page.read_text(encoding="utf-8")
+    assert "| **total** | LeNet | 10 |  | **61,706** | **833,040** |\n<!-- /table -->" in page.read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize(
