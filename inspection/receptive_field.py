@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from inspection.stages import stage_modules, without_data
+from inspection.stages import walk, without_data
 
 WHOLE = -1  # every value depends on the whole image
 
@@ -30,31 +30,17 @@ def receptive_fields(net: nn.Module, input_shape: tuple[int, int, int]) -> dict[
         Exception: Whatever the network raises for an image of that shape.
     """
     images = torch.empty(1, *input_shape, device="meta")
-    walk = _Walk(images)
-    found: dict[str, int] = {}
+    noted = _Noted(images)
 
-    def note(name: str, output: Any) -> None:
-        if isinstance(output, Tensor) and id(output) in walk.seen:
-            found[name] = walk.seen[id(output)][0]
+    def forward() -> Tensor:
+        with noted:
+            return torch.func.functional_call(net, without_data(net), (images,))
 
-    names = stage_modules(net)
-    handles = [
-        module.register_forward_hook(lambda _net, _in, out, name=name: note(name, out))
-        for module, name in names.items()
-    ]
-    was_training = net.training
-    try:
-        net.eval()
-        with torch.no_grad(), walk:
-            torch.func.functional_call(net, without_data(net), (images,))
-    finally:
-        net.train(was_training)
-        for handle in handles:
-            handle.remove()
-    return found
+    walked, _ = walk(net, forward, lambda output: noted.seen[id(output)][0] if id(output) in noted.seen else 0)
+    return {name: side for name, _, side in walked if side}
 
 
-class _Walk(TorchDispatchMode):
+class _Noted(TorchDispatchMode):
     """Notes for each tensor that the image led to: its receptive field, and the pixels between two neighbours of it."""
 
     def __init__(self, images: Tensor) -> None:

@@ -36,7 +36,7 @@ TITLE = "Classic CNNs on Fashion-MNIST · 经典卷积网络"
 HEADING = f"""# {TITLE}
 Give a photograph of one garment, shoe or bag on a plain ground, or draw one and fill it in.
 Each network says what it takes it for; the warm colours are where it looked (Grad-CAM).
-<br>上传一张照片（一件衣服、一双鞋或一个包，背景尽量单一），或者自己画一件并涂满。
+<br>上传一张照片（一件衣服、一只鞋（侧面）或一个包，背景尽量单一），或者自己画一件并涂满。
 各个网络分别给出判断；暖色表示判断的依据（Grad-CAM）。"""
 CSS = """
 .gradio-container {max-width: 1240px !important; margin: auto}

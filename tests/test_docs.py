@@ -27,6 +27,7 @@ PAGES = sorted(DOCS.glob("*.md"))
 CHINESE_PAGES = sorted((DOCS / "zh-CN").glob("*.md"))
 READMES = [PROJECT / "README.md", PROJECT / "README.zh-CN.md"]
 NOTEBOOK = PROJECT / "notebooks" / "walkthrough.ipynb"
+CHINESE_NOTEBOOK = NOTEBOOK.with_suffix(".zh-CN.ipynb")
 
 
 def commands(page: Path) -> Iterator[list[str]]:
@@ -111,11 +112,13 @@ def test_a_picture_shows_every_size_and_the_whole_cost(name: str, shapes: str) -
 
 
 @pytest.mark.parametrize(
-    "page", [*PAGES, *CHINESE_PAGES, *READMES, NOTEBOOK], ids=lambda page: f"{page.parent.name}/{page.name}"
+    "page",
+    [*PAGES, *CHINESE_PAGES, *READMES, NOTEBOOK, CHINESE_NOTEBOOK],
+    ids=lambda page: f"{page.parent.name}/{page.name}",
 )
 def test_links_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    if page == NOTEBOOK:
+    if page.suffix == ".ipynb":
         text = "\n".join(cell.source for cell in nbformat.reads(text, 4).cells if cell.cell_type == "markdown")
     links = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     dead = []
@@ -161,8 +164,9 @@ def test_the_pages_commands_build_what_they_train(arguments: tuple[str, ...], tm
     assert re.search(r"^total +\w+ +10 +[\d,]+ +[\d,]+$", answer.out, re.MULTILINE)
 
 
-def test_the_notebook_is_kept_without_results() -> None:
-    notebook = nbformat.read(NOTEBOOK, 4)
+@pytest.mark.parametrize("path", [NOTEBOOK, CHINESE_NOTEBOOK], ids=lambda path: path.name)
+def test_the_notebook_is_kept_without_results(path: Path) -> None:
+    notebook = nbformat.read(path, 4)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in code)
@@ -305,7 +309,7 @@ def links(page: Path) -> list[tuple[str, int]]:
         target = (page.parent / path).resolve() if path else page
         heading = headings(target).index(anchor) if anchor else 0
         shown = target.relative_to(PROJECT).as_posix()
-        found.append((shown.replace("docs/zh-CN", "docs").replace("README.zh-CN", "README"), heading))
+        found.append((shown.replace("docs/zh-CN", "docs").replace(".zh-CN.", "."), heading))
     return sorted(link for link in found if link[0] != "README.md" or link[1])
 
 
@@ -325,6 +329,18 @@ def test_chinese_is_level_with_english(english: Path, chinese: Path) -> None:
     assert shapes[1] == shapes[0]
     asides = [sorted(re.findall(r"`--[\w.]+|`\w+[/.][\w./]+`", text)) for text in texts]
     assert asides[1] == asides[0]
+
+
+def test_the_chinese_notebook_has_the_code_of_the_english_one() -> None:
+    english, chinese = (nbformat.read(path, 4) for path in (NOTEBOOK, CHINESE_NOTEBOOK))
+    assert [cell.id for cell in chinese.cells] == [cell.id for cell in english.cells]
+    for cell, other in zip(english.cells, chinese.cells, strict=True):
+        if cell.cell_type == "code":
+            assert other.source == cell.source
+        else:
+            assert re.search("[\u4e00-\u9fff]", other.source)
+            assert numbers(other.source) == numbers(cell.source)
+    assert chinese.metadata == english.metadata
 
 
 def test_the_messages_are_those_of_the_code() -> None:

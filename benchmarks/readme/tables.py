@@ -77,7 +77,7 @@ def written(path: Path, results: Results, folder: Path) -> str:
         UserError: If a region has no end, or an unknown name.
     """
     text = path.read_text(encoding="utf-8")
-    language = Language(1, "–") if path == CHINESE or path.parent.name == "zh-CN" else Language(0, " to ")
+    language = Language(1, "–") if path.name == CHINESE.name or path.parent.name == "zh-CN" else Language(0, " to ")
     if len(OPENING.findall(text)) != len(REGION.findall(text)):
         raise UserError(f"{path.name}: a <!-- results ... --> or other region has no end, or not one name")
 
