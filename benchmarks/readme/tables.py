@@ -104,7 +104,8 @@ def results_table(name: str, results: Results, language: Language) -> str:
         entries = [entry for entry in results.entries if entry.family == name]
         return _best(entries, results, language) if name == "best" else _family(entries, results, language)
     module = f"models.{name}."
-    of_module = [entry for entry in results.entries if entry.config["model"]["net"]["class_path"].startswith(module)]
+    shown = [entry for entry in results.entries if entry.family != "short"]
+    of_module = [entry for entry in shown if entry.config["model"]["net"]["class_path"].startswith(module)]
     if not of_module:
         raise UserError(f"there is no family and no network {name!r} to show results of")
     rows = []
