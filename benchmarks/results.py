@@ -242,7 +242,7 @@ def _list(jobs: list[Job], options: argparse.Namespace) -> None:
     results = read_results(options.out, options.flags)
     rows, known, unknown = [], 0.0, 0
     for job in jobs:
-        left = _estimate(job, results, options)
+        left = estimate(job.entry, results, options.accelerator)
         state = "to do"
         if _recorded(job, options):
             state, left = "done", 0.0
@@ -258,16 +258,16 @@ def _list(jobs: list[Job], options: argparse.Namespace) -> None:
     print(f"\n{duration(known)} left{f', and {unknown} runs of unknown time' if unknown else ''}")
 
 
-def _estimate(job: Job, results: Results, options: argparse.Namespace) -> float | None:
+def estimate(entry: Entry, results: Results, accelerator: str) -> float | None:
     """Seconds of training, by the runs of the same recipe on the same kind of device; None without any."""
     rates = [
         run.record["fit_seconds"] / (len(run.record["epochs"]) * run.record["train_images"])
-        for (entry, device), runs in results.runs.items()
-        if entry.recipe == job.entry.recipe and device == options.accelerator
+        for (other, device), runs in results.runs.items()
+        if other.recipe == entry.recipe and device == accelerator
         for run in runs
         if "background" not in run.record
     ]
-    return fmean(rates) * job.entry.images * job.entry.config["trainer"]["max_epochs"] if rates else None
+    return fmean(rates) * entry.images * entry.config["trainer"]["max_epochs"] if rates else None
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from commands import DATA, REPO
+from commands import DATA, REPO, whole_set
 from torch.nn import functional as F
 
+from benchmarks import verify
 from benchmarks.harness.side_by_side import RESULTS, Contestant, Missing, contest, median, ratios
 from benchmarks.memory import LiveBytes, training_bytes
 from benchmarks.peers.airbench import augmented, triangle
@@ -29,6 +30,7 @@ from benchmarks.readme.tables import Language, pages, results_table, written
 from benchmarks.results import _jobs, main
 from benchmarks.scaling import all_reduce_seconds
 from benchmarks.throughput import PROCESS_BYTES, _groups, training_flops
+from benchmarks.verify import band, usual_deviation
 from runs.reading import Run, find_runs
 
 # ---- Each benchmark runs end to end in a tiny setting and writes a record; what they calculate is checked by hand.
@@ -440,6 +442,62 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytes
     assert err.startswith("benchmarks.results: error: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_the_band_of_a_row() -> None:
+    assert band([0.90, 0.92], usual=0.001) == pytest.approx((0.91 - 0.03 * math.sqrt(3), 0.91 + 0.03 * math.sqrt(3)))
+    assert band([0.90, 0.90], usual=0.002) == pytest.approx(
+        (0.9 - 0.006 * math.sqrt(1.5), 0.9 + 0.006 * math.sqrt(1.5))
+    )
+    assert band([0.999], usual=0.002)[1] == 1  # one seed: the usual deviation, and no accuracy is above 1
+    assert usual_deviation([[0.9], [0.9, 0.92], [0.8, 0.8]]) == pytest.approx(0.01 / math.sqrt(2))
+
+
+def test_each_recorded_run_lies_in_the_band_of_the_others(results: Results) -> None:
+    rows = [[run.accuracy for run in runs] for runs in results.runs.values()]
+    usual, outside, checked = usual_deviation(rows), 0, 0
+    for row in rows:
+        for place, accuracy in enumerate(row):
+            if others := [*row[:place], *row[place + 1 :]]:
+                low, high = band(others, usual)
+                outside += not low <= accuracy <= high
+                checked += 1
+    assert checked > 20
+    assert outside <= 0.1 * checked
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name the recipes to verify, or give --all"),
+        (["lenet", "--all"], "name the recipes to verify, or give --all"),
+        (["lenett"], "no entry of entries.yaml is called 'lenett'"),
+        (["vgg19"], "there are no records of vgg19 on a cpu"),
+        (["lenet", "--minutes", "0"], "--minutes must be above 0"),
+        (["lenet", "--minutes", "0.001"], "nothing fits into the time"),
+        (["lenet", "--seed", "x"], "invalid int value"),
+    ],
+)
+def test_mistakes_in_verify_are_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert verify.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_row_is_verified(capsys: pytest.CaptureFixture[str]) -> None:
+    if (folder := whole_set()) is None:
+        pytest.skip("needs the whole data set")
+    flags = ["--data_dir", str(folder), "--seed", "0"]
+    assert verify.main(["lenet", *flags, "--max_epochs", "1"]) == 1  # which is not what the row says
+    out = capsys.readouterr().out
+    assert out.endswith("FAIL\n")
+    assert f"torch {torch.__version__}" in out
+    assert verify.main(["fast-1min-1epoch", *flags]) == 0
+    assert capsys.readouterr().out.endswith("PASS\n")
 
 
 def test_a_region_without_an_end_is_one_line(tmp_path: Path, results: Results) -> None:

@@ -8,15 +8,18 @@ so is its line or its cell.
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
+import jinja2
+
 from benchmarks.harness.side_by_side import PROJECT
 from benchmarks.readme.entries import Entry, Results
 from benchmarks.readme.rounding import accuracies, down, duration, mean_and_range, share, span, up
+from cli.recipes import load_yaml
 from errors import UserError
 from runs.reading import Run
 
@@ -25,31 +28,10 @@ REGION = re.compile(r"(<!-- (results|throughput|measured) (\w+) -->\n).*?(<!-- /
 OPENING = re.compile(r"<!-- (?:results|throughput|measured) ")
 # A run that ends below this has not learnt: chance is 0.1.
 COLLAPSED = 0.15
-# Contestants of benchmarks.throughput, in the table's order; {} is the version.
-PEERS = {
-    "tutorial": ("times the tutorial's loop", "相对教程循环的加速比"),
-    "d2l": ("times d2l {}", "相对 d2l {} 的加速比"),
-    "references": ("times torchvision's style", "相对 torchvision 风格循环的加速比"),
-    "timm": ("times timm {}", "相对 timm {} 的加速比"),
-}
-FAMILY_HEADERS = (
-    "recipe | network | input | parameters | FLOPs an image | epochs | published | here: mean ± deviation (range) | "
-    "seeds (collapsed) | training",
-    "配方 | 网络 | 输入 | 参数量 | 每张图的 FLOPs | 轮数 | 公开结果 | 本项目：均值 ± 标准差（范围） | "
-    "种子数（训练失败） | 训练时间",
-)
-BEST_HEADERS = (
-    "recipe | input | parameters | FLOPs an image | epochs | published | 55,000 images | all 60,000 | "
-    "all, flip-averaged | seeds (collapsed) | training",
-    "配方 | 输入 | 参数量 | 每张图的 FLOPs | 轮数 | 公开结果 | 55,000 张 | 全部 60,000 张 | "
-    "全部，水平翻转平均（TTA） | 种子数（训练失败） | 训练时间",
-)
-MODULE_HEADERS = (
-    "command | test accuracy | seeds (collapsed) | published | training",
-    "命令 | 测试准确率 | 种子数（训练失败） | 公开结果 | 训练时间",
-)
-NOT_MEASURED = ("not measured yet", "尚未测量")
-NETWORKS = {"lenet": "LeNet", "alexnet": "AlexNet", "vgg11": "VGG-11", "nin": "NiN", "googlenet": "GoogLeNet"}
+TEXTS: dict[str, Any] = load_yaml(Path(__file__).with_name("tables.yaml"))
+JINJA = jinja2.Environment(undefined=jinja2.StrictUndefined)
+JINJA.filters |= {"down": down, "up": up, "median": median, "percent": lambda value: down(100 * value, 2)}
+PEERS, NETWORKS = TEXTS["peers"], TEXTS["networks"]
 
 
 class Language(NamedTuple):
@@ -57,6 +39,11 @@ class Language(NamedTuple):
 
     number: int
     to: str
+
+
+def language_of(number: int) -> Language:
+    """English (0) or Chinese (1)."""
+    return Language(number, TEXTS["between"][number])
 
 
 def pages() -> list[Path]:
@@ -77,7 +64,7 @@ def written(path: Path, results: Results, folder: Path) -> str:
         UserError: If a region has no end, or an unknown name.
     """
     text = path.read_text(encoding="utf-8")
-    language = Language(1, "–") if path.name == CHINESE.name or path.parent.name == "zh-CN" else Language(0, " to ")
+    language = language_of(int(path.name == CHINESE.name or path.parent.name == "zh-CN"))
     if len(OPENING.findall(text)) != len(REGION.findall(text)):
         raise UserError(f"{path.name}: a <!-- results ... --> or other region has no end, or not one name")
 
@@ -114,12 +101,10 @@ def results_table(name: str, results: Results, language: Language) -> str:
             if runs := results.of(entry, device):
                 command = " ".join(["python train.py --model", entry.recipe, *entry.flags])
                 rows.append((f"`{command}`", *_score(runs, language), _published([entry]), _time(runs, device)))
-    header = MODULE_HEADERS[language.number].split(" | ")
-    return _markdown([header, *rows], left=1) if rows else NOT_MEASURED[language.number]
+    return _markdown([_header("network", language), *rows], left=1) if rows else TEXTS["missing"][language.number]
 
 
 def _family(entries: Sequence[Entry], results: Results, language: Language) -> str:
-    header = FAMILY_HEADERS[language.number].split(" | ")
     rows = []
     for _, line in groupby(entries, key=lambda entry: entry.line):
         alike = list(line)
@@ -128,11 +113,10 @@ def _family(entries: Sequence[Entry], results: Results, language: Language) -> s
         for device in [device for device in results.devices if results.of(alike[0], device)] or [""]:
             runs = results.of(alike[0], device) if len(alike) == 1 else []
             rows.append((_recipes(alike), *model, *_score(runs, language), _time(runs, device)))
-    return _markdown([header, *rows], left=2)
+    return _markdown([_header("family", language), *rows], left=2)
 
 
 def _best(entries: Sequence[Entry], results: Results, language: Language) -> str:
-    header = BEST_HEADERS[language.number].split(" | ")
     rows = []
     for recipe in dict.fromkeys(entry.recipe for entry in entries):
         split, full = sorted((entry for entry in entries if entry.recipe == recipe), key=lambda entry: entry.images)
@@ -143,7 +127,7 @@ def _best(entries: Sequence[Entry], results: Results, language: Language) -> str
             flipped = mean_and_range(accuracies(parts[1], "accuracy_flip"), language.to)
             counts = ", ".join(filter(None, (seeds, more_seeds)))
             rows.append((*model, first, second, flipped, counts, _time(parts[1] or parts[0], device)))
-    return _markdown([header, *rows], left=1)
+    return _markdown([_header("best", language), *rows], left=1)
 
 
 def throughput_table(record: dict[str, Any] | None, language: Language) -> str:
@@ -154,15 +138,12 @@ def throughput_table(record: dict[str, Any] | None, language: Language) -> str:
         language: Of the table.
     """
     if not record:
-        return NOT_MEASURED[language.number]
+        return TEXTS["missing"][language.number]
     networks = [{one["contestant"]: one for one in entry["contestants"]} for entry in record["results"]]
     peers = [name for name in PEERS if any(name in network for network in networks)]
-    header = [("network, input, batch", "网络，输入，批量大小")[language.number]]
-    header.append(("ours, images/s", "本项目（张/秒）")[language.number])
     bf16 = any("ours_bf16" in network for network in networks)
-    header += [("in bfloat16", "bfloat16")[language.number]] if bf16 else []
-    header.append(("share of the machine's peak (aim)", "占机器峰值的比例（目标）")[language.number])
-    header.append(("peak memory, GiB", "峰值内存（GiB）")[language.number])
+    header = _header("throughput", language)
+    header[2:3] = header[2:3] if bf16 else []
     header += [PEERS[name][language.number].format(record["versions"].get(name, "")) for name in peers]
     rows = []
     for entry, contestants in zip(record["results"], networks, strict=True):
@@ -182,223 +163,18 @@ def throughput_table(record: dict[str, Any] | None, language: Language) -> str:
 def measured_table(folder: Path, device: str, language: Language) -> str:
     """What the other benchmarks have measured: a line for each whose record is there."""
     rows = []
-    for line in LINES:
-        if "{}" not in line.record and device != "cpu":
+    for line in TEXTS["lines"]:
+        if "{}" not in line["record"] and device != "cpu":
             continue  # where it ran makes no difference
-        record = _read(folder, line.record.format(device))
-        if record and (result := line.result(record)):
-            rows.append((line.what[language.number], result[language.number], f"`python -m benchmarks.{line.command}`"))
-    header = (("what", "result", "command"), ("项目", "结果", "命令"))[language.number]
-    return _markdown([header, *rows], left=3) if rows else NOT_MEASURED[language.number]
+        if record := _read(folder, line["record"].format(device)):
+            result = JINJA.from_string(line["result"][language.number]).render(record, names=NETWORKS)
+            name = line["record"].partition("-")[0]
+            rows.append((line["what"][language.number], result, f"`python -m benchmarks.{name}`"))
+    return _markdown([_header("measured", language), *rows], left=3) if rows else TEXTS["missing"][language.number]
 
 
-class Line(NamedTuple):
-    """A line of the table of measurements: record, command, what (English, Chinese), and the result from the record."""
-
-    record: str
-    command: str
-    what: tuple[str, str]
-    result: Callable[[dict[str, Any]], tuple[str, str] | None]
-
-
-def _loader(record: dict[str, Any]) -> tuple[str, str]:
-    ratios = [(entry["image_size"], down(entry["ours_over_pil"]["median"], 1)) for entry in record["results"]]
-    (size, first), *others = ratios
-    english = [f"{first} times at {size} pixels", *(f"{ratio} at {size}" for size, ratio in others)]
-    return ", ".join(english), "，".join(f"{size} 像素 {ratio} 倍" for size, ratio in ratios)
-
-
-def _overhead(record: dict[str, Any]) -> tuple[str, str]:
-    bar = [entry for entry in record["results"] if entry["contestant"] == "ours, bar on a terminal"]
-    times = [(entry["batch_size"], up(entry["time_over_bare_loop"]["median"], 2)) for entry in bar]
-    aims = [f"{entry['target']:g}" for entry in bar]
-    (size, first), *others = times
-    english = [f"{first} times at batch {size}", *(f"{ratio} at {size}" for size, ratio in others)]
-    chinese = "，".join(f"批量 {size}：{ratio} 倍" for size, ratio in times)
-    answers = f"{', '.join(english)} (aims: {', '.join(aims)})", f"{chinese}（目标 {'、'.join(aims)}）"
-    kept = [over for entry in bar if (over := entry.get("time_over_bare_loop_with_kept_memory"))]
-    if not kept:
-        return answers
-    ratios = [up(over["median"], 2) for over in kept]
-    return (
-        f"{answers[0]}; over one that keeps freed memory as ours does: {', '.join(ratios)}",
-        f"{answers[1]}；与同样保留已释放内存的最简训练循环相比：{'、'.join(ratios)} 倍",
-    )
-
-
-def _freed_memory(record: dict[str, Any]) -> tuple[str, str]:
-    times = [(entry["recipe"], down(entry["times_as_fast"]["median"], 2)) for entry in record["results"]]
-    english = ", ".join(f"{ratio} times for `{recipe}`" for recipe, ratio in times)
-    return english, "，".join(f"`{recipe}` {ratio} 倍" for recipe, ratio in times)
-
-
-def _startup(record: dict[str, Any]) -> tuple[str, str]:
-    medians = {name: median(entry["seconds"]) for name, entry in record["results"].items()}
-    *answers, lightning, step = medians.values()
-    answer, first, alone = up(max(answers), 2), up(step, 2), down(lightning, 2)
-    return (
-        f"{answer} s; {first} s (importing Lightning alone: {alone} s)",
-        f"{answer} 秒；{first} 秒（仅导入 Lightning 就要 {alone} 秒）",
-    )
-
-
-def _speedrun(record: dict[str, Any]) -> tuple[str, str]:
-    english, chinese = [], []
-    for entry in record["results"]:
-        reached, seconds = down(100 * entry["mean_accuracy"], 2), up(entry["mean_seconds"], 1)
-        if "peer" in entry:
-            english.append(f"{reached} % in {seconds} s ({entry['peer']}-style loop)")
-            chinese.append(f"{seconds} 秒达到 {reached}%（{entry['peer']} 风格的循环）")
-            continue
-        wanted, limit = f"{entry['accuracy_wanted']:g}", entry["limit_seconds"]
-        aim = (f"; aim: {wanted} % in {limit:g} s", f"；目标 {limit:g} 秒内 {wanted}%") if limit else ("", "")
-        english.append(f"{reached} % in {seconds} s (`{entry['recipe']}`{aim[0]})")
-        chinese.append(f"{seconds} 秒达到 {reached}%（`{entry['recipe']}`{aim[1]}）")
-    return ", ".join(english), "，".join(chinese)
-
-
-def _precision(record: dict[str, Any]) -> tuple[str, str]:
-    english, chinese = [], []
-    for entry in record["results"]:
-        compared = entry["compared"]
-        plain, bf16 = (down(100 * compared["mean_accuracy"][name], 2) for name in ("32", "bf16-mixed"))
-        times = down(compared["times_as_fast"]["median"], 2)
-        agree = {True: ("agree", "一致"), False: ("differ", "不一致"), None: ("one seed", "单个种子")}[
-            compared["agree"]
-        ]
-        english.append(f"{entry['network']}: {bf16} and {plain} % ({agree[0]}), {times} times as fast")
-        network = entry["network"].replace(", ", "，").replace(" pixels", " 像素")
-        chinese.append(f"{network}：{bf16}% 与 {plain}%（{agree[1]}），速度 {times} 倍")
-    return "; ".join(english), "；".join(chinese)
-
-
-def _step(record: dict[str, Any]) -> tuple[str, str]:
-    english, chinese = [], []
-    for entry in record["results"]["networks"]:
-        name, step, peak = NETWORKS[entry["network"]], entry["share_of_step"], entry["share_of_peak"]
-        part, speed = down(step["convolution"], 2), down(peak["convolution"], 2)
-        english.append(f"{name}: convolutions {part} (at {speed} of the peak)")
-        chinese.append(f"{name}：卷积 {part}（为峰值的 {speed}）")
-        if step["linear"] >= 0.01:
-            part, speed = down(step["linear"], 2), down(peak["linear"], 2)
-            english[-1] += f", linear layers {part} (at {speed})"
-            chinese[-1] += f"、全连接 {part}（{speed}）"
-    return "; ".join(english), "；".join(chinese)
-
-
-def _scaling(record: dict[str, Any]) -> tuple[str, str]:
-    results = record["results"]
-    *_, (devices, efficiency) = results["efficiency"].items()
-    ratio, model = down(efficiency, 2), results["model"]
-    return (
-        f"{ratio} of the ideal with {devices} devices (`{model}`)",
-        f"{devices} 个设备时为理想值的 {ratio}（`{model}`）",
-    )
-
-
-def _pictures(record: dict[str, Any]) -> tuple[str, str]:
-    ratio, aim = up(record["results"]["ratio"]["median"], 3), f"{record['results']['target']:g}"
-    return f"{ratio} times at batch 256 (aim: {aim})", f"批量 256：{ratio} 倍（目标 {aim}）"
-
-
-def _kills(record: dict[str, Any]) -> tuple[str, str]:
-    kills, valid = record["kills_while_writing"]["kills"], record["kills_while_writing"]["valid_afterwards"]
-    return f"{valid} times of {kills} a valid newest checkpoint", f"{kills} 次中 {valid} 次最新检查点完好"
-
-
-def _continued(record: dict[str, Any]) -> tuple[str, str] | None:
-    runs = [record["kills_of_training"], record["stops_of_training"]]
-    if not all(run["bit_equal"] for run in runs):
-        return "weights not bit-equal to the uninterrupted run", "权重与不中断时并非逐位相同"
-    kills, stops = (run["interruptions"] for run in runs)
-    return (
-        f"after {kills} SIGKILLs and {stops} SIGTERMs bit-equal to the uninterrupted run",
-        f"{kills} 次 SIGKILL 和 {stops} 次 SIGTERM 后，权重与不中断时逐位相同",
-    )
-
-
-LINES = (
-    Line(
-        "data_path-{}",
-        "data_path",
-        (
-            "loader with shuffle, augmentation, resize, against PIL with workers",
-            "数据加载（打乱、增强、缩放），与 PIL 多进程加载相比",
-        ),
-        _loader,
-    ),
-    Line(
-        "trainer_overhead-{}",
-        "trainer_overhead",
-        (
-            "LeNet's epoch with bar, logs, metrics, checkpoints, over a bare loop",
-            "LeNet 每轮用时（含进度条、日志、指标、检查点），与最简训练循环相比",
-        ),
-        _overhead,
-    ),
-    Line(
-        "freed_memory-{}",
-        "freed_memory",
-        (
-            "training speed with freed memory kept for the next step, against glibc's default",
-            "保留已释放的内存供下一步使用，与 glibc 默认行为相比的训练速度",
-        ),
-        _freed_memory,
-    ),
-    Line(
-        "startup-{}",
-        "startup",
-        (
-            "`--help` and plain mistakes; command to first optimiser step",
-            "`--help` 和命令写错时的响应；从命令到第一步更新",
-        ),
-        _startup,
-    ),
-    Line(
-        "tensorboard_cost-{}",
-        "tensorboard_cost",
-        (
-            "LeNet's epoch with all of TensorBoard's pictures, over one without",
-            "LeNet 每轮用时：绘制全部 TensorBoard 图片，与不绘制相比",
-        ),
-        _pictures,
-    ),
-    Line(
-        "speedrun-{}",
-        "speedrun",
-        (
-            "seconds of training to a test accuracy, mean of the seeds",
-            "达到某测试准确率所需的训练秒数（多个种子的均值）",
-        ),
-        _speedrun,
-    ),
-    Line(
-        "precision-{}",
-        "precision",
-        (
-            "test accuracy in bfloat16 and in float32, means of the seeds",
-            "bfloat16 与 float32 的测试准确率（多个种子的均值）",
-        ),
-        _precision,
-    ),
-    Line(
-        "step_profile-{}",
-        "step_profile",
-        (
-            "share of a step (of large matrix products' peak) under the profiler",
-            "性能分析器下各类运算占一步的比例（及其相对大矩阵乘法峰值的速度）",
-        ),
-        _step,
-    ),
-    Line("scaling-{}", "scaling", ("images a second of several devices", "多设备的训练速度"), _scaling),
-    Line("reliability", "reliability", ("kills while a checkpoint was written", "写检查点时杀掉进程"), _kills),
-    Line(
-        "reliability",
-        "reliability",
-        ("weights of a run that was interrupted and continued", "训练中断后继续"),
-        _continued,
-    ),
-)
+def _header(table: str, language: Language) -> list[str]:
+    return TEXTS["headers"][table][language.number].split(" | ")
 
 
 def _recipes(entries: Sequence[Entry]) -> str:

@@ -1,0 +1,133 @@
+"""Trains a row of the READMEs' tables again, and says whether it comes out as recorded: PASS or FAIL.
+
+    python -m benchmarks.verify lenet                 # a recipe, or an entry of entries.yaml: lenet_classic-all-max
+    python -m benchmarks.verify --all --minutes 60    # the cheapest first, as many as fit into the time
+
+A row passes if its new test accuracy lies in the band of its records: their mean, give or take three standard
+deviations between seeds, widened because a single run is held against the mean of few. The seed is one that has no
+record. Further flags, such as --data_dir, go to each `train.py`. Exit code 1 if a row fails.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.harness.side_by_side import RESULTS, print_table, run_folder, trained
+from benchmarks.readme.entries import Entry, Results, read_entries, read_results
+from benchmarks.readme.rounding import duration
+from benchmarks.results import estimate
+from errors import OneLineParser, UserError, run_program
+
+WIDTH = 3.0  # standard deviations on either side of the mean
+COLUMNS = ("entry", "seed", "test accuracy", "band", "verdict")
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command line; returns the exit code."""
+    return run_program("benchmarks.verify", lambda: _run(arguments))
+
+
+def band(accuracies: Sequence[float], usual: float) -> tuple[float, float]:
+    """Within which a new run's accuracy is expected.
+
+    Args:
+        accuracies: Those of the recorded runs.
+        usual: The deviation of all rows together, for a row of few seeds that happen to lie close.
+    """
+    own = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+    half = WIDTH * max(own, usual) * math.sqrt(1 + 1 / len(accuracies))
+    mean = statistics.fmean(accuracies)
+    return max(0.0, mean - half), min(1.0, mean + half)
+
+
+def usual_deviation(rows: Sequence[Sequence[float]]) -> float:
+    """The median deviation between seeds over rows of several.
+
+    Raises:
+        UserError: If there are none.
+    """
+    deviations = [statistics.stdev(row) for row in rows if len(row) > 1]
+    if not deviations:
+        raise UserError("no row has records of two seeds or more to make a band of")
+    return statistics.median(deviations)
+
+
+def _run(arguments: list[str]) -> int:
+    options, results = _parse(arguments), read_results(RESULTS)
+    chosen = [entry for entry in read_entries(wanted=options.names) if results.of(entry, options.accelerator)]
+    if not chosen:
+        raise UserError(f"there are no records of {', '.join(options.names)} on a {options.accelerator} to verify")
+    seconds = {entry: _seconds(entry, results, options.accelerator) for entry in chosen}
+    left, rows, failed = 60 * options.minutes, [], 0
+    for entry in sorted(chosen, key=seconds.__getitem__):
+        if seconds[entry] > left:
+            print(f"{entry.name}: left out, it would take {duration(seconds[entry])}", flush=True)
+            continue
+        left -= seconds[entry]
+        row, record = _verify(entry, results, options)
+        failed += row[-1] == "FAIL"
+        print(f"{entry.name}: {row[-1]}", flush=True)
+        rows.append(row)
+    if not rows:
+        raise UserError("nothing fits into the time; give more --minutes")
+    print()
+    print_table(COLUMNS, rows)
+    print(f"\n{_place(record)}\n{'FAIL' if failed else 'PASS'}")
+    return int(failed > 0)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = OneLineParser(
+        prog="python -m benchmarks.verify",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("names", nargs="*", metavar="RECIPE", help="recipes or entries; patterns such as best/* too")
+    parser.add_argument("--all", action="store_true", help="every row that has records")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="time budget (default: none)")
+    parser.add_argument("--seed", type=int, help="instead of the first one without a record")
+    parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
+    options, flags = parser.parse_known_args(arguments)
+    options.flags = flags
+    if options.all == bool(options.names):
+        raise UserError("name the recipes to verify, or give --all (python -m benchmarks.verify --help)")
+    if not options.minutes > 0:
+        raise UserError(f"--minutes must be above 0, got {options.minutes:g}")
+    return options
+
+
+def _verify(entry: Entry, results: Results, options: argparse.Namespace) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Train an entry; returns its line of the table and its record."""
+    recorded = results.of(entry, options.accelerator)
+    known = [run.accuracy for run in recorded]
+    seed = len(known) if options.seed is None else options.seed
+    flags = ["--model", entry.recipe, *entry.flags, "--seed", str(seed), "--accelerator", options.accelerator]
+    print(f"{entry.name}, seed {seed}: training", flush=True)
+    with run_folder() as folder:
+        record = trained([*flags, "--devices", "1", *options.flags], folder)
+    low, high = band(known, usual_deviation([[run.accuracy for run in runs] for runs in results.runs.values()]))
+    accuracy, images = record["test"]["accuracy"], recorded[0].record["test"]["images"]
+    if record["test"]["images"] != images:
+        raise UserError(f"the row was tested on {images:,} images, this run on {record['test']['images']:,}")
+    verdict = "PASS" if low <= accuracy <= high else "FAIL"
+    return (entry.name, str(seed), f"{accuracy:.4f}", f"{low:.4f} to {high:.4f}", verdict), record
+
+
+def _seconds(entry: Entry, results: Results, device: str) -> float:
+    """How long its training may take; without end where that is not known."""
+    known = estimate(entry, results, device)
+    return math.inf if known is None else known
+
+
+def _place(record: dict[str, Any]) -> str:
+    machine, versions = record["machine"], ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    where = ", ".join(filter(None, (machine.get("gpu"), machine["cpu"], f"{machine['cores']} cores")))
+    return f"{where}; precision {record['precision']}; {versions}; commit {record['commit'] or 'unknown'}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
