@@ -209,7 +209,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     """Train every seed of every variant that is not on record yet, and show all."""
-    parser = side_by_side.arguments(__doc__ or "", budget=3600)
+    parser = side_by_side.Parser(__doc__, budget=3600)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["tutorial", "recipe"])
     parser.add_argument("--seeds", type=int, default=20, help="runs of each variant (default: %(default)s)")
@@ -217,8 +217,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4, help="at most (default: %(default)s)")
     parser.add_argument("--val_size", type=int, default=5000, help="images held out (default: %(default)s)")
     options = parser.parse_args()
-    options.data_dir = str(Path(options.data_dir).resolve())
-    place = side_by_side.machine(options.accelerator)
     given, begun = sys.argv[1:], time.monotonic()
     groups = _recorded(options)
     data = FashionMNISTDataModule(data_dir=options.data_dir, val_size=100)
@@ -235,7 +233,7 @@ def main() -> None:
     def write() -> Path:
         sys.argv[1:] = given  # which the record tells
         kept = [group | summary(group["runs"]) for group in groups if group["runs"]]
-        return side_by_side.write_record("collapse", options, place, {"variants": kept, "signal": signals})
+        return side_by_side.write_record("collapse", options, {"variants": kept, "signal": signals})
 
     for seed in range(options.seeds):
         for name in options.networks:

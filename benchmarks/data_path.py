@@ -18,7 +18,7 @@ from torchvision import transforms
 
 from benchmarks.harness import side_by_side
 from benchmarks.harness.our_turns import StepTurns, command
-from benchmarks.harness.side_by_side import Contestant, Turns, contest, median, print_table, ratios, run_folder
+from benchmarks.harness.side_by_side import Contestant, Turns, contest, median, print_table, ratios, run_folder, spread
 from benchmarks.peers.plain_loops import WORKERS, PictureDataset, endless
 from datamodules import FashionMNISTDataModule
 
@@ -71,18 +71,16 @@ SIDES = {"ours": ours, "PIL": pictures}
 
 def main() -> None:
     """Run one contest for each image size."""
-    parser = side_by_side.arguments(__doc__ or "", budget=60)
+    parser = side_by_side.Parser(__doc__, budget=60)
     parser.add_argument("--size", type=int, nargs="+", default=list(SIZES))
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--turn", type=float, default=2.0, help="seconds a turn (default: %(default)g)")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    device = {"cpu": "cpu", "gpu": "cuda"}[options.accelerator]
+    device = options.device
     if options.side:
         SIDES[options.side](options, device)
         return
-    place = side_by_side.machine(options.accelerator)
-    options.data_dir = str(Path(options.data_dir).resolve())
     shared = ("--accelerator", options.accelerator, "--data_dir", options.data_dir)
     results, rows = [], []
     for size in options.size:
@@ -103,11 +101,10 @@ def main() -> None:
             result["target_share_of_alexnet_step"] = ALEXNET_SHARE
             print(f"The data path takes {result['share_of_alexnet_step']:.1%} of AlexNet's step.")
         results.append(result)
-        spread = f"{times['least']:.1f} to {times['greatest']:.1f}"
         rates = (f"{median(turns[side]):,.0f}" for side in ("ours", "PIL"))
-        rows.append((size, *rates, f"{times['median']:.1f} ({spread})", len(turns["ours"])))
+        rows.append((size, *rates, spread(times, 1), len(turns["ours"])))
     print_table(("image size", "ours, images/s", f"PIL, {WORKERS} workers, images/s", "ratio", "rounds"), rows)
-    side_by_side.write_record("data_path", options, place, results)
+    side_by_side.write_record("data_path", options, results)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,10 @@ Command: python -m benchmarks.freed_memory --data_dir DIR
 """
 
 from functools import partial
-from pathlib import Path
 
 from benchmarks.harness import side_by_side
 from benchmarks.harness.our_turns import StepTurns, command
-from benchmarks.harness.side_by_side import Contestant, contest, median, print_table, ratios, run_folder
+from benchmarks.harness.side_by_side import Contestant, contest, median, print_table, ratios, run_folder, spread
 from launch.memory import keep_freed_memory
 
 RECIPES = ("lenet", "fast/1min", "vgg11_small", "alexnet", "nin", "googlenet")
@@ -22,15 +21,13 @@ KEPT, RETURNED = "kept", "returned"
 
 def main() -> None:
     """Run one contest for each recipe."""
-    parser = side_by_side.arguments(__doc__ or "", budget=180)
+    parser = side_by_side.Parser(__doc__, budget=180, flags=True)
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
     parser.add_argument("--turn", type=float, default=1.5, help="seconds a turn, at least (default: %(default)g)")
-    parser.add_argument("--flags", default="", help="more flags for train.py, in quotes")
     options = parser.parse_args()
     if options.accelerator != "cpu" or not keep_freed_memory():
         parser.error("only on the CPU, with glibc")
-    data = str(Path(options.data_dir).resolve())
-    place = side_by_side.machine("cpu")
+    data = options.data_dir
     results, rows = [], []
     for recipe in options.recipes:
         with run_folder() as folder:
@@ -49,14 +46,14 @@ def main() -> None:
             (
                 recipe,
                 *(f"{median(turns[name]):,.0f}" for name in contestants),
-                f"{times['median']:.2f} ({times['least']:.2f} to {times['greatest']:.2f})",
+                spread(times),
                 *(f"{memory[name] / 2**30:.2f}" for name in contestants),
                 len(turns[KEPT]),
             )
         )
     header = ("recipe", "images/s, kept", "returned", "x times as fast", "peak GiB, kept", "returned", "rounds")
     print_table(header, rows)
-    side_by_side.write_record("freed_memory", options, place, results)
+    side_by_side.write_record("freed_memory", options, results)
 
 
 if __name__ == "__main__":

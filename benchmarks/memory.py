@@ -14,7 +14,6 @@ import time
 import weakref
 from contextlib import nullcontext
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -118,7 +117,7 @@ def measured_bytes(model: str, batch_size: int, precision: str, checkpointing: b
 
 def main() -> None:
     """Calculate, and measure where asked for."""
-    parser = side_by_side.arguments(__doc__ or "", budget=600)
+    parser = side_by_side.Parser(__doc__, budget=600)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), help="recipes (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, nargs="+", default=list(BATCH_SIZES))
     parser.add_argument("--precision", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
@@ -126,9 +125,7 @@ def main() -> None:
         "--measure", action=argparse.BooleanOptionalAction, help="train a few batches of each (default: on a GPU)"
     )
     options = parser.parse_args()
-    options.data_dir = str(Path(options.data_dir).resolve())
     measure = options.accelerator == "gpu" if options.measure is None else options.measure
-    place = side_by_side.machine(options.accelerator)
     begun = time.monotonic()
     results: list[dict[str, Any]] = []
     for model in options.networks:
@@ -151,7 +148,7 @@ def main() -> None:
         rows.append((result["network"], result["precision"], result["batch_size"], *cells))
     print_table(header, rows)
     print(f"\nGiB calculated{' (measured)' if measure else ''}; 24 GB by calculation, without workspaces.")
-    side_by_side.write_record("memory", options, place, results)
+    side_by_side.write_record("memory", options, results)
 
 
 def _cell(entry: dict[str, Any]) -> str:

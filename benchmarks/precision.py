@@ -12,7 +12,6 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.harness import side_by_side
@@ -73,14 +72,12 @@ def compared(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 def main() -> None:
     """Train, seed by seed, while there is time."""
-    parser = side_by_side.arguments(__doc__ or "", budget=300)
+    parser = side_by_side.Parser(__doc__, budget=300, flags=True)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     parser.add_argument("--seeds", type=int, default=3, help="runs in each precision, at most (default: %(default)s)")
-    parser.add_argument("--flags", default="", help="more flags for train.py, in quotes")
     options = parser.parse_args()
     shared = ["--val_size", "0", "--accelerator", options.accelerator, "--devices", "1"]
-    shared += ["--data_dir", str(Path(options.data_dir).resolve()), *options.flags.split()]
-    place = side_by_side.machine(options.accelerator)
+    shared += ["--data_dir", options.data_dir, *options.flags.split()]
     networks = [NETWORKS[name] for name in options.networks]
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {
         network.name: {precision: [] for precision in PRECISIONS} for network in networks
@@ -103,10 +100,19 @@ def main() -> None:
     for network in networks:
         result = compared(runs[network.name])
         plain, bf16 = (100 * result["mean_accuracy"][precision] for precision in PRECISIONS)
-        spread = f"{bf16 - plain:+.2f} ({100 * result['pooled_deviation']:.2f})"
+        points = f"{bf16 - plain:+.2f} ({100 * result['pooled_deviation']:.2f})"
         verdict = {True: "yes", False: "no", None: "one seed"}[result["agree"]]
-        speed = "{median:.2f} ({least:.2f} to {greatest:.2f})".format(**result["times_as_fast"])
-        rows.append((network.name, f"{plain:.2f} %", f"{bf16:.2f} %", spread, verdict, speed, result["seeds"]))
+        rows.append(
+            (
+                network.name,
+                f"{plain:.2f} %",
+                f"{bf16:.2f} %",
+                points,
+                verdict,
+                side_by_side.spread(result["times_as_fast"]),
+                result["seeds"],
+            )
+        )
         results.append(
             {"network": network.name, "flags": list(network.flags), "runs": runs[network.name], "compared": result}
         )
@@ -120,7 +126,7 @@ def main() -> None:
         "seeds",
     )
     print_table(header, rows)
-    side_by_side.write_record("precision", options, place, results)
+    side_by_side.write_record("precision", options, results)
 
 
 if __name__ == "__main__":

@@ -14,17 +14,14 @@ Command: python -m benchmarks.scaling --data_dir DIR
 
 import json
 import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
 from benchmarks.harness import side_by_side
-from benchmarks.harness.side_by_side import PROJECT, print_table, run_folder
+from benchmarks.harness.side_by_side import print_table, run_folder, trained
 from benchmarks.peers.plain_loops import build
 
 # Bytes a second that each GPU sends and receives at once: NVLink 4 of H100 and H200 (900 GB/s both ways), as NVIDIA's
@@ -40,15 +37,11 @@ def all_reduce_seconds(size: int, devices: int, bytes_a_second: float) -> float:
 
 def images_per_second(model: str, devices: int, options: Any) -> dict[str, Any]:
     """One short run of train.py; the speed is the second epoch's."""
+    arguments = ["fit", "--model", model, "--devices", str(devices), "--accelerator", options.accelerator]
+    arguments += ["--data_dir", options.data_dir, "--max_epochs", "2", "--val_size", "0"]
+    arguments += [f"--trainer.limit_train_batches={options.steps}", *options.flags.split()]
     with run_folder() as folder:
-        command = [sys.executable, str(PROJECT / "train.py"), "fit", "--model", model, "--devices", str(devices)]
-        command += ["--accelerator", options.accelerator, "--data_dir", options.data_dir, "--log_dir", folder]
-        command += ["--max_epochs", "2", "--val_size", "0", f"--trainer.limit_train_batches={options.steps}"]
-        command += options.flags.split()
-        done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, timeout=options.seconds + 300)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
-        record = json.loads(next(Path(folder).rglob("record.json")).read_text(encoding="utf-8"))
+        record = trained(arguments, folder, options.seconds + 300)
     return {
         "images_per_second": record["epochs"][1]["images_per_second"],
         "seconds": record["epochs"][1]["seconds"],
@@ -67,16 +60,13 @@ def _step_milliseconds(options: Any) -> dict[str, float]:
 
 def main() -> None:
     """Measure, then calculate."""
-    parser = side_by_side.arguments(__doc__ or "", budget=75)
+    parser = side_by_side.Parser(__doc__, budget=75, flags=True)
     parser.add_argument("--model", default="lenet", help="recipe that is measured (default: lenet)")
     parser.add_argument(
         "--devices", type=int, nargs="+", help="numbers of devices (default: 1, 2, 4, ... as many as are)"
     )
     parser.add_argument("--steps", type=int, default=200, help="steps an epoch (default: %(default)s)")
-    parser.add_argument("--flags", default="", help="more flags for train.py, in quotes")
     options = parser.parse_args()
-    options.data_dir = str(Path(options.data_dir).resolve())
-    place = side_by_side.machine(options.accelerator)
     most = torch.cuda.device_count() if options.accelerator == "gpu" else min(2, os.cpu_count() or 1)
     counts = options.devices or [2**power for power in range(most.bit_length()) if 2**power <= most]
     runs: dict[int, list[dict[str, Any]]] = {count: [] for count in counts}
@@ -116,7 +106,7 @@ def main() -> None:
             for model, size in sizes.items()
         },
     }
-    side_by_side.write_record("scaling", options, place, results)
+    side_by_side.write_record("scaling", options, results)
 
 
 if __name__ == "__main__":

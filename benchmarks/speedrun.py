@@ -12,8 +12,6 @@ Command: python -m benchmarks.speedrun --data_dir DIR
 
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.harness import side_by_side
-from benchmarks.harness.side_by_side import PROJECT, print_table, run_folder, trained
+from benchmarks.harness.side_by_side import checked, print_table, run_folder, trained
 
 
 class Entry(NamedTuple):
@@ -36,10 +34,7 @@ class Entry(NamedTuple):
     recipe: str
 
 
-ENTRIES = (
-    Entry(90, "lenet"),
-    Entry(92, "fast/1min"),
-)
+ENTRIES = (Entry(90, "lenet"), Entry(92, "fast/1min"))
 # Issue: seconds to an accuracy; the GPU is an H200.
 LIMITS: dict[str, dict[float, float]] = {"cpu": {90: 25, 92: 120}, "gpu": {94: 10, 95: 40}}
 
@@ -61,35 +56,21 @@ def run(recipe: str, options: Any, folder: str, seed: int) -> dict[str, Any]:
 
 def run_peer(options: Any, seed: int) -> dict[str, Any]:
     """One run of airbench.py; returns seconds and test accuracy."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.peers.airbench",
-        "--accelerator",
-        options.accelerator,
-        "--seed",
-        str(seed),
-    ]
-    command += ["--data_dir", options.data_dir, *options.peer_flags.split()]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    command = ["-m", "benchmarks.peers.airbench", "--accelerator", options.accelerator, "--seed", str(seed)]
+    printed = checked([*command, "--data_dir", options.data_dir, *options.peer_flags.split()])
+    return json.loads(printed.splitlines()[-1])
 
 
 def main() -> None:
     """Run each entry once a seed, all entries in turn."""
-    parser = side_by_side.arguments(__doc__ or "", budget=270)
+    parser = side_by_side.Parser(__doc__, budget=270, flags=True)
     parser.add_argument("--seeds", type=int, default=3, help="runs an entry, at most (default: %(default)s)")
     parser.add_argument("--entry", nargs=2, action="append", metavar=("PERCENT", "RECIPE"), help="instead of our own")
-    parser.add_argument("--flags", default="", help="more flags for train.py, in quotes")
     parser.add_argument("--peer", action="store_true", help="with the airbench-style loop")
     parser.add_argument(
         "--peer_flags", default="", help="flags for benchmarks.peers.airbench, in quotes: --width, --epochs"
     )
     options = parser.parse_args()
-    options.data_dir = str(Path(options.data_dir).resolve())
-    place = side_by_side.machine(options.accelerator)
     entries = [Entry(float(accuracy), recipe) for accuracy, recipe in options.entry or []] or list(ENTRIES)
     begun = time.monotonic()
     with run_folder() as folder:
@@ -125,7 +106,7 @@ def main() -> None:
         rows.append(("", "airbench-style", f"{100 * accuracy:.2f} %", f"{seconds:.1f}", "", len(runs[-1]), ""))
         results.append({"peer": "airbench", "runs": runs[-1], "mean_accuracy": accuracy, "mean_seconds": seconds})
     print_table(("wanted", "recipe", "mean test accuracy", "seconds", "target", "seeds", "met"), rows)
-    side_by_side.write_record("speedrun", options, place, results)
+    side_by_side.write_record("speedrun", options, results)
 
 
 if __name__ == "__main__":

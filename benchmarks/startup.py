@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -36,10 +35,9 @@ class EndAfterFirstStep(Callback):
 
 def main() -> None:
     """Run each command in turn, again and again."""
-    parser = side_by_side.arguments(__doc__ or "", budget=75)
+    parser = side_by_side.Parser(__doc__, budget=75)
     options = parser.parse_args()
-    place = side_by_side.machine(options.accelerator)
-    data_dir = str(Path(options.data_dir).resolve())
+    data_dir = options.data_dir
     with run_folder() as folder:
         train = [str(PROJECT / "train.py")]
         step = ["fit", "--model", "lenet", "--accelerator", options.accelerator, "--data_dir", data_dir]
@@ -78,7 +76,7 @@ def main() -> None:
     ]
     print_table(("command", "seconds", "range", "target", "rounds"), rows)
     results = {name: {"seconds": values, "target": limits.get(name)} for name, values in seconds.items()}
-    side_by_side.write_record("startup", options, place, results)
+    side_by_side.write_record("startup", options, results)
 
 
 if __name__ == "__main__":

@@ -39,13 +39,12 @@ KINDS = {
 
 def main() -> None:
     """Profile a step of each network."""
-    parser = side_by_side.arguments(__doc__ or "", budget=150)
+    parser = side_by_side.Parser(__doc__, budget=150)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), help="recipes (default: all five)")
     parser.add_argument("--batch_size", type=int, help="instead of each recipe's own")
     options = parser.parse_args()
     begun = time.monotonic()
-    device = {"cpu": "cpu", "gpu": "cuda"}[options.accelerator]
-    place = side_by_side.machine(options.accelerator)
+    device = options.device
     peak = _peak(device)
     results: list[dict[str, Any]] = []
     rows = []
@@ -72,7 +71,7 @@ def main() -> None:
     header = ("network", "step, ms", *KINDS, "other", "convolution / peak", "linear / peak")
     print_table(header, rows)
     print(f"\nPeak in matrix products: {peak / 1e9:,.0f} GFLOP/s")
-    side_by_side.write_record("step_profile", options, place, {"peak_flops": peak, "networks": results})
+    side_by_side.write_record("step_profile", options, {"peak_flops": peak, "networks": results})
 
 
 def profiled(model: str, batch_size: int, image_size: int, device: str) -> dict[str, float]:

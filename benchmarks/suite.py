@@ -34,7 +34,7 @@ ONLY_CPU = ("freed_memory",)
 
 def main() -> int:
     """Run them; returns 1 if one failed."""
-    parser = side_by_side.arguments(__doc__ or "", budget=sum(SECONDS.values()))
+    parser = side_by_side.Parser(__doc__, budget=sum(SECONDS.values()))
     parser.add_argument("--only", nargs="+", default=list(SECONDS), choices=SECONDS, metavar="NAME")
     parser.add_argument("--results", action="store_true", help="then train what benchmarks.results does")
     options = parser.parse_args()

@@ -75,8 +75,7 @@ def main() -> int:
         return without_pictures(sys.argv[2:])
     if sys.argv[1:2] == ["--with"]:
         return with_pictures(sys.argv[2:])
-    options = side_by_side.arguments(__doc__ or "", budget=160).parse_args()
-    place = side_by_side.machine(options.accelerator)
+    options = side_by_side.Parser(__doc__, budget=160).parse_args()
     images, _ = load(prepare(Path(options.data_dir)), "train")
     with run_folder() as folder:
         ours = command(
@@ -102,7 +101,7 @@ def main() -> int:
     print_table(("pictures", "s an epoch", "ratio", "range", "target"), rows)
     print(f"Once a run: {once:.3f} s, {once / seconds['without']:.1%} of an epoch")
     result = {"seconds": seconds, "ratio": times, "target": TARGET, "once_seconds": once, "turns": turns}
-    side_by_side.write_record("tensorboard_cost", options, place, result)
+    side_by_side.write_record("tensorboard_cost", options, result)
     return 0
 
 

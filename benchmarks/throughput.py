@@ -19,7 +19,6 @@ import os
 import statistics
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +27,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import side_by_side
 from benchmarks.harness.our_turns import StepTurns, command
-from benchmarks.harness.side_by_side import Contestant, Missing, contest, median, print_table, ratios, run_folder
+from benchmarks.harness.side_by_side import (
+    Contestant,
+    Missing,
+    contest,
+    median,
+    print_table,
+    ratios,
+    run_folder,
+    spread,
+)
 from benchmarks.memory import training_bytes
 from benchmarks.peers.plain_loops import LOOPS, build
 from cli.recipes import load_yaml, recipes
@@ -73,7 +81,7 @@ def training_flops_by_operation(model: str, image_size: int) -> dict[Any, int]:
 
 def main() -> None:
     """Run one contest for each network."""
-    parser = side_by_side.arguments(__doc__ or "", budget=600)
+    parser = side_by_side.Parser(__doc__, budget=600, flags=True)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), help="recipes (default: all five)")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
     parser.add_argument(
@@ -81,11 +89,9 @@ def main() -> None:
     )
     parser.add_argument("--turn", type=float, default=2.0, help="seconds a turn, at least (default: %(default)g)")
     parser.add_argument("--compile", action="store_true", help="our network compiled")
-    parser.add_argument("--flags", default="", help="more flags for train.py, in quotes")
     parser.add_argument("--update", action="store_true", help="leave other networks in the record as they are")
     options = parser.parse_args()
-    device = {"cpu": "cpu", "gpu": "cuda"}[options.accelerator]
-    place = side_by_side.machine(options.accelerator)
+    device = options.device
     results, rows = [], []
     settings = [(model, size) for model in options.networks for size in options.batch_size or [None]]
     shares = sum(SHARES.get(model, 0.2) for model, _ in settings)
@@ -113,7 +119,7 @@ def main() -> None:
                     f"{model} {image_size}, batch {batch_size}",
                     entry["contestant"],
                     f"{entry['images_per_second']:,.0f}",
-                    f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['greatest']:.2f})" if ratio else "",
+                    spread(ratio) if ratio else "",
                     f"{share:.2f}",
                     f"{60_000 / entry['images_per_second']:,.1f}",
                     f"{entry['peak_memory_bytes'] / 2**30:.2f}",
@@ -123,7 +129,7 @@ def main() -> None:
             )
         for name, why in result["missing"].items():
             print(f"{model}: without {name}: {why}", flush=True)
-        results.append(result | {"measured": side_by_side.occasion("throughput", place)})
+        results.append(result | {"measured": side_by_side.occasion("throughput", options.place)})
     header = (
         "network",
         "loop",
@@ -145,7 +151,7 @@ def main() -> None:
         new = {(result["network"], result["batch_size"]): result for result in results}
         old = json.loads(record.read_text(encoding="utf-8"))["results"]
         results = [new.pop((result["network"], result["batch_size"]), result) for result in old] + list(new.values())
-    side_by_side.write_record("throughput", options, place, results)
+    side_by_side.write_record("throughput", options, results)
 
 
 def measure(model: str, batch_size: int, device: str, budget: float, options: Any) -> dict[str, Any]:
@@ -205,7 +211,7 @@ def _groups(peers: Sequence[str], size: int, device: str) -> list[list[str]]:
 def _contest(
     model: str, batch_size: int, device: str, others: Sequence[str], budget: float, options: Any
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
-    shared = ("--model", model, "--data_dir", str(Path(options.data_dir).resolve()), "--batch_size", str(batch_size))
+    shared = ("--model", model, "--data_dir", options.data_dir, "--batch_size", str(batch_size))
     with run_folder() as folder:
         ours = command(
             StepTurns,

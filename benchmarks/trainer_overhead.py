@@ -72,17 +72,16 @@ def bare_loop(data_dir: Path, batch_size: int, device: str) -> None:
 
 def main() -> None:
     """Run the contest for each batch size."""
-    parser = side_by_side.arguments(__doc__ or "", budget=120)
+    parser = side_by_side.Parser(__doc__, budget=120)
     parser.add_argument("--batch_size", type=int, nargs="+", default=list(TARGETS))
     parser.add_argument("--bare_loop", choices=("plain", "kept"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    device = {"cpu": "cpu", "gpu": "cuda"}[options.accelerator]
+    device = options.device
     if options.bare_loop:
         if options.bare_loop == "kept":
             keep_freed_memory()
         bare_loop(options.data_dir, options.batch_size[0], device)
         return
-    place = side_by_side.machine(options.accelerator)
     results, rows = [], []
     images, _ = load(prepare(Path(options.data_dir)), "train")
     for batch_size in options.batch_size:
@@ -130,7 +129,7 @@ def main() -> None:
             )
     header = ("batch", "contestant", "images/s", "s an epoch", "time / bare loop", "range", "/ with kept memory")
     print_table(header, rows)
-    side_by_side.write_record("trainer_overhead", options, place, results)
+    side_by_side.write_record("trainer_overhead", options, results)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from runs.record import write_json
+from runs.record import commit, machine, peak_memory, write_json
 
 PROJECT = Path(__file__).resolve().parents[2]
 RESULTS = PROJECT / "benchmarks" / "results"
@@ -89,7 +89,7 @@ class Turns:
 
     def report(self, values: dict[str, Any]) -> None:
         """End the turn with values that the contestant has measured itself."""
-        self._report(values | {"peak_memory_bytes": self._peak_memory()})
+        self._report(values | {"peak_memory_bytes": peak_memory(self._device)})
 
     def missing(self, why: str) -> None:
         """Say that this contestant can't take part, and end."""
@@ -117,15 +117,6 @@ class Turns:
             import torch
 
             torch.cuda.synchronize()
-
-    def _peak_memory(self) -> int:
-        if self._device == "cuda":
-            import torch
-
-            return torch.cuda.max_memory_allocated()
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Contestant:
@@ -250,7 +241,7 @@ def contest(
     return turns, missing
 
 
-def trained(arguments: Sequence[str], folder: str) -> dict[str, Any]:
+def trained(arguments: Sequence[str], folder: str, timeout: float | None = None) -> dict[str, Any]:
     """Run train.py to its end, its logs within the folder; returns the record that it leaves.
 
     Raises:
@@ -259,12 +250,21 @@ def trained(arguments: Sequence[str], folder: str) -> dict[str, Any]:
     import tempfile
 
     logs = tempfile.mkdtemp(dir=folder)
-    command = [sys.executable, str(PROJECT / "train.py"), *arguments, "--log_dir", logs]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
+    checked([str(PROJECT / "train.py"), *arguments, "--log_dir", logs], timeout)
     (record,) = Path(logs).rglob("record.json")
     return json.loads(record.read_text(encoding="utf-8"))
+
+
+def checked(arguments: Sequence[str], timeout: float | None = None) -> str:
+    """Run Python with these arguments; returns what it printed.
+
+    Raises:
+        RuntimeError: If it fails; with the end of what it said.
+    """
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=PROJECT, timeout=timeout)
+    if done.returncode:
+        raise RuntimeError(f"python {' '.join(arguments)} ended with {done.returncode}: {done.stderr[-2000:]}")
+    return done.stdout
 
 
 def median(turns: Sequence[dict[str, Any]], key: str = "rate") -> float:
@@ -278,33 +278,42 @@ def ratios(turns: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], ke
     return {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
 
 
-def arguments(description: str, budget: float) -> argparse.ArgumentParser:
-    """The flags that all benchmarks share."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--seconds", type=float, default=budget, help="time budget (default: %(default)g)")
-    parser.add_argument("--data_dir", default="data", help="folder of Fashion-MNIST (default: data)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record (default: benchmarks/results)")
-    return parser
+class Parser(argparse.ArgumentParser):
+    """The flags that all benchmarks share.
+
+    What it parses also tells the device (cpu, cuda) and, as it was at the start, the place.
+
+    Args:
+        description: For `--help`.
+        budget: Seconds that the benchmark takes.
+        flags: Whether it hands further flags to train.py.
+    """
+
+    def __init__(self, description: str | None, budget: float, flags: bool = False) -> None:
+        super().__init__(description=description, allow_abbrev=False)
+        self.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
+        self.add_argument("--seconds", type=float, default=budget, help="time budget (default: %(default)g)")
+        self.add_argument("--data_dir", default="data", help="folder of Fashion-MNIST (default: data)")
+        self.add_argument("--out", type=Path, default=RESULTS, help="folder of the records")
+        if flags:
+            self.add_argument("--flags", default="", help="more flags for train.py, in quotes")
+
+    def parse_args(self, *given: Any) -> Any:  # type: ignore[override]
+        """The options."""
+        options = super().parse_args(*given)
+        options.data_dir = str(Path(options.data_dir).resolve())
+        options.device = {"cpu": "cpu", "gpu": "cuda"}[options.accelerator]
+        options.place = place(options.accelerator)
+        return options
 
 
-def machine(accelerator: str) -> dict[str, Any]:
+def place(accelerator: str) -> dict[str, Any]:
     """Where this runs: system, processor, cores, threads, and the GPU if it is used."""
     import torch
 
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
-    found: dict[str, Any] = {
-        "platform": platform.platform(),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-    }
-    if accelerator == "gpu":
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return found
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    found = machine(0 if accelerator == "gpu" else None)
+    return found | {"threads": torch.get_num_threads(), "load_before": load}
 
 
 def versions() -> dict[str, str]:
@@ -318,13 +327,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_record(name: str, options: argparse.Namespace, place: dict[str, Any], results: Any) -> Path:
+def write_record(name: str, options: argparse.Namespace, results: Any) -> Path:
     """Write one benchmark's record, NAME-ACCELERATOR.json, and say where."""
-    record = {"benchmark": name, **occasion(name, place), "versions": versions(), "results": results}
+    record = {"benchmark": name, **occasion(name, options.place), "versions": versions(), "results": results}
     options.out.mkdir(parents=True, exist_ok=True)
     path = record_path(name, options)
     write_json(path, record)
-    print(f"\n{_described(place)}\nRecord: {path}")
+    print(f"\n{_described(options.place)}\nRecord: {path}")
     return path
 
 
@@ -338,9 +347,15 @@ def occasion(name: str, place: dict[str, Any]) -> dict[str, Any]:
     return {
         "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "machine": place,
     }
+
+
+def spread(ratio: dict[str, float], digits: int = 2) -> str:
+    """'median (least to greatest)' of ratios."""
+    middle, least, greatest = (f"{ratio[key]:.{digits}f}" for key in ("median", "least", "greatest"))
+    return f"{middle} ({least} to {greatest})"
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -370,16 +385,6 @@ def _described(place: dict[str, Any]) -> str:
     where = f"{place['cpu']}, {place['cores']} cores, {place['threads']} threads"
     load = f"load {place['load_before']:.1f} before the start" if place["load_before"] is not None else ""
     return ", ".join(part for part in (place.get("gpu", ""), where, load, str(versions())) if part)
-
-
-def _commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(
-            command, cwd=PROJECT, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _drain(descriptor: int) -> None:
