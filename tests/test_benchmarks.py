@@ -496,7 +496,7 @@ def test_a_row_is_verified(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert out.endswith("FAIL\n")
     assert f"torch {torch.__version__}" in out
-    assert verify.main(["fast-1min-1epoch", *flags]) == 0
+    assert verify.main(["fast-1min-quarter", *flags]) == 0
     assert capsys.readouterr().out.endswith("PASS\n")
 
 
