@@ -231,14 +231,17 @@ def test_every_exercise_stands_on_its_page() -> None:
         assert f"| `{name}` |" in (DOCS / f"{name.rpartition('-')[0]}.md").read_text(encoding="utf-8")
 
 
-def test_an_answer_is_reported_with_exit_code_and_language(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_answer_is_reported_with_exit_code_and_language(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     answer = tmp_path / "mine.py"
     answer.write_text((COURSE / "start" / "lenet_1.py").read_text(encoding="utf-8").replace("= 0", "= 156", 1))
     assert check_answer(["lenet-1", str(answer), "--language", "en"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "  right     conv1_parameters = 156"
     assert lines[2].startswith("  look at   conv1_flops = 0: 2 × the weights")
-    assert check_answer(["lenet-1", str(COURSE / "solutions" / "lenet_1.py"), "--language", "zh-CN"]) == 0
+    monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
+    assert check_answer(["lenet-1", str(COURSE / "solutions" / "lenet_1.py")]) == 0
     assert capsys.readouterr().out.endswith("lenet-1 已完成。\n")
 
 

@@ -74,7 +74,8 @@ def _run(arguments: list[str]) -> int:
     parser.add_argument("answer", nargs="?", type=Path, help="your file (default: in docs/course/answers)")
     parser.add_argument("--language", choices=("en", "zh-CN"), help="of the report (default: that of the locale)")
     options = parser.parse_args(arguments)
-    spoken = options.language or locale.getlocale()[0] or os.environ.get("LANG", "")
+    wanted = [options.language, *map(os.environ.get, ("LC_ALL", "LC_MESSAGES", "LANG")), locale.getlocale()[0]]
+    spoken = next(filter(None, wanted), "")
     language = int(spoken.startswith(("zh", "Chinese")))
     if options.exercise is None:
         print("\n".join(f"{name:12} {TEXTS[name]['title'][language]}" for name in EXERCISES))
