@@ -106,6 +106,11 @@ def printed_error(text: str) -> str:
     return re.sub(r"^[\w.]+: error: ", "", last)
 
 
+def one_line(message: str) -> str:
+    """The message with every run of white space as one space."""
+    return " ".join(message.split())
+
+
 def plain(text: str) -> str:
     """The text with what a terminal would act on, or not show, written as escapes.
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping
 
 from cli.recipes import did_you_mean
+from errors import one_line
 
 KINDS = {
     "int": "an integer",
@@ -41,11 +42,6 @@ def explain(message: str, given: Mapping[str, str], known: Iterable[str]) -> str
         value, reason = _value_and_reason(name, body)
         return f"{where}{name}={value} is not valid: {reason}"
     return message
-
-
-def one_line(message: str) -> str:
-    """The message with every run of white space as one space."""
-    return " ".join(message.split())
 
 
 def _full_name(keys: list[str], given: Mapping[str, str]) -> tuple[str, str]:

@@ -11,9 +11,8 @@ from jsonargparse import Namespace
 from torch import nn
 
 from cli.command import Command
-from cli.messages import one_line
 from datamodules import FashionMNISTDataModule
-from errors import UserError
+from errors import UserError, one_line
 from inspection.stages import stages
 from lit_modules import LitClassifier
 from lit_modules.execution.cuda_graphs import MODES

@@ -16,9 +16,9 @@ from callbacks.processes import Processes
 from callbacks.run_folder import RunFolder
 from cli.command import Command
 from cli.flags import FLAGS
-from cli.messages import explain, one_line
+from cli.messages import explain
 from datamodules import FashionMNISTDataModule
-from errors import UserError
+from errors import UserError, one_line
 from inspection.stages import table
 from launch.checks import (
     check_configuration,

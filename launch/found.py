@@ -9,8 +9,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 
 from callbacks.lr_curve import Curve
-from cli.messages import one_line
-from errors import UserError
+from errors import UserError, one_line
 from launch.checks import check_input
 from launch.learning_rate import HIGHEST, LOWEST, STEPS, find_learning_rate, from_first_process
 from launch.memory import largest_batch_size

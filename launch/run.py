@@ -19,9 +19,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from callbacks.divergence_guard import ADVICE, is_overflow
 from callbacks.processes import Processes, end_process
 from cli.command import Command
-from cli.messages import one_line
 from datamodules import DatasetError
-from errors import Diverged, RunError, UserError, run_program
+from errors import Diverged, RunError, UserError, one_line, run_program
 from launch import verbs
 from launch.classifier_cli import ClassifierCLI
 from launch.memory import advice, is_out_of_memory, keep_freed_memory

@@ -13,8 +13,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models
 
-from cli.messages import one_line
-from errors import UserError
+from errors import UserError, one_line
 
 TIMEOUT = 30.0  # seconds without a byte
 FIRST = "features.0"
