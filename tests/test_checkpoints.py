@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -471,3 +472,40 @@ def test_a_checkpoint_of_a_plain_trainer_can_be_loaded(tmp_path: Path) -> None:
     assert not differences(dict(classifier.state_dict()), dict(loaded.state_dict()))
     answer = run_forked("test", "--model=lenet", f"--ckpt_path={path}", f"--data_dir={DATA}", folder=tmp_path)
     assert answer.code == 0, answer.err
+
+
+# ---- What an early commit wrote: a run of LeNet on images of 12x12, and its last.ckpt as it was after epoch 1 of 2.
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """The folder of a run that commit db6bc2e made."""
+    run = tmp_path / "logs" / "lenet" / "version_0"
+    (run / "checkpoints").mkdir(parents=True)
+    for path in (DATA / "db6bc2e").iterdir():
+        shutil.copy(path, run / "checkpoints" if path.suffix == ".ckpt" else run)
+    return run
+
+
+def test_old_checkpoints_are_measured_and_continued_and_old_records_compared(
+    old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert compare.main([]) == 0
+    assert ".6460" in capfd.readouterr().out
+    best, machine = f"--ckpt_path={old / 'checkpoints' / 'best.ckpt'}", (f"--data_dir={DATA}", "--accelerator=cpu")
+    measured = run_forked("test", best, *machine, folder=tmp_path)
+    assert re.fullmatch(r"test on 500 images: accuracy 0.64\d\d, loss 0.94\d\d\n", measured.out), measured
+    predicted = run_forked("predict", best, *machine, folder=tmp_path)
+    assert (predicted.code, len((old / "predictions.csv").read_text().splitlines())) == (0, 501), predicted.err
+    assert export.main([best, "--format=torch_export", machine[0]]) == 0
+    recipe = ("--model=lenet", "--batch_size=64", "--image_size=12", "--val_size=100", "--max_epochs=2")
+    last = f"--ckpt_path={old / 'checkpoints' / 'last.ckpt'}"
+    before = json.loads((old / "record.json").read_text())
+    continued = run_forked(*recipe, *machine, last, folder=tmp_path)
+    assert continued.code == 0, continued.err
+    record = json.loads((old / "record.json").read_text())
+    for epoch, then in zip(record["epochs"], before["epochs"], strict=True):
+        assert epoch["train/loss"] == pytest.approx(then["train/loss"], rel=1e-3)
+    assert record["test"]["loss"] == pytest.approx(before["test"]["loss"], rel=1e-2)
