@@ -1,13 +1,13 @@
-"""Prints the table of the network's stages before training."""
+"""Says before training which network it is."""
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from inspection.stages import table
+from inspection.table import short_table
 
 
 class ModelTable(Callback):
-    """Prints the table before training.
+    """Prints the network in three lines before training.
 
     Args:
         input_shape: Shape (C, H, W) of one image.
@@ -19,4 +19,4 @@ class ModelTable(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print it once, on the first process."""
         if trainer.is_global_zero:
-            print(table(pl_module.net, self._input_shape), flush=True)  # type: ignore[arg-type]
+            print(short_table(pl_module.net, self._input_shape), flush=True)  # type: ignore[arg-type]

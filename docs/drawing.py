@@ -13,6 +13,7 @@ from torch import nn
 from cli.recipes import load_yaml, recipes
 from errors import UserError
 from inspection.stages import stages
+from inspection.table import by, leaves, words_of
 
 Shape = tuple[int, ...]
 KINDS: dict[type, str] = {nn.Conv2d: "conv", nn.Linear: "linear"}  # names of colours
@@ -178,25 +179,6 @@ def _blocks(modules: Iterable[nn.Module], input_shape: Shape) -> list[Block]:
     return blocks
 
 
-def leaves(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """The layers in order, Sequentials opened; a block of a class of its own counts as one."""
-    return [
-        leaf
-        for module in modules
-        for leaf in (leaves(module.children()) if type(module) is nn.Sequential else [module])
-    ]
-
-
-def words_of(module: nn.Module) -> tuple[str, ...]:
-    """Its class and what distinguishes it; none for a module without weights that pools nothing."""
-    name = type(module).__name__
-    if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
-        size, stride = (value if isinstance(value, int) else value[0] for value in (module.kernel_size, module.stride))
-        return (name, f"{size}×{size}", f"stride {stride}") if stride > 1 else (name, f"{size}×{size}")
-    weights = any(True for _ in module.parameters()) and not isinstance(module, nn.BatchNorm2d)
-    return (name,) if weights or isinstance(module, nn.AdaptiveAvgPool2d) else ()
-
-
 def _lines(block: Block) -> list[str]:
     """What is written over a block, in a column that may be narrow."""
     lines: list[str] = []
@@ -266,11 +248,6 @@ def _svg(title: str, height: int, parts: list[str]) -> str:
     return "\n".join(
         [head, f"<style>{STYLE}</style>", f'<rect class="paper" {_size(960, height)}/>', *parts, "</svg>\n"]
     )
-
-
-def by(shape: Shape) -> str:
-    """A shape as `64×112×112`."""
-    return "×".join(map(str, shape))
 
 
 def read_recipe(recipe: str) -> dict[str, Any]:

@@ -12,27 +12,20 @@ and between `<!-- recipes NAME NAME ... -->` and `<!-- /recipes -->` the table o
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from docs.drawing import (
-    Shape,
     build,
-    by,
     class_and_arguments,
     family_picture,
     inception_picture,
-    leaves,
     picture,
     read_recipe,
-    words_of,
 )
 from errors import OneLineParser, UserError, run_program
-from inspection.receptive_field import WHOLE, receptive_fields
 from inspection.stages import stages
+from inspection.table import by, table_rows
 
 DOCS = Path(__file__).resolve().parent
 CHINESE = "zh-CN"  # the folder of the Chinese pages
@@ -59,17 +52,11 @@ EVERYTHING, CONSTANT = ("whole image", "整幅图"), ("constant", "恒定")
 def stage_table(recipe: str, chinese: bool = False) -> str:
     """Markdown table of a network's stages, leaving out those that have no weights and keep the shape."""
     net, input_shape = build(recipe)
-    rows, total = stages(net, input_shape)
-    fields = receptive_fields(net, input_shape)
+    rows, total = table_rows(net, input_shape)
     lines = [STAGES[chinese], (INPUT[chinese], "", by(input_shape), "", "", "")]
-    shape: Shape = input_shape
     for row in rows:
-        if row.parameters or row.shape != shape:
-            side = fields[row.name]
-            field = EVERYTHING[chinese] if side == WHOLE else by((side, side))
-            what = describe(net.get_submodule(row.name))
-            lines.append((f"`{row.name}`", what, by(row.shape), field, f"{row.parameters:,}", f"{row.flops:,}"))
-        shape = row.shape
+        field = row.field or EVERYTHING[chinese]
+        lines.append((f"`{row.name}`", row.what, row.shape, field, f"{row.parameters:,}", f"{row.flops:,}"))
     costs = f"**{total.parameters:,}**", f"**{total.flops:,}**"
     lines.append((f"**{TOTAL[chinese]}**", total.kind, by(total.shape), "", *costs))
     return _markdown(lines, right=(4, 5))
@@ -97,13 +84,6 @@ def recipes_table(names: str, chinese: bool = False) -> str:
             )
         )
     return _markdown(lines, right=(2, 3, 4, 7, 8))
-
-
-def describe(module: nn.Module) -> str:
-    """What a stage consists of: `Conv2d 11×11 stride 4, 2 × Conv2d 1×1`."""
-    parts = [" ".join(words) for words in map(words_of, leaves([module])) if words]
-    runs = [(part, len(list(run))) for part, run in groupby(parts)]
-    return ", ".join(f"{count} × {part}" if count > 1 else part for part, count in runs) or type(module).__name__
 
 
 def _markdown(lines: Sequence[tuple[str, ...]], right: tuple[int, ...]) -> str:

@@ -1,4 +1,4 @@
-"""A network's stages: output shape, parameters and FLOPs of each, as the tutorial prints them."""
+"""A network's stages: output shape, parameters and FLOPs of each."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -107,27 +107,5 @@ def without_data(net: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def table(net: nn.Module, input_shape: tuple[int, int, int]) -> str:
-    """The stages as aligned text."""
-    rows, total = stages(net, input_shape)
-    lines = [("stage", "module", "output shape", "parameters", "FLOPs"), ("input", "", _shape(input_shape), "", "")]
-    lines += [(row.name, row.kind, _shape(row.shape), f"{row.parameters:,}", f"{row.flops:,}") for row in rows]
-    lines.append(("total", total.kind, _shape(total.shape), f"{total.parameters:,}", f"{total.flops:,}"))
-    widths = [max(len(line[column]) for line in lines) for column in range(5)]
-    text = [
-        "  ".join(
-            cell.ljust(width) if column < 3 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    rule = "-" * max(len(line) for line in text)
-    return "\n".join([text[0], rule, *text[1:-1], rule, text[-1]])
-
-
 def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))

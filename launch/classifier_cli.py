@@ -19,7 +19,7 @@ from cli.flags import FLAGS
 from cli.messages import explain
 from datamodules import FashionMNISTDataModule
 from errors import UserError, one_line
-from inspection.stages import table
+from inspection.table import table
 from launch.checks import (
     check_configuration,
     check_input,

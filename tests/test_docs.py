@@ -161,7 +161,7 @@ def test_the_pages_commands_build_what_they_train(arguments: tuple[str, ...], tm
     show = () if "--print_model" in arguments else ("--print_model",)
     answer = run_forked(*arguments, *show, folder=tmp_path)
     assert (answer.code, answer.err) == (0, "")
-    assert re.search(r"^total +\w+ +10 +[\d,]+ +[\d,]+$", answer.out, re.MULTILINE)
+    assert re.search(r"^total +\w+ +10 +[\d,]+ +[\d,]+\.\d M$", answer.out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", [NOTEBOOK, CHINESE_NOTEBOOK], ids=lambda path: path.name)
