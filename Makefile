@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup test fast lint format lowest audit
+.PHONY: help setup test fast fuzz lint format lowest audit
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -12,6 +12,9 @@ test: ## all tests
 
 fast: ## the tests that take seconds
 	python -m pytest -q -m "not slow"
+
+fuzz: ## the property tests with fresh seeds and 2,000 examples each; what they find becomes an @example
+	FUZZ=1 python -m pytest -q -m hypothesis
 
 lint: ## style and types
 	ruff check . && ruff format --check . && mypy .

@@ -1,29 +1,22 @@
 """Reading checkpoints without trusting them."""
 
 import hashlib
-import importlib
 import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
-import yaml
 
+from checkpoints.plain import check_plain, read_settings
 from errors import UserError
 
-# A checkpoint may name classes of these packages only: a file from elsewhere must not choose what is imported here.
-TRUSTED_PACKAGES = ("models.", "lit_modules.", "callbacks.ema.", "callbacks.fine_tuning.", "torch.", "torchvision.")
-# What LightningCLI has load_from_checkpoint call.
-_INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
-# Where Lightning keeps the arguments of a module and of a data module, the first two in files of its early versions.
-_HYPER_PARAMETERS = ("hparams", "module_arguments", "hyper_parameters", "datamodule_hyper_parameters")
-# Settings that are folders, and nothing else.
-_FOLDERS = ("data_dir", "default_root_dir")
+# What lies where in a checkpoint, if it is there.
+PLACES = {"epoch": int, "global_step": int, "hyper_parameters": dict, "datamodule_hyper_parameters": dict}
 # Beside checkpoints that are handed out: each one's SHA-256. `python -m weights.pack` writes it.
 LISTING = "weights.json"
 
@@ -47,6 +40,8 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     _check_listed(path)
     try:
         with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError  # torch never compresses; a few bytes could become any number
             damaged = archive.testzip()  # torch does not hold the content against its checksums
         if damaged:
             raise UserError(f"{path} is damaged: {damaged} in it does not match its checksum")
@@ -57,6 +52,14 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
         raise UserError(f"{path} is damaged or is not a checkpoint") from None
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"{path} is not a checkpoint of a training run: it holds no state_dict")
+    # States of callbacks may hold whatever can be read; checkpoints/state.py looks at those that are restored.
+    check_plain({key: value for key, value in content.items() if key != "callbacks"}, str(path))
+    version = content.get("pytorch-lightning_version", lightning.__version__)
+    if not isinstance(version, str) or not re.fullmatch(r"[2-9]\.\d{1,4}(\.\w{1,20})*(\+\w{1,20})?", version, re.ASCII):
+        raise UserError(f"{path} was not written by Lightning 2 or later; not loaded")
+    for name, kind in PLACES.items():
+        if not isinstance(content.get(name, kind()), kind):
+            raise UserError(f"{path} is damaged: its {name} is no {kind.__name__}")
     return content
 
 
@@ -68,10 +71,13 @@ def listed(path: Path) -> dict[str, Any]:
     """
     listing = path.with_name(LISTING)
     try:
-        return json.loads(listing.read_text(encoding="utf-8")).get(path.name, {})
+        entry = json.loads(listing.read_text(encoding="utf-8")).get(path.name, {})
+        if not isinstance(entry.get("sha256", ""), str) or not 0 <= (entry.get("test_accuracy") or 0) <= 1:
+            raise ValueError
+        return entry
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{listing} is damaged; restore it, for instance with git checkout") from None
 
 
@@ -84,92 +90,10 @@ def _check_listed(path: Path) -> None:
         )
 
 
-def stored_config(checkpoint: dict[str, Any], path: str, trust: bool) -> dict[str, Any]:
-    """The configuration that a run left in its checkpoint.
-
-    Args:
-        checkpoint: What `read_checkpoint` returned.
-        path: The file, for messages.
-        trust: Allow any class.
+def stored_config(checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
+    """The configuration that a run left in its checkpoint; what of it may be used, `Trusted` tells.
 
     Raises:
-        UserError: If there is none, or it names a class outside the trusted packages.
+        UserError: If there is none.
     """
-    try:
-        config = yaml.safe_load(checkpoint["config"])
-        if not all(isinstance(config[section], dict) for section in ("model", "data")):
-            raise TypeError
-        if not isinstance(config.get("trainer") or {}, dict):
-            raise TypeError
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError, yaml.YAMLError):
-        raise UserError(f"{path} does not say how it was trained; add --model RECIPE") from None
-    for section in () if trust else ("model", "data", "trainer"):
-        _check_names(config.get(section), path, "add --trust_checkpoint")
-    return config
-
-
-def check_hyper_parameters(path: Any, trust: bool) -> str:
-    """Hold what Lightning's `load_from_checkpoint` would build to the trusted packages.
-
-    Args:
-        path: The checkpoint, a file of this machine.
-        trust: Allow any class.
-
-    Returns:
-        The file's absolute path, which Lightning can't take for an address.
-
-    Raises:
-        UserError: If the file can't be used (see `read_checkpoint`), or names a class outside the trusted packages.
-    """
-    if not isinstance(path, str | PathLike):
-        raise UserError(f"a checkpoint is loaded from a file; give its path, not {type(path).__name__}")
-    checkpoint = read_checkpoint(path)
-    for key in () if trust else _HYPER_PARAMETERS:
-        _check_names(checkpoint.get(key), str(path), "pass trust_checkpoint=True")
-    return str(Path(path).resolve())
-
-
-def _check_names(settings: Any, path: str, how: str) -> None:
-    try:
-        foreign = next((name for key, name in _texts(settings) if not _is_harmless(key, name)), None)
-    except RecursionError:
-        raise UserError(f"{path} holds settings within themselves; not loaded") from None
-    if foreign is not None:
-        shown = re.sub(r"[^ -~]+", "?", str(foreign))[:80]
-        raise UserError(
-            f"{path} names the class {shown}, which this project, torch and torchvision do not have; "
-            f"{how} if you know where the file comes from"
-        )
-
-
-def _texts(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every text in nested settings and everything given as a class, each with the name of its setting."""
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _texts(inner, str(name))
-    elif isinstance(value, list | tuple | set | frozenset):
-        for inner in value:
-            yield from _texts(inner, key)
-    elif isinstance(value, str) or key == "class_path":
-        yield key, value
-
-
-def _is_harmless(key: str, text: Any) -> bool:
-    """Whether no reading of a setting's text imports or opens what this project does not trust.
-
-    The parser takes a text not only for itself: where a class is expected, for its name, for YAML that holds one, or
-    for a file that does.
-    """
-    if key in _FOLDERS or (key == "_instantiator" and text == _INSTANTIATOR):
-        return True
-    if key != "class_path" and re.fullmatch(r"[\w:,+ -]*", text):
-        return not Path(text).is_file()
-    if not isinstance(text, str) or not text.startswith(TRUSTED_PACKAGES):
-        return False
-    # A trusted module also has what it imports from elsewhere: torch.hub.os.system.
-    module, _, name = text.rpartition(".")
-    try:
-        home = getattr(importlib.import_module(module), name).__module__
-    except (ImportError, AttributeError):
-        return False
-    return isinstance(home, str) and f"{home}.".startswith(TRUSTED_PACKAGES)
+    return read_settings(checkpoint.get("config"), path)

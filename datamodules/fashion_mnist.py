@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 from checkpoints.loading import CheckedLoading
 from datamodules.augmentation import erase, jitter, shift_and_flip
 from datamodules.batches import EvalBatches, ImageTensors, TrainBatches, as_is, leave_signals_to_main
-from datamodules.files.finding import DatasetError, load, prepare
+from datamodules.files.finding import DatasetError, load, prepare, whole_below
 
 CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
@@ -94,6 +94,8 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.image_size = image_size
         self.num_workers = num_workers
+
+    find_data = staticmethod(whole_below)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:

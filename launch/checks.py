@@ -80,6 +80,25 @@ def check_accumulation(compile: Any, batches: Any) -> None:
         )
 
 
+def check_network(net: nn.Module, name: str, optimised: bool) -> None:
+    """Refuse a module that is no network.
+
+    Args:
+        net: The module.
+        name: Its class, as the user wrote it.
+        optimised: Whether it is to be trained.
+    """
+    problem = ""
+    if type(net).forward is nn.Module.forward or isinstance(net, nn.ModuleList | nn.ModuleDict | nn.ParameterList):
+        problem = "computes nothing"
+    elif optimised and not any(parameter.requires_grad for parameter in net.parameters()):
+        problem = "has nothing to train"
+    if problem:
+        raise UserError(
+            f"model.net is {name or 'empty'}, which {problem}; a network was expected, as models.lenet.LeNet"
+        )
+
+
 def check_input(net: nn.Module, shape: tuple[int, int, int], num_classes: int) -> None:
     """Try the network on the shape (C, H, W) of one image."""
     name = type(net).__name__

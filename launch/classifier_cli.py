@@ -23,10 +23,12 @@ from inspection.table import table
 from launch.checks import (
     check_configuration,
     check_input,
+    check_network,
     check_settings,
     check_weights,
 )
 from launch.found import Trials
+from launch.memory import is_out_of_memory
 from launch.start import Start
 from launch.trainer import RunCallbacks, precision
 from lit_modules import LitClassifier
@@ -162,12 +164,17 @@ class ClassifierCLI(LightningCLI):
         """Build network, data module and Trainer; try the network on the shape of one image."""
         try:
             super().instantiate_classes()
-        except ValueError as error:
+        except (ValueError, TypeError, AttributeError, AssertionError) as error:  # of a network's own making
+            raise UserError(one_line(str(error) or type(error).__name__)) from None
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise UserError(one_line(str(error))) from None
         shape = self.datamodule.input_shape
         if self.command.print_model:
             print(table(self.model.net, shape))
             sys.exit(0)
+        check_network(self.model.net, self.config.model.net.class_path, self.command.subcommand == "fit")
         check_input(self.model.net, shape, self.model.hparams["num_classes"])
         check_weights(self.command.ckpt_path, self.start.shapes, self.model)
 

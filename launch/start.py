@@ -9,9 +9,12 @@ from typing import Any
 
 import yaml
 
+from checkpoints.plain import recipe_name
 from checkpoints.reading import read_checkpoint, stored_config
+from checkpoints.trust import Trusted
 from cli.command import Command
 from cli.recipes import load_yaml
+from datamodules.files.finding import whole_below
 from errors import UserError, shown
 
 
@@ -46,13 +49,15 @@ class Start:
             raise UserError(
                 f"{path} holds weights alone, without the optimiser's state: training can't continue from it"
             )
-        settings = {}
+        settings: dict[str, Any] = {}
         if "config" in checkpoint or not command.configs:
-            # The classes that a recipe of the user's own names are trusted: the user named them.
-            trust = command.trust_checkpoint or bool(command.configs)
-            settings = stored_config(checkpoint, path, trust)
+            settings = stored_config(checkpoint, path)
+        if settings and not command.configs:  # which say themselves what is built
+            how = "add --trust_checkpoint"
+            rules = Trusted(path, command.trust_checkpoint, how, checkpoint["state_dict"], whole_below)
+            settings = rules.to_train(settings) if command.subcommand == "fit" else rules.to_use(settings)
         shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
-        return cls(command, command.recipe or str(checkpoint.get("recipe") or "unnamed"), settings, shapes)
+        return cls(command, command.recipe or recipe_name(checkpoint), settings, shapes)
 
     @property
     def folder(self) -> Path:

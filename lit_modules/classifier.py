@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from checkpoints.loading import CheckedLoading
+from checkpoints.state import check_state
 from lit_modules.execution.activation_checkpointing import apply_activation_checkpointing
 from lit_modules.execution.cuda_graphs import MODES, CudaGraphs
 from lit_modules.execution.seeding import seed_step
@@ -195,7 +196,9 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = plain
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the temperature over; a checkpoint from elsewhere has none."""
+        """Hold what a Trainer is to restore against this run, and take the temperature over, if there is one."""
+        if self._trainer is not None:
+            check_state(checkpoint, self.trainer, self)
         stored = checkpoint.get("temperature")
         self.temperature = stored if isinstance(stored, float) and 0 < stored < math.inf else 1.0
 

@@ -14,6 +14,20 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 import pytest
 from commands import DATA, Answer, run, start_server
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
+
+# The default run says the same twice. `make fuzz` searches on; what it finds becomes an @example of the default run.
+# Deadlines are off: other programs share the machine. A hang is caught by the time limit of the test run.
+SEARCHES = bool(os.environ.get("FUZZ"))
+settings.register_profile(
+    "project", derandomize=not SEARCHES, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck)
+)
+settings.load_profile("project")
+
+
+def examples(count: int) -> settings:
+    """Settings of a property test with this many examples; with 2,000 at least under `make fuzz`."""
+    return settings(max_examples=max(count, 2000) if SEARCHES else count)
 
 
 class Run(NamedTuple):

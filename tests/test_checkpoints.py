@@ -1,5 +1,6 @@
 """Checkpoint files: written so that a crash loses nothing, read without trust."""
 
+import copy
 import itertools
 import json
 import multiprocessing
@@ -12,7 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +23,23 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from audited import use_everywhere
 from commands import DATA, ENVIRONMENT, REPO, run_forked
-from conftest import Run
+from conftest import Run, examples
+from hypothesis import given
+from hypothesis import strategies as st
 from stoppable import SAVED, checkpoint, differences, flags, train, write
+from torch.optim import lr_scheduler
 
 import compare
 import export
+from checkpoints.plain import read_settings, recipe_name
 from checkpoints.reading import read_checkpoint
+from checkpoints.state import _MisfitError, _optimizer, _schedule
+from checkpoints.trust import Trusted, find
 from checkpoints.writing import AtomicCheckpointIO
 from datamodules import FashionMNISTDataModule
+from datamodules.files.finding import whole_below
 from errors import RunError, UserError
 from lit_modules import LitClassifier
 from models.lenet import LeNet
@@ -509,3 +520,416 @@ def test_old_checkpoints_are_measured_and_continued_and_old_records_compared(
     for epoch, then in zip(record["epochs"], before["epochs"], strict=True):
         assert epoch["train/loss"] == pytest.approx(then["train/loss"], rel=1e-3)
     assert record["test"]["loss"] == pytest.approx(before["test"]["loss"], rel=1e-2)
+
+
+# ---- What a file from elsewhere may do: nothing.
+
+FUNCTIONS = ("torch.distributed.run.main", "torch.hub.load", "torch.hub.load_state_dict_from_url", "os.system")
+COMMAND = {"class_path": FUNCTIONS[0], "init_args": {"args": ["--no-python", "mkdir", "ran"]}}
+MAY_BE_NAMED = {
+    "net": ["models.lenet.LeNet", "models.LeNet", "torch.nn.Sequential", "torchvision.models.resnet18"],
+    "optimizer": ["torch.optim.Adam", "torch.optim.LBFGS", "torch.optim.adamw.AdamW"],
+    "scheduler": [
+        "lit_modules.schedules.WarmupDecay",
+        "torch.optim.lr_scheduler.OneCycleLR",
+        "lightning.pytorch.cli.ReduceLROnPlateau",
+    ],
+}
+MAY_NOT_BE_NAMED = {
+    "net": [
+        *FUNCTIONS,
+        "torch.nn.functional.relu",
+        "torch.optim.Adam",
+        "torch.nn.Parameter",
+        "torchvision.models.get_model",
+        "torchvision.models.get_weight",
+        "torchvision.models.segmentation.fcn_resnet50",
+        "lit_modules.LitClassifier",
+        "models.lenet",
+        "torch.nn.modules.module.Callable",
+    ],
+    "optimizer": [*FUNCTIONS, "torch.nn.Linear", "torch.optim.lr_scheduler.StepLR", "torch.optim.optimizer.Iterable"],
+    "scheduler": [*FUNCTIONS, "torch.optim.Adam", "lit_modules.schedules.math", "lightning.pytorch.cli.LightningCLI"],
+}
+
+
+@pytest.mark.parametrize("part", MAY_BE_NAMED)
+def test_a_file_names_classes_by_what_they_are(part: str) -> None:
+    for name in MAY_BE_NAMED[part]:
+        assert find(part, name) is not None, name
+    wrong: list[Any] = [*MAY_NOT_BE_NAMED[part], "", "torch", None, 5, "torch.nn.\u1d38inear", "planted.Net"]
+    for other in wrong:
+        assert find(part, other) is None, other
+
+
+@pytest.mark.parametrize(
+    ("part", "arguments", "expected"),
+    [
+        ("net", {"num_classes": 10**9}, "1000000000 of something"),
+        ("net", {"num_classes": "1e9"}, "names the class"),
+        ("net", {"num_classes": 10**6}, "a larger network than the one whose weights it holds"),
+        ("net", {"image_size": 20_000}, "a larger network"),
+        ("net", {"weights": "DEFAULT"}, "weights from the network"),
+        ("net", {"pretrained": True}, "weights from the network"),
+        ("net", {"activation": "os.system"}, "names the class os.system"),
+        ("net", {"activation": [{"class_path": "torch.hub.load"}]}, "names the class torch.hub.load"),
+        ("optimizer", {"lr": {"class_path": "torch.load"}}, "names the class torch.load"),
+        ("scheduler", {"lr_lambda": "os.system"}, "names the class os.system"),
+    ],
+)
+def test_arguments_of_what_a_file_names(part: str, arguments: dict, expected: str, trained: Run) -> None:
+    content = torch.load(trained.best, weights_only=True)
+    config = yaml.safe_load(content["config"])
+    named = config["model"][part] or {"class_path": "torch.optim.lr_scheduler.LambdaLR"}
+    config["model"][part] = named | {"init_args": named.get("init_args", {}) | arguments}
+    rules = Trusted("a.ckpt", False, "add --trust_checkpoint", content["state_dict"], lambda folder: None)
+    with pytest.raises(UserError, match=expected):
+        rules.to_train(config)
+    if part == "net":
+        with pytest.raises(UserError, match=expected):
+            rules.to_use(config)
+    else:
+        assert part not in rules.to_use(config)["model"]
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("data", "image_size", 10**6),
+        ("data", "batch_size", 10**8),
+        ("data", "batch_size", "0x7fffffff"),
+        ("data", "crop_padding", 10**5),
+        ("trainer", "devices", 5000),
+        ("trainer", "devices", "0x400"),
+        ("trainer", "strategy", "deepspeed"),
+        ("trainer", "strategy", {"class_path": "lightning.pytorch.strategies.DDPStrategy"}),
+        ("trainer", "logger", {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "x"}}),
+        ("trainer", "callbacks", [{"class_path": "callbacks.prediction_writer.PredictionWriter"}]),
+        ("trainer", "callbacks", "planted.Net"),
+        ("trainer", "plugins", ["planted.Net"]),
+        ("trainer", "max_time", "planted.Net"),
+        ("trainer", "precision", "planted.Net"),
+    ],
+)
+def test_settings_to_go_on_training_with(section: str, name: str, value: Any, trained: Run) -> None:
+    content = torch.load(trained.best, weights_only=True)
+    config = yaml.safe_load(content["config"])
+    config[section][name] = value
+    rules = Trusted("a.ckpt", False, "add --trust_checkpoint", content["state_dict"], lambda folder: None)
+    with pytest.raises(UserError):
+        rules.to_train(config)
+    if section == "trainer" and name != "precision":  # of which a test needs nothing
+        assert rules.to_use(config)["trainer"].keys() == {"precision"}
+
+
+def test_folders_and_processes_of_a_file(trained: Run, folder: Path) -> None:
+    """Worker processes only as many as there are cores; folders only those that hold a data set, for reading."""
+    content = torch.load(trained.best, weights_only=True)
+    config = yaml.safe_load(content["config"]) | {"log_dir": "elsewhere"}
+    config["data"] |= {"num_workers": 5000, "data_dir": str(folder)}
+    config["trainer"]["default_root_dir"] = str(folder)
+    rules = Trusted("a.ckpt", False, "", content["state_dict"], whole_below)
+    wanted = rules.to_train(config)
+    assert wanted["data"]["num_workers"] <= (os.cpu_count() or 1)
+    assert "data_dir" not in wanted["data"] and "default_root_dir" not in wanted["trainer"]
+    assert rules.to_use(config)["data"]["num_workers"] == 0
+    config["data"]["data_dir"] = str(DATA)
+    assert rules.to_use(config)["data"]["data_dir"] == str(DATA)
+    (folder / "train-images-idx3-ubyte").write_bytes(b"another data set")
+    config["data"]["data_dir"] = str(folder)
+    assert "data_dir" not in rules.to_use(config)["data"]
+
+
+LAUGHS = "a: &a [x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise("abcdefghij")
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{LAUGHS}model: {{net: *j}}\ndata: {{}}\n",
+        "model: {net: " + "[" * 5000 + "]" * 5000 + "}\ndata: {}\n",
+        "model: {}\ndata: {x: !!python/object/apply:os.system [id]}\n",
+        "model: {}\ndata: {x: 0x" + "f" * 90 + "}\n",
+        "model: {}\ndata: {x: 2020-01-01}\n",
+        "model: {}\ndata: {}\nx: " + "y" * 10**6,
+        5,
+    ],
+)
+def test_yaml_of_a_checkpoint(text: Any) -> None:
+    with pytest.raises(UserError):
+        read_settings(text, "a.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        ("best/lenet", "best/lenet"),
+        ("/etc/passwd", "etc/passwd"),
+        ("../../../escaped", "escaped"),
+        ("C:\\a\\..\\b", "C_/a/b"),
+        ("\x1b[31m", "__31m"),
+        ("<b>", "_b_"),
+        ("", "unnamed"),
+        ("..", "unnamed"),
+        (["a"], "unnamed"),
+        (None, "unnamed"),
+    ],
+)
+def test_name_of_the_recipe_in_a_checkpoint(stored: Any, expected: str) -> None:
+    assert recipe_name({"recipe": stored}) == expected
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.zeros(1).expand(10**9),
+        torch.zeros(2, dtype=torch.complex64),
+        torch.eye(2).to_sparse(),
+        2**70,
+        "x" * 10**6,
+        [1, 2, 3, {4}],
+        [[] for _ in range(300_000)],
+    ],
+)
+def test_values_that_no_checkpoint_of_ours_holds(value: Any, trained: Run, tmp_path: Path) -> None:
+    torch.save(torch.load(trained.best, weights_only=True) | {"more": value}, tmp_path / "a.ckpt")
+    with pytest.raises(UserError):
+        read_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_a_packed_archive_is_refused(trained: Run, tmp_path: Path) -> None:
+    """A few bytes of it could become as much as one likes."""
+    with zipfile.ZipFile(trained.best) as source, zipfile.ZipFile(tmp_path / "a.ckpt", "w", zipfile.ZIP_DEFLATED) as to:
+        for entry in source.infolist():
+            to.writestr(entry.filename, source.read(entry))
+    with pytest.raises(UserError, match="damaged or is not a checkpoint"):
+        read_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_an_optimizer_from_elsewhere_is_only_missed_in_training(trained: Run, folder: Path) -> None:
+    torch.save(spoilt(trained, optimizer=COMMAND), "spoilt.ckpt")
+    loaded = LitClassifier.load_from_checkpoint("spoilt.ckpt")
+    assert loaded.probabilities(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
+    with pytest.raises(UserError, match="trust_checkpoint=True"):
+        loaded.configure_optimizers()
+    assert not (folder / "ran").exists()
+
+
+def classes_of(module: Any, base: type) -> list[type]:
+    found = (getattr(module, name) for name in dir(module))
+    return [one for one in found if isinstance(one, type) and issubclass(one, base) and one is not base]
+
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "LambdaLR": {"lr_lambda": lambda step: 0.9**step},
+    "MultiplicativeLR": {"lr_lambda": lambda step: 0.9},
+    "StepLR": {"step_size": 2},
+    "MultiStepLR": {"milestones": [2, 4]},
+    "ExponentialLR": {"gamma": 0.9},
+    "CosineAnnealingLR": {"T_max": 10},
+    "CosineAnnealingWarmRestarts": {"T_0": 3},
+    "CyclicLR": {"base_lr": 0.01, "max_lr": 0.1, "step_size_up": 3},
+    "OneCycleLR": {"max_lr": 0.1, "total_steps": 20},
+    "ReduceLROnPlateau": {"patience": 1, "cooldown": 1},
+}
+MADE_OF_OTHERS = ("ChainedScheduler", "SequentialLR", "LRScheduler", "_LRScheduler")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [one.__name__ for one in classes_of(lr_scheduler, lr_scheduler.LRScheduler) if one.__name__ not in MADE_OF_OTHERS],
+)
+def test_every_schedule_of_torch_goes_on_where_it_was(name: str) -> None:
+    """Only how far it has come is taken from a file, which must be all that changes."""
+
+    def made() -> Any:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9)
+        return getattr(lr_scheduler, name)(optimizer, **SCHEDULES.get(name, {}))
+
+    def rates(scheduler: Any, steps: int) -> list[float]:
+        found = []
+        for step in range(steps):
+            scheduler.optimizer.step()
+            scheduler.step(*([float(step % 3)] if name == "ReduceLROnPlateau" else []))
+            found.append(scheduler.optimizer.param_groups[0]["lr"])
+        return found
+
+    before = made()
+    rates(before, 5)
+    after = made()
+    after.optimizer.load_state_dict(before.optimizer.state_dict())
+    after.load_state_dict(_schedule(before.state_dict(), after, 5))
+    assert rates(after, 8) == rates(before, 8)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "Adagrad", "Adafactor", "NAdam", "RMSprop", "Rprop", "LBFGS"])
+def test_state_of_an_optimizer_is_taken_over_or_refused(name: str) -> None:
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.Flatten(), torch.nn.Linear(12, 2))
+
+        def optimizer(self, parameters: Any) -> Any:
+            more = {"momentum": 0.9} if name == "SGD" else {}
+            return getattr(torch.optim, name)(parameters, lr=0.01, **more)
+
+    module = Module()
+    optimizer = module.optimizer(module.parameters())
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        found = module.layers(torch.ones(1, 2, 4, 4)).square().sum()
+        found.backward()
+        return found
+
+    for _ in range(2):
+        optimizer.step(loss)
+    state = optimizer.state_dict()
+    kept = _optimizer(copy.deepcopy(state), module.optimizer(module.parameters()), module)
+    assert not differences({"state": state["state"]}, {"state": kept["state"]})
+    for number, values in state["state"].items():
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor):
+                for other in (torch.full((7,), 1e30), "text", torch.zeros(0)):
+                    wrong = copy.deepcopy(state)
+                    wrong["state"][number][key] = other
+                    with pytest.raises(_MisfitError):
+                        _optimizer(wrong, module.optimizer(module.parameters()), module)
+    if name == "Adam":  # one number that is shown as many: a fused optimiser would read past its end
+        wrong = copy.deepcopy(state)
+        wrong["state"][0]["exp_avg"] = torch.zeros(1).expand(3, 2, 3, 3)
+        kept = _optimizer(wrong, module.optimizer(module.parameters()), module)
+        assert kept["state"][0]["exp_avg"].stride() == next(module.parameters()).stride()
+
+
+# ---- The same by chance: one place of a good checkpoint holds something else.
+
+TEXTS = (
+    "planted.Net",
+    "os.system",
+    "torch.distributed.run.main",
+    "torch.hub.load",
+    "models.lenet.LeNet",
+    "/etc/passwd",
+    "../../victim",
+    "local://../../victim",
+    "s3://bucket/x",
+    "\x1b]0;title\x07\x1b[31m",
+    "a\nb\r\u2028c",
+    "1e999",
+    "0x7fffffffffff",
+    "settings",
+    "",
+    "x" * 5000,
+)
+NUMBERS = (0, -1, 1, 2**31, 2**63 - 1, 2**64, 10**9, 10**30, 1e308, -1e308, float("inf"), float("nan"), True)
+ODD: list[Any] = [
+    None,
+    [],
+    {},
+    COMMAND,
+    [COMMAND],
+    {"class_path": "torch.hub.load", "init_args": {"repo_or_dir": "a/b", "model": "c"}},
+    {"class_path": "torchvision.models.resnet18", "init_args": {"weights": "DEFAULT"}},
+    {"class_path": "torch.nn.Module"},
+    {"class_path": "models.lenet.LeNet", "init_args": {"num_classes": 10**9}},
+    [[[[[[[[1]]]]]]]],
+    list(range(1000)),
+    (1, 2),
+    torch.zeros(0),
+    torch.full((3,), 1e30),
+    torch.tensor(float("nan")),
+    torch.zeros(2, 3, dtype=torch.int64),
+    torch.zeros(1).expand(1000, 1000),
+]
+VALUES = st.one_of(st.sampled_from(TEXTS), st.sampled_from(NUMBERS), st.sampled_from(ODD), st.text(max_size=8))
+KINDS = st.sampled_from(["replace", "replace", "replace", "delete", "rename", "add"])
+
+
+def all_places(node: Any, path: tuple = ()) -> Iterator[tuple]:
+    """The path to each entry of nested mappings and lists."""
+    entries = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in entries:
+        yield (*path, key)
+        yield from all_places(value, (*path, key))
+
+
+def mutated(content: Any, where: float, kind: str, value: Any) -> None:
+    """Do one thing to the entry of that share of all, in place; first the section is chosen, then the place in it."""
+    sections = sorted(content)
+    section = sections[int(where * len(sections))]
+    places = [(section, *place) for place in all_places(content[section], ())] or [(section,)]
+    *parents, key = places[int(where * len(sections) % 1 * len(places))]
+    at = content
+    for parent in parents:
+        at = at[parent]
+    if kind == "replace" or isinstance(at, list):
+        at[key] = value
+    elif kind == "delete":
+        del at[key]
+    elif kind == "rename":
+        at[value if isinstance(value, str) else "other"] = at.pop(key)
+    else:
+        at["more"] = value
+
+
+@pytest.fixture(scope="session")
+def short_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A checkpoint with all that one can hold: averaged weights, a schedule, a best epoch; its configuration parsed."""
+    flags = ["fit", "--model=lenet", f"--data_dir={DATA}", "--val_size=200", "--max_epochs=1", "--accelerator=cpu"]
+    flags += ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--log_dir=logs"]
+    flags += ["--trainer.callbacks=callbacks.ema.EMA", "--model.scheduler=lit_modules.schedules.WarmupDecay"]
+    folder = tmp_path_factory.mktemp("short")
+    answer = run_forked(*flags, "--model.scheduler_interval=step", folder=folder)
+    assert answer.code == 0, answer.err
+    content = torch.load(folder / "logs/lenet/version_0/checkpoints/last.ckpt", weights_only=True)
+    config = yaml.safe_load(content["config"])
+    config["trainer"]["max_epochs"] = 2
+    return content | {"config": config}
+
+
+def as_yaml(config: Any) -> Any:
+    try:
+        return yaml.safe_dump(config)
+    except yaml.YAMLError:  # of a tensor
+        return config
+
+
+def used_everywhere(content: Any, folder: Path) -> None:
+    """Whatever it holds: no traceback, no process, no connection, no file written or removed outside the run."""
+    (folder / "victim").mkdir(parents=True)
+    (folder / "victim" / "file").write_text("precious")
+    (folder / "start").mkdir()
+    (folder / "start" / "planted.py").write_text(MODULE)
+    (folder / "start" / "settings").write_text("class_path: planted.Net\n")
+    torch.save(content, folder / "start" / "spoilt.ckpt")
+    answer = run_forked(folder=folder / "start", prepare=partial(use_everywhere, folder / "start"))
+    said = answer.out + answer.err
+    assert answer.code == 0, said
+    for word in ("Traceback", "TRACEBACK", "AUDIT", "LINES", "CODE", "\x1b"):
+        assert word not in said, said
+    assert (folder / "victim" / "file").read_text() == "precious"
+    assert {path.name for path in (folder / "start").iterdir()} <= {"planted.py", "settings", "spoilt.ckpt", "logs"}
+
+
+def test_a_sound_checkpoint_is_used_without_a_word(short_run: dict[str, Any], tmp_path: Path) -> None:
+    used_everywhere(short_run | {"config": as_yaml(short_run["config"])}, tmp_path / "case")
+    assert len(list(tmp_path.glob("case/start/logs/lenet/version_0/checkpoints/*.ckpt"))) == 2
+
+
+@examples(40)
+@given(st.floats(0, 1, exclude_max=True), KINDS, VALUES)
+def test_whatever_a_checkpoint_holds(
+    short_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, where: float, kind: str, value: Any
+) -> None:
+    content = copy.deepcopy(short_run)
+    mutated(content, where, kind, value)
+    if "config" in content:
+        content["config"] = as_yaml(content["config"])
+    folder = tmp_path_factory.mktemp("spoilt")
+    try:
+        used_everywhere(content, folder / "case")
+    finally:
+        shutil.rmtree(folder)

@@ -15,7 +15,8 @@ import pytest
 import torch
 import yaml
 from commands import DATA
-from hypothesis import HealthCheck, given, settings
+from conftest import examples
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -28,10 +29,7 @@ from errors import UserError
 from launch.run import run
 from pictures.reading import PictureError, read_picture
 
-# Deadlines are off: other programs share the machine. A hang is caught by the time limit of the test run.
-MANY = settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
-SOME = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-FEW = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+MANY, SOME, FEW = examples(1000), examples(150), examples(40)
 
 WORDS = st.sampled_from(
     [
@@ -141,23 +139,44 @@ def places(node: object, path: tuple = ()) -> Iterator[tuple]:
             yield from places(value, (*path, key))
 
 
+def recipe(name: str) -> dict:
+    return yaml.safe_load(recipes()[name].read_text(encoding="utf-8"))
+
+
+# A recipe, a place in it, and what becomes of it: another value, another name for it, or nothing.
+MUTATIONS = st.sampled_from(["lenet", "lenet_classic"]).flatmap(
+    lambda name: st.tuples(
+        st.just(name),
+        st.sampled_from(sorted(places(recipe(name)))),
+        st.sampled_from(["replace", "rename", "delete"]),
+        NODES,
+        st.text(min_size=1, max_size=8),
+    )
+)
+
+
 @FEW
-@given(st.data())
-def test_mutated_settings(folder: Path, data: st.DataObject) -> None:
+@given(MUTATIONS)
+@example(("lenet_classic", ("model", "net"), "replace", {}, ""))
+@example(("lenet", ("model", "net"), "replace", {"class_path": "torch.nn.Module"}, ""))
+@example(("lenet", ("model", "net"), "replace", {"class_path": "torch.nn.ReLU"}, ""))
+@example(("lenet", ("model", "net"), "replace", {"class_path": "torch.nn.Linear"}, ""))
+@example(("lenet", ("model", "net"), "replace", {"class_path": "torch.nn.Transformer"}, ""))
+@example(("lenet", ("model", "net"), "replace", {"class_path": "os.getcwd"}, ""))
+def test_mutated_settings(folder: Path, mutation: tuple) -> None:
     """Through the whole command line, up to where training would begin."""
-    recipe = yaml.safe_load(recipes()[data.draw(st.sampled_from(["lenet", "lenet_classic"]))].read_text())
-    *parents, key = data.draw(st.sampled_from(sorted(places(recipe))))
-    at = recipe
+    name, (*parents, key), kind, other, new_name = mutation
+    content = recipe(name)
+    at = content
     for parent in parents:
         at = at[parent]
-    kind = data.draw(st.sampled_from(["replace", "rename", "delete"]))
     value = at.pop(key)
     if kind == "replace":
-        at[key] = data.draw(NODES)
+        at[key] = other
     elif kind == "rename":
-        at[data.draw(st.text(min_size=1, max_size=8))] = value
+        at[new_name] = value
     path = folder / "mutated.yaml"
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # run sets its own filters
         try:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import yaml
 
-from checkpoints.reading import LISTING
+from checkpoints.reading import LISTING, listed
 from datamodules import DatasetError, FashionMNISTDataModule
 from errors import OneLineParser, RunError, UserError, run_program
 from lit_modules import LitClassifier
-from runs.record import write_json
+from runs.record import check, write_json
 from weights.trained import load_trained
 
 FOLDER = Path(__file__).parent
@@ -79,6 +79,7 @@ def pack(ckpt_path: Path, output: Path | None, record_path: Path | None, data_di
     if recipe != record["recipe"]:
         raise UserError(f"the record is of a run of {record['recipe']}, the checkpoint of {recipe}; give --record FILE")
     output = output or FOLDER / f"{recipe.replace('/', '-')}.ckpt"
+    listed(output)  # refuses a listing that is damaged before anything is measured
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f"{output.stem}.partial")  # not listed, so that it can be loaded before it is
     try:
@@ -98,14 +99,14 @@ def pack(ckpt_path: Path, output: Path | None, record_path: Path | None, data_di
             )
         entry = {
             "recipe": recipe,
-            "seed": record["seed"],
-            "epoch": int(checkpoint["epoch"]) + 1,
+            "seed": record.get("seed"),
+            "epoch": checkpoint.get("epoch", 0) + 1,
             **scores,
             "bytes": partial.stat().st_size,
             "sha256": hashlib.sha256(partial.read_bytes()).hexdigest(),
             "record": {
-                "commit": record["commit"],
-                "config_sha256": record["config_sha256"],
+                "commit": record.get("commit"),
+                "config_sha256": record.get("config_sha256"),
                 "precision": record["precision"],
                 "val_accuracy": record.get("best_val_accuracy"),
                 "test_accuracy": expected,
@@ -121,8 +122,9 @@ def pack(ckpt_path: Path, output: Path | None, record_path: Path | None, data_di
 def _read_record(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        float(record["test"]["accuracy"])
-    except (OSError, ValueError, KeyError, TypeError):
+        check(record)
+        record["test"]
+    except (OSError, ValueError, KeyError, RecursionError):
         raise UserError(f"{path} is not the record of a run that was tested; give --record FILE") from None
     return record
 

@@ -4,10 +4,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.cli import instantiate_module
 
+from checkpoints.plain import recipe_name
 from checkpoints.reading import read_checkpoint, stored_config
-from datamodules import FashionMNISTDataModule
+from checkpoints.trust import Trusted
+from datamodules import CLASS_NAMES, FashionMNISTDataModule
+from datamodules.files.finding import whole_below
 from errors import UserError
 from lit_modules import LitClassifier
 
@@ -29,13 +33,19 @@ def load_trained(path: Path, trust: bool = False) -> tuple[LitClassifier, Fashio
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # where networks of the user's own lie
     checkpoint = read_checkpoint(path)
-    config = stored_config(checkpoint, str(path), trust)
-    plain = {"compile": False, "checkpoint_activations": False}  # these are for training
+    config = stored_config(checkpoint, str(path))
+    rules = Trusted(str(path), trust, "add --trust_checkpoint", checkpoint["state_dict"], whole_below)
+    used = rules.to_use(config)
     try:
-        classifier = instantiate_module(LitClassifier, config["model"] | plain)
-        data = instantiate_module(FashionMNISTDataModule, config["data"])
+        classifier = instantiate_module(LitClassifier, used["model"])
+        data = instantiate_module(FashionMNISTDataModule, used["data"])
         classifier.load_state_dict(checkpoint["state_dict"])
+        logits = classifier.eval()(torch.zeros(1, *data.input_shape))
+        if logits.shape != (1, len(CLASS_NAMES)):
+            raise ValueError(f"the network gives outputs of shape {tuple(logits.shape)} for one image")
     except Exception as error:  # jsonargparse, networks and PyTorch raise various things
         raise UserError(f"{path} does not fit this version of the project: {' '.join(str(error).split())}") from None
     classifier.on_load_checkpoint(checkpoint)
-    return classifier.eval(), data, checkpoint
+    if "recipe" in checkpoint:
+        checkpoint["recipe"] = recipe_name(checkpoint)
+    return classifier, data, checkpoint

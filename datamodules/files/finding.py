@@ -126,6 +126,18 @@ def prepare(
     return data_dir
 
 
+def whole_below(data_dir: Path) -> Path | None:
+    """The folder among `data_dir` and torchvision's below it that holds the four files, whole; nothing is changed."""
+    for folder in (data_dir, data_dir / "FashionMNIST" / "raw"):
+        try:
+            files = [path for name in NAMES for path in (folder / name, folder / f"{name}.gz") if path.exists()]
+            if all(path.is_file() for path in files) and len(good := _survey(folder)[0]) == len(NAMES):
+                return folder if len(set(good.values())) == 1 else None
+        except (OSError, ValueError):
+            continue
+    return None
+
+
 def load(folder: Path, split: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
     """Reads one split out of a folder that `prepare` returned, verifying it anew.
 

@@ -1,0 +1,85 @@
+"""What the values in a file from elsewhere may be: plain, and no more, larger or deeper than a run's own are."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from errors import UserError
+
+LONGEST = 100_000  # characters of a text
+DEEPEST = 30  # levels of nested values
+MOST = 200_000  # values in a file
+
+
+def check_plain(content: Any, path: str) -> None:
+    """Refuse what is no tensor and no plain value, and what is too large, too deep or nested in itself.
+
+    Raises:
+        UserError: If there is such a thing.
+    """
+    left = MOST
+    stack = [(content, 0)]
+    while stack:
+        value, depth = stack.pop()
+        left -= 1
+        if left < 0 or depth > DEEPEST:
+            raise UserError(f"{path} holds settings within themselves, or far too many; not loaded")
+        if isinstance(value, Mapping):
+            stack += [(inner, depth + 1) for pair in value.items() for inner in pair]
+        elif isinstance(value, list | tuple):
+            stack += [(inner, depth + 1) for inner in value]
+        elif not _is_plain(value):
+            raise UserError(f"{path} holds a value that a checkpoint of this project never holds; not loaded")
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        # What it says of its size must be there: a view may show one number a billion times.
+        return (
+            value.layout is torch.strided
+            and value.device.type == "cpu"
+            and not (value.is_quantized or value.is_complex() or value.is_nested)
+            and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+        )
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**63
+    if isinstance(value, str):
+        return len(value) <= LONGEST
+    return value is None or isinstance(value, float | torch.dtype)
+
+
+def read_settings(text: Any, path: str) -> dict[str, Any]:
+    """The configuration that a checkpoint holds as YAML.
+
+    Raises:
+        UserError: If it is none. Aliases are refused, for ten lines of them stand for a billion.
+    """
+    try:
+        if not isinstance(text, str) or len(text) > LONGEST:
+            raise TypeError
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
+                raise TypeError
+        config = yaml.safe_load(text)
+        if not all(isinstance(config[section], dict) for section in ("model", "data")):
+            raise TypeError
+        if not isinstance(config.get("trainer") or {}, dict):
+            raise TypeError
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError, yaml.YAMLError):
+        raise UserError(f"{path} does not say how it was trained; add --model RECIPE") from None
+    check_plain(config, path)
+    return config
+
+
+def recipe_name(checkpoint: Mapping[str, Any]) -> str:
+    """The recipe's name that a checkpoint holds, as a relative path without steps upwards; "unnamed" without one."""
+    text = checkpoint.get("recipe")
+    parts = re.split(r"[/\\]", text) if isinstance(text, str) else []
+    safe = ["".join(c if c.isprintable() and c not in '<>:"|?*[]$`' else "_" for c in part)[:100] for part in parts]
+    return "/".join([part for part in safe if part.strip(". ")][:4]) or "unnamed"
