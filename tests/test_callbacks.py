@@ -28,7 +28,7 @@ import yaml
 from commands import DATA, ENVIRONMENT, REPO, Answer, run, run_forked
 from conftest import Run
 from PIL import Image
-from stoppable import COMPUTED, checkpoint, differences, train, write
+from stoppable import COMPUTED, SAVED, checkpoint, differences, train, write
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.graph_pb2 import GraphDef
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
@@ -876,7 +876,7 @@ def test_freezing_unfreezing_and_continuing_in_both_phases(tmp_path):
         answer = train(parts, *more, at=point)
         assert answer.code == 143, answer.err
         saved.append(checkpoint(parts))
-        more = ["--ckpt_path", "checkpoints/last.ckpt"]
+        more = ["--ckpt_path", str(SAVED / "last.ckpt")]
     answer = train(parts, *more)
     assert answer.code == 0, answer.err
     assert changed(saved[0], saved[1]) == {"classifier"}  # batch normalisation's statistics included
@@ -927,7 +927,7 @@ def test_a_continued_run_keeps_its_freezing(tmp_path):
     assert train(folder, at=["train", 0, 0, 0]).code == 143
     recipe = (folder / "recipe.yaml").read_text()
     (folder / "recipe.yaml").write_text(recipe.replace("lr_factor: 0.1", "lr_factor: 0.5"))
-    answer = train(folder, "--ckpt_path", "checkpoints/last.ckpt")
+    answer = train(folder, "--ckpt_path", str(SAVED / "last.ckpt"))
     assert (answer.code, answer.err.count("\n")) == (2, 1), answer
     assert "the checkpoint was made with trainer.callbacks=" in answer.err
 
