@@ -5,6 +5,7 @@ another signal that asked to stop.
 """
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -91,7 +92,8 @@ def run_program(name: str, run: Callable[[], int | None], interrupted: str = "St
             print(f"\n{stopped}", file=sys.stderr)
         return stopped.exit_code
     except KeyboardInterrupt:
-        print(f"\n{interrupted}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one line for all of a run's processes
+            print(f"\n{interrupted}", file=sys.stderr)
         return 130
 
 

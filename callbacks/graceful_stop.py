@@ -1,9 +1,9 @@
-"""SIGTERM, Ctrl-C and SIGUSR1 end training with a checkpoint from which it goes on as if nothing had happened."""
+"""SIGTERM, Ctrl-C, SIGUSR1 and SIGHUP end training with a checkpoint from which it continues exactly."""
 
+import math
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,12 @@ from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
 
-from callbacks.processes import Processes
+from callbacks.processes import Processes, signal_name, stopped_code
 from callbacks.run_folder import RunCheckpoint
+from callbacks.signal_watch import BEFORE_TRAINING, SIGNALS
 from errors import Stopped
 
-# A second Ctrl-C within this time is the first: `timeout` and terminals may send it to the group and to the process.
-SAME_CTRL_C_SECONDS = 0.5
-SIGNALS = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+FIRST_BATCH = 30.0  # seconds to wait for a first batch, of which it is not known how long it takes
 
 
 class GracefulStop(Callback):
@@ -48,7 +47,6 @@ class GracefulStop(Callback):
         self._requeue: Any = None  # Lightning's handler, and its signal
         self._requeue_signal: int | None = None
         self._signal = 0
-        self._since = 0.0
         self._tell = True
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -57,7 +55,7 @@ class GracefulStop(Callback):
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeue_signal = environment.requeue_signal
-        handler = self._take_note if stage == TrainerFn.FITTING else self._raise_at_once
+        handler = self._take_note if stage == TrainerFn.FITTING else self._processes.raise_at_once
         self._handle(handler)
         # Lightning's own handler talks to the other processes, which may be anywhere: that hangs.
         connector: Any = trainer._signal_connector
@@ -65,12 +63,14 @@ class GracefulStop(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the signals over again from Lightning, which has set its own handlers for SLURM."""
+        self._processes.watch.patience = FIRST_BATCH
         if self._requeue_signal:
             self._requeue = signal.getsignal(self._requeue_signal)
         self._handle(self._take_note)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give the signals back."""
+        self._processes.watch.patience = BEFORE_TRAINING
         for signum, handler in self._handlers_before.items():
             signal.signal(signum, handler)
         self._handlers_before = {}
@@ -79,6 +79,7 @@ class GracefulStop(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop if asked to; last of the callbacks, so that what they keep is saved as of this batch."""
+        self._processes.watch.progress()
         if not trainer.fit_loop._should_accumulate():
             self._stop_if_asked(trainer, f"epoch {trainer.current_epoch + 1}, batch {batch_idx + 1}")
 
@@ -92,6 +93,7 @@ class GracefulStop(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Stop if asked to; the validation is then done again, whole."""
+        self._processes.watch.progress()
         if (
             trainer.state.fn != TrainerFn.FITTING
             or trainer.sanity_checking
@@ -117,34 +119,27 @@ class GracefulStop(Callback):
         for signum in {*SIGNALS, *([self._requeue_signal] if self._requeue_signal else [])}:
             if signum == self._requeue_signal and self._requeue is None:
                 continue  # Lightning sets its handler only where there is none
+            if signum == getattr(signal, "SIGHUP", None) and signal.getsignal(signum) == signal.SIG_IGN:
+                continue  # under nohup
             before: Any = signal.signal(signum, handler)
             self._handlers_before.setdefault(signum, before)
 
     def _take_note(self, signum: int, frame: Any) -> None:
-        now = time.monotonic()
-        if self._signal and signum == signal.SIGINT and now - self._since > SAME_CTRL_C_SECONDS:
-            if self._tell:
-                os.write(2, b"\nStopped at once: nothing was saved since the last checkpoint.\n")
-            self._processes.kill_children()
-            os._exit(130)
-        if not self._signal:
-            self._signal, self._since = signum, now
+        if not self._signal:  # a second one is for the watch
+            self._signal = signum
             if self._tell and signum == signal.SIGINT:
                 os.write(2, b"\nSaving a checkpoint after this batch; press Ctrl-C again to stop at once.\n")
-
-    def _raise_at_once(self, signum: int, frame: Any) -> None:
-        self._processes.ignore_ends()
-        raise Stopped(f"Stopped by {_name(signum)}." if self._tell else "", _exit_code(signum))
 
     def _stop_if_asked(self, trainer: pl.Trainer, where: str) -> None:
         signum = self._processes.largest(self._signal)
         if not signum:
             return
         path = self._file()
+        self._processes.watch.patience = math.inf
         if path:
             trainer.save_checkpoint(path)
         saved = f"Saved: {path}" if path else "Nothing was saved: checkpoints are switched off."
-        self._stop(trainer, signum, f"Stopped by {_name(signum)} in {where}. {saved}", path)
+        self._stop(trainer, signum, f"Stopped by {signal_name(signum)} in {where}. {saved}", path)
 
     def _stop(self, trainer: pl.Trainer, signum: int, message: str, path: Path | None) -> None:
         if signum == self._requeue_signal and callable(self._requeue):
@@ -153,12 +148,5 @@ class GracefulStop(Callback):
         elif path:
             message += f"\nContinue with: {self._how_to_continue(path)}"
         self._processes.ignore_ends()
-        raise Stopped(message if trainer.is_global_zero else "", _exit_code(signum))
-
-
-def _name(signum: int) -> str:
-    return "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
-
-
-def _exit_code(signum: int) -> int:
-    return 130 if signum == signal.SIGINT else 143
+        self._processes.watch.patience = BEFORE_TRAINING
+        raise Stopped(message if trainer.is_global_zero else "", stopped_code(signum))

@@ -1,10 +1,12 @@
 """The processes of one run: what they agree on, and what happens when one of them is gone."""
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -15,9 +17,12 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import Callback
 
-from errors import print_error
+from callbacks.signal_watch import SIGNALS, SignalWatch
+from errors import Stopped, print_error
 
 POLL_SECONDS = 0.5
+STARTED_BY = "CLASSIC_CNNS_STARTED_BY"  # where the first process leaves its number for those that it starts
+SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
 # How long a process whose connection broke waits to be told, or to see, which process was lost.
 GRACE_SECONDS = 20.0
 
@@ -29,10 +34,38 @@ class Processes(Callback):
     """
 
     def __init__(self) -> None:
+        self.watch = SignalWatch(self._end_at_once)
+        self.launcher: Any = None  # Lightning's, which starts the children
+        self._parent = 0
+        self._first = 0  # global rank of the first process on this machine
         self._children: list[subprocess.Popen] = []
         self._watch: threading.Thread | None = None
         self._stop_watching = threading.Event()
         self._group: Any = None
+
+    def begin(self) -> None:
+        """Watch the parent, if this process was started by one of this run; take the signals over."""
+        if _is_child():
+            self._parent = int(os.environ[STARTED_BY])
+            if sys.platform == "linux":  # lets a process that was halted see it, too
+                ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGCONT)
+            self._start(self._watch_parent, self._parent, int(os.environ["LOCAL_RANK"]))
+        else:
+            os.environ[STARTED_BY] = str(os.getpid())
+        if threading.current_thread() is threading.main_thread():
+            for signum in SIGNALS:
+                if signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler):  # nohup ignores SIGHUP
+                    signal.signal(signum, self.raise_at_once)
+        self.watch.start()
+
+    def raise_at_once(self, signum: int, frame: Any) -> None:
+        """The handler where there is nothing to save.
+
+        Raises:
+            Stopped: Always.
+        """
+        self.ignore_ends()
+        raise Stopped(f"Stopped by {signal_name(signum)}." if is_first() else "", stopped_code(signum))
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Start to watch."""
@@ -45,7 +78,8 @@ class Processes(Callback):
         if not isinstance(environment, LightningEnvironment) or self._watch:
             return
         if environment.local_rank() > 0:
-            self._start(self._watch_parent, os.getppid(), trainer.local_rank, trainer.global_rank)
+            self._first = trainer.global_rank - trainer.local_rank
+            self._start(self._watch_parent, os.getppid(), trainer.local_rank)
             return
         procs = getattr(trainer.strategy.launcher, "procs", [])
         self._children += procs
@@ -75,7 +109,7 @@ class Processes(Callback):
     def kill_children(self) -> None:
         """End the processes that this one started, at once."""
         self.ignore_ends()
-        for child in self._children:
+        for child in {*self._children, *getattr(self.launcher, "procs", [])}:
             if child.poll() is None:
                 with suppress(OSError):
                     child.kill()
@@ -97,12 +131,45 @@ class Processes(Callback):
                     self.kill_children()
                     _end_with_line(f"process {number} {_ending(child.returncode)}; the others were ended")
 
-    def _watch_parent(self, parent: int, local_rank: int, rank: int) -> None:
+    def _watch_parent(self, parent: int, local_rank: int) -> None:
         while not self._stop_watching.wait(POLL_SECONDS):
             if os.getppid() != parent:
                 if local_rank > 1:
                     os._exit(1)  # one line is enough
-                _end_with_line(f"process {rank - local_rank} is gone; the others were ended")
+                _end_with_line(f"process {self._first} is gone; the others were ended")
+
+    def _end_at_once(self, signum: int, again: bool) -> None:
+        """End all processes of this machine, whatever state they are in."""
+        if is_first():
+            why = "at once" if again else f"by {signal_name(signum)} (a process did not answer)"
+            os.write(2, f"\nStopped {why}: nothing was saved since the last checkpoint.\n".encode())
+        self.kill_children()
+        if self._parent:
+            time.sleep(2)  # the parent ends us, unless it is the one that hangs
+            if os.getppid() == self._parent:
+                os.kill(self._parent, signal.SIGKILL)
+        os._exit(stopped_code(signum))
+
+
+def is_first() -> bool:
+    """Whether this process tells the user what all of a machine do."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def signal_name(signum: int) -> str:
+    """As the user knows it."""
+    return "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+
+
+def stopped_code(signum: int) -> int:
+    """The exit code of a process that was told to stop."""
+    return 130 if signum == signal.SIGINT else 143
+
+
+def _is_child() -> bool:
+    """Whether Lightning started this process for one of the same run; not torchrun or SLURM."""
+    foreign = "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_PROCID" in os.environ
+    return STARTED_BY in os.environ and os.environ.get("LOCAL_RANK", "0") != "0" and not foreign
 
 
 def end_process(exit_code: int) -> None:

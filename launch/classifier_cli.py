@@ -184,13 +184,15 @@ class ClassifierCLI(LightningCLI):
             self.config, self.config_init, self._text(), self.model, self.datamodule, self.trials.curve
         )
         try:
-            return super().instantiate_trainer(**kwargs | more)
+            trainer = super().instantiate_trainer(**kwargs | more)
         except (TypeError, ImportError) as error:  # of --trainer.devices abc, of an accelerator's missing package
             raise UserError(one_line(str(error))) from None
         except RuntimeError as error:
             if "stateful callback" not in str(error):
                 raise
             raise UserError(f"two callbacks with the same settings; leave one out: {one_line(str(error))}") from None
+        self.processes.launcher = trainer.strategy.launcher
+        return trainer
 
     def _text(self) -> str:
         """The resolved configuration as YAML."""

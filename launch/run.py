@@ -43,6 +43,7 @@ def _run(command: Command) -> None:
     processes = Processes()
     cli = ClassifierCLI(command, processes)
     with _one_line_errors(cli), _no_process_left(processes):
+        processes.begin()
         cli.start = Start.of(command)
         cli.build()
         verbs.run(cli)
@@ -67,6 +68,8 @@ def _no_process_left(processes: Processes) -> Iterator[None]:
         processes.kill_children()
         raise
     finally:
+        processes.ignore_ends()
+        processes.watch.stop()
         if workers := multiprocessing.active_children():
             # Of the loaders of a run that was broken off: they ignore the signals that stop a run.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else PyTorch reports their end as an error
@@ -116,6 +119,7 @@ def _quiet() -> None:
         "Checkpoint directory .* exists and is not empty",  # a continued run goes on in its own folder
         "You are using a custom batch sampler `EvalBatches`",  # which returns every image
         ".*LeafSpec.* is deprecated",  # inside Lightning
+        "The `srun` command is available on your system but is not used",  # the login machine of a cluster
         "The dirpath has changed from",  # the folder of the runs was moved, or a test has none
         "torch.distributed.nn.functional.all_gather is deprecated",  # inside Lightning
         "Total length of `.*` across ranks is zero",  # no validation images are wanted

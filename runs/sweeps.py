@@ -6,13 +6,12 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 from cli.command import Command, parse_command_line
 from cli.recipes import PROJECT, load_yaml, recipes
@@ -22,6 +21,7 @@ from runs.record import write_json
 from runs.report import rich_table, terminal
 from runs.search_space import Choice, Range, Request, Space, checked_space, every_combination, in_order, spelled
 from runs.settings import kind, leaves
+from runs.training import STOPPED, start, training_lock
 
 try:
     import optuna
@@ -58,10 +58,8 @@ def sweep(request: Request) -> int:
         raise UserError(f"{error.filename} can't be written: {error.strerror}; set --log_dir") from None
     before = signal.signal(signal.SIGTERM, _stop)
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with training_lock(folder, ".lock"):
             study = _run_trials(request, command, folder, output)
-    except Timeout:
-        raise UserError(f"another sweep.py is at work in {folder}; wait for it, or stop it") from None
     finally:
         signal.signal(signal.SIGTERM, before)
     _print_table(study, request)
@@ -143,31 +141,22 @@ def _train(trial: Trial, request: Request, folder: Path) -> int | None:
     if stopped := sorted(folder.rglob("last.ckpt")):
         arguments.append(f"--ckpt_path={stopped[-1]}")
     reported = 0
-    with (folder / "output.txt").open("a", encoding="utf-8") as output:
-        process = subprocess.Popen(
-            [sys.executable, str(PROJECT / "train.py"), *arguments], stdout=output, stderr=subprocess.STDOUT
-        )
-        try:
-            while True:
-                try:
-                    code = process.wait(POLL_SECONDS)
-                except subprocess.TimeoutExpired:
-                    code = None
-                for epoch in _epochs(_record(folder))[reported:]:
-                    trial.report(epoch["val/accuracy"], epoch["epoch"])
-                    reported += 1
-                    if code is None and trial.should_prune():
-                        process.terminate()
-                        process.wait()
-                        return None
-                if code in (130, 143, -signal.SIGINT, -signal.SIGTERM):
-                    raise Stopped("The training was stopped. The same command continues from here.", code % 256)
-                if code is not None:
-                    return code
-        except BaseException:  # Ctrl-C, or SIGTERM: it saves a checkpoint to go on from
-            process.terminate()
-            process.wait()
-            raise
+    with (
+        (folder / "output.txt").open("a", encoding="utf-8") as output,
+        start(arguments, stdout=output, stderr=subprocess.STDOUT) as process,
+    ):
+        code = None
+        while code is None:
+            with suppress(subprocess.TimeoutExpired):
+                code = process.wait(POLL_SECONDS)
+            for epoch in _epochs(_record(folder))[reported:]:
+                trial.report(epoch["val/accuracy"], epoch["epoch"])
+                reported += 1
+                if code is None and trial.should_prune():
+                    return None  # it is ended
+    if code in STOPPED:
+        raise Stopped("The training was stopped. The same command continues from here.", code % 256)
+    return code
 
 
 def _stop(signum: int, frame: Any) -> None:

@@ -1,9 +1,12 @@
 """Training the runs that are missing, each in a process of its own, a plain `train.py`; one folder, one at a time."""
 
+import ctypes
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +16,21 @@ from filelock import FileLock, Timeout
 
 from cli.command import parse_command_line
 from cli.recipes import PROJECT, resolved
-from errors import UserError, plain
+from errors import Stopped, UserError, plain
 from runs.reading import Run, find_runs, matches
 from runs.settings import shaping
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
+
+# Signals that ask to stop.
+PASSED_ON = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 # Exit codes of a training that was told to stop: before it could save a checkpoint, and after.
-STOPPED = (-signal.SIGTERM, 128 + signal.SIGTERM)
+STOPPED = (*(-signum for signum in PASSED_ON), 128 + signal.SIGTERM, 128 + signal.SIGINT)
+LAST_SECONDS = 10.0  # that a training has to end when it was asked twice
+_HELD: list[int] = []  # file descriptors of the locks, which trainings inherit
 INTERRUPTED = "Stopped by Ctrl-C. The same command continues from here."
 
 
@@ -57,7 +69,7 @@ def train_missing(request: Request) -> tuple[list[Run], list[str]]:
             for recipe in request.recipes:
                 code = train_one(request, recipe, seed, wanted[recipe])
                 if code in STOPPED:
-                    sys.exit(128 + signal.SIGTERM)
+                    raise Stopped("The training was stopped. The same command continues from here.", 143)
                 if code:
                     failed.append(f"{recipe} with seed {seed} was not finished (exit code {code}); see above")
     runs = [run for recipe in request.recipes for run in runs_of(request, recipe, wanted[recipe])]
@@ -65,21 +77,37 @@ def train_missing(request: Request) -> tuple[list[Run], list[str]]:
 
 
 @contextmanager
-def training_lock(log_dir: Path) -> Iterator[None]:
-    """Let one process at a time train in a folder of runs.
+def training_lock(log_dir: Path, name: str = ".compare.lock") -> Iterator[None]:
+    """Let one process at a time train in a folder of runs; a training that is left holds the lock until it ends.
 
     Raises:
         UserError: If another one does, or the folder can't be made.
     """
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(log_dir / ".compare.lock", timeout=0).acquire()
+        if fcntl is None:
+            lock = FileLock(log_dir / name, timeout=0).acquire()
+        else:
+            held = os.open(log_dir / name, os.O_RDWR | os.O_CREAT)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(held)
+                raise Timeout(str(log_dir)) from None
     except Timeout:
         raise UserError(f"another process is training in {log_dir}; wait for it, or stop it") from None
     except OSError as error:
         raise UserError(f"{error.filename} can't be written: {error.strerror}; set --log_dir") from None
-    with lock:
+    if fcntl is None:
+        with lock:
+            yield
+        return
+    _HELD.append(held)
+    try:
         yield
+    finally:
+        _HELD.remove(held)
+        os.close(held)  # without unlocking it, which would unlock it for the trainings too
 
 
 def train_one(request: Request, recipe: str, seed: int, wanted: dict[str, Any], seconds: float | None = None) -> int:
@@ -110,20 +138,60 @@ def train_one(request: Request, recipe: str, seed: int, wanted: dict[str, Any], 
         except subprocess.TimeoutExpired:
             process.terminate()
             return process.wait()
-        except KeyboardInterrupt:  # the terminal has sent it to the training too
-            process.wait()
-            raise
 
 
 @contextmanager
 def start(arguments: Sequence[str], **streams: Any) -> Iterator[subprocess.Popen]:
-    """A process of train.py; SIGTERM, with which a scheduler stops this process, is passed on to it meanwhile."""
-    process = subprocess.Popen([sys.executable, str(PROJECT / "train.py"), *arguments], **streams)
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+    """A process of train.py, which never outlives this one, and holds the locks that this one holds.
+
+    Signals that ask this process to stop are passed on to it; it saves a checkpoint and ends. On Linux it does so too
+    if this process dies.
+
+    Raises:
+        Stopped: At the end, if there was such a signal.
+    """
+    own: dict[str, Any] = {} if os.name == "nt" else {"pass_fds": tuple(_HELD)}
+    if sys.platform == "linux":
+        own["preexec_fn"] = _stop_with(os.getpid())
+    process = subprocess.Popen([sys.executable, str(PROJECT / "train.py"), *arguments], **own, **streams)
+    got: list[int] = []
+
+    def pass_on(signum: int, frame: Any) -> None:
+        got.append(signum)
+        process.send_signal(signum)
+        if len(got) == 2:  # asked again: a training that hangs is ended
+            killing.start()
+
+    killing = threading.Timer(LAST_SECONDS, process.kill)
+    killing.daemon = True
+    wanted = [signum for signum in PASSED_ON if signal.getsignal(signum) != signal.SIG_IGN]  # as SIGHUP under nohup
+    before = {signum: signal.signal(signum, pass_on) for signum in wanted}
     try:
         yield process
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+        killing.cancel()
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    if got:
+        name = "Ctrl-C" if got[0] == signal.SIGINT else signal.Signals(got[0]).name
+        raise Stopped(
+            f"Stopped by {name}. The same command continues from here.", 130 if got[0] == signal.SIGINT else 143
+        )
+
+
+def _stop_with(parent: int) -> Callable[[], None]:
+    """To be called in a new process: it gets SIGTERM when its parent dies."""
+    set_death_signal = ctypes.CDLL(None).prctl
+
+    def prepare() -> None:
+        set_death_signal(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it died before
+            os._exit(143)
+
+    return prepare
 
 
 def runs_of(request: Request, recipe: str, wanted: dict[str, Any]) -> list[Run]:

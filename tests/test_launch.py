@@ -6,7 +6,9 @@ import math
 import os
 import pickle
 import platform
+import pty
 import re
+import select
 import shlex
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,19 @@ import yaml
 from commands import DATA, ENVIRONMENT, REPO, Answer, run, run_forked
 from jsonargparse import ArgumentParser
 from PIL import Image
-from stoppable import AUGMENTATION, COMPUTED, PLATEAU, SAVED, checkpoint, differences, finish, start, train, write
+from stoppable import (
+    AUGMENTATION,
+    COMPUTED,
+    PLATEAU,
+    SAVED,
+    checkpoint,
+    differences,
+    finish,
+    flags,
+    start,
+    train,
+    write,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader
@@ -824,7 +839,12 @@ CONTINUE = re.compile(r"Continue with: python train\.py (.*)")
 
 @pytest.mark.parametrize(
     ("signum", "code", "name"),
-    [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C"), (signal.SIGUSR1, 143, "SIGUSR1")],
+    [
+        (signal.SIGTERM, 143, "SIGTERM"),
+        (signal.SIGINT, 130, "Ctrl-C"),
+        (signal.SIGUSR1, 143, "SIGUSR1"),
+        (signal.SIGHUP, 143, "SIGHUP"),
+    ],
 )
 @pytest.mark.parametrize("stage", ["train", "validation"])
 def test_each_signal_saves_and_says_how_to_continue(
@@ -893,6 +913,71 @@ def test_signal_to_the_whole_group_with_workers(
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the processes in /proc")
+@pytest.mark.parametrize(
+    ("halted", "signals", "code"), [(1, (signal.SIGTERM,), 143), (0, (signal.SIGINT, signal.SIGINT), 130)]
+)
+def test_hung_process_can_be_ended(halted: int, signals: tuple[signal.Signals, ...], code: int, tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", batch_size=125)
+    process = start(folder, "--devices", "2")
+    pids = [process.pid, int(_children(process.pid)[0])]
+    os.kill(pids[halted], signal.SIGSTOP)
+    time.sleep(1)
+    for number in signals:
+        os.killpg(process.pid, number)
+        time.sleep(1)
+    answer = finish(process, timeout=MINUTE)
+    assert answer.code == (code if halted else -signal.SIGKILL), answer.err
+    assert "Traceback" not in answer.err
+    assert all(_is_gone(pid) for pid in pids)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the processes in /proc")
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_stop_while_processes_start_leaves_none(signum: signal.Signals, tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", batch_size=125)
+    (folder / "command.json").write_text('{"sleep": 0.2}')
+    command = [sys.executable, str(REPO / "train.py"), *flags("--devices", "2")]
+    process = subprocess.Popen(
+        command, cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not (children := _children(process.pid)):
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)
+    if signum == signal.SIGINT:
+        os.killpg(process.pid, signum)
+    else:
+        process.send_signal(signum)
+    answer = finish(process, timeout=MINUTE)  # reads until the last process has closed its output
+    assert answer.code == (130 if signum == signal.SIGINT else 143), answer.err
+    assert "Traceback" not in answer.err
+    assert all(_is_gone(int(pid)) for pid in children)
+
+
+def test_a_closed_terminal_saves(tmp_path: Path) -> None:
+    """All that is written to it afterwards is an error."""
+    folder = write(tmp_path / "run")
+    (folder / "command.json").write_text('{"sleep": 0.2, "at": ["train", 1, 0, 0], "signals": []}')
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(folder)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        os.execve(sys.executable, [sys.executable, str(REPO / "train.py"), *flags()], ENVIRONMENT)
+    try:
+        end = time.monotonic() + MINUTE
+        while not (folder / "pid-0").exists():
+            assert time.monotonic() < end
+            if select.select([terminal], [], [], 0.1)[0]:
+                os.read(terminal, 10_000)
+        os.close(terminal)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 143
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert checkpoint(folder)["global_step"] > 5
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the processes in /proc")
 @pytest.mark.parametrize("victim", [0, 1])
 def test_killing_one_process_ends_the_others(victim: int, tmp_path: Path) -> None:
     folder = write(tmp_path / "run", batch_size=125)
@@ -932,6 +1017,13 @@ def test_slurm_job_is_saved_and_requeued(tmp_path: Path) -> None:
 
 def _children(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 # ---- A run that is stopped and continued ends with the weights of the uninterrupted run, bit for bit.

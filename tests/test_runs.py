@@ -20,6 +20,7 @@ from typing import Any
 
 import optuna
 import pytest
+import torch
 import yaml
 from commands import DATA, ENVIRONMENT, REPO, Answer
 from conftest import Run
@@ -30,7 +31,7 @@ import sweep
 from benchmarks.harness.side_by_side import RESULTS
 from datamodules import CLASS_NAMES
 from errors import UserError
-from runs import report
+from runs import report, training
 from runs import sweeps as sweeping
 from runs.differences import difference, differences, mcnemar, seeds_needed, two_sided
 from runs.groups import Group, fold, wilson
@@ -319,6 +320,49 @@ def test_a_killed_run_goes_on_in_its_own_folder(tmp_path: Path) -> None:
     elapsed = [epoch["elapsed_seconds"] for epoch in after.record["epochs"]]
     assert elapsed == sorted(elapsed)
     assert after.record["fit_seconds"] > elapsed[-1] * 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGHUP])
+def test_no_training_outlives_compare(signum: signal.Signals, tmp_path: Path) -> None:
+    """It saves a checkpoint first, and holds the lock of the folder until then."""
+    flags = ["--data_dir", str(DATA), "--val_size", "200", "--max_epochs", "400", "--accelerator", "cpu"]
+    command = [sys.executable, str(REPO / "compare.py"), "--train", "lenet", *flags]
+    # Standard error goes on to the training: it is read to its end only when that is over.
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        end = time.monotonic() + 90
+        while not (saved := list(tmp_path.rglob("last.ckpt"))):
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+        process.send_signal(signum)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == (-signum if signum == signal.SIGKILL else 143), error
+    assert "Traceback" not in error
+    assert "Continue with" in error
+    assert torch.load(saved[0], weights_only=True)["epoch"] < 399
+    with training.training_lock(tmp_path / "logs"):
+        pass  # nobody holds it
+
+
+def test_a_training_holds_the_lock_of_its_folder(tmp_path: Path) -> None:
+    """Even if the process that took it is gone; here: has closed it."""
+    with training.training_lock(tmp_path), training.start(["--help"], stdout=subprocess.DEVNULL) as process:
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=training._HELD)
+        process.wait()
+    try:
+        with pytest.raises(UserError, match="another process is training"), training.training_lock(tmp_path):
+            pass
+    finally:
+        child.kill()
+        child.wait()
+    with training.training_lock(tmp_path):
+        pass
 
 
 @pytest.mark.slow
