@@ -3,7 +3,17 @@
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import DoublePrecision
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from errors import UserError
+
+GRADIENTS = "summed_gradients"  # in a checkpoint that was saved between two optimiser steps
 
 
 class ExactResume(Callback):
@@ -15,16 +25,39 @@ class ExactResume(Callback):
     - after an epoch's last batch, or during validation: the validation is done again, whole (Lightning would skip it,
       or do its second half alone);
     - after an epoch: at the start of the next (with `max_steps`, Lightning would end the same epoch twice), with
-      `ReduceLROnPlateau` having seen it.
+      `ReduceLROnPlateau` having seen it;
+    - between two optimiser steps, in a validation within an epoch: the gradients that were summed so far are saved.
+
+    Of more than two processes on the CPU, each gradient is summed in the order of the processes: DDP's own order
+    depends on where the gradient lies in a bucket, and the buckets change after the first step of each process.
 
     Only metrics of a resumed epoch's training may differ: they cover the part that was left.
     """
+
+    def __init__(self) -> None:
+        self._gradients: Any = None
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the gradients until the parameters lie where they are trained."""
+        self._gradients = checkpoint.get(GRADIENTS)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fetch from where the checkpoint stood: with workers, batches were fetched before it was loaded."""
         if trainer.fit_loop.is_resuming:
             assert trainer.fit_loop._data_fetcher is not None
             iter(trainer.fit_loop._data_fetcher)
+            self._restore_gradients(trainer, pl_module)
+        strategy = trainer.strategy
+        if (
+            isinstance(strategy, DDPStrategy)
+            and strategy._ddp_comm_hook is None
+            and trainer.world_size > 2
+            and strategy.root_device.type == "cpu"
+        ):
+            model: Any = strategy.model
+            model.register_comm_hook(dist.group.WORLD, ordered_mean)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Step `ReduceLROnPlateau` here: Lightning does so after the epoch's checkpoint, and not in a resumed epoch."""
@@ -37,6 +70,13 @@ class ExactResume(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Say where training stands."""
+        checkpoint["processes"] = trainer.world_size
+        if trainer.state.fn == TrainerFn.FITTING and trainer.fit_loop._should_accumulate():
+            checkpoint[GRADIENTS] = {
+                name: _of_all_processes(trainer, parameter.grad)
+                for name, parameter in pl_module.named_parameters()
+                if parameter.grad is not None
+            }
         fit_loop: Any = trainer.fit_loop
         epoch_loop = fit_loop.epoch_loop
         saved = checkpoint["loops"]["fit_loop"]
@@ -57,6 +97,57 @@ class ExactResume(Callback):
             validation["total"] = _at(validation["total"], 0)
             if not validated:  # one batch begun and not ended is how the loop tells that it was interrupted
                 validation["total"] |= {"ready": 1, "started": 1}
+
+    def _restore_gradients(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._gradients is None:
+            return
+        parameters = dict(pl_module.named_parameters())
+        try:
+            for name, stored in self._gradients.items():
+                parameter = parameters[name]
+                if stored.shape != (trainer.world_size, *parameter.shape) or stored.dtype != parameter.dtype:
+                    raise TypeError
+                parameter.grad = torch.empty_like(parameter).copy_(stored[trainer.global_rank])
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(
+                f"{trainer.ckpt_path} is damaged: its gradients are not those of this network; training can't continue "
+                "from it"
+            ) from None
+        self._gradients = None
+
+
+class SavedPrecision(Callback):
+    """Makes float64 weights float64 before a checkpoint is loaded, which would else be rounded to float32.
+
+    (Lightning 2.6 converts the module afterwards.) It must stand before callbacks that copy the module.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Convert the weights."""
+        if isinstance(trainer.precision_plugin, DoublePrecision):
+            trainer.precision_plugin.convert_module(pl_module)
+
+
+def ordered_mean(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """A communication hook of DDP's: the mean over the processes, always summed in the order of their numbers."""
+    mine = bucket.buffer()
+    parts = [torch.empty_like(mine) for _ in range(group.size())]
+    work = dist.all_gather(parts, mine, group=group, async_op=True)
+
+    def mean(_: Any) -> Tensor:
+        mine.copy_(parts[0])
+        for part in parts[1:]:
+            mine.add_(part)
+        return mine.div_(len(parts))
+
+    return work.get_future().then(mean)
+
+
+def _of_all_processes(trainer: pl.Trainer, gradient: Tensor) -> Tensor:
+    """Each process's own, (processes, *shape), on the CPU."""
+    if trainer.world_size == 1:
+        return gradient.detach().cpu()[None]
+    return trainer.strategy.all_gather(gradient.detach()).cpu()
 
 
 def _at(progress: dict[str, int], count: int) -> dict[str, int]:

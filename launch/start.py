@@ -27,12 +27,14 @@ class Start:
         recipe: Name of the recipe.
         settings: The configuration that the checkpoint was made with.
         shapes: Name and shape of its tensors.
+        processes: How many processes trained it; None in checkpoints of earlier versions.
     """
 
     command: Command
     recipe: str = "unnamed"
     settings: dict[str, Any] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    processes: int | None = None
 
     @classmethod
     def of(cls, command: Command) -> "Start":
@@ -57,7 +59,22 @@ class Start:
             rules = Trusted(path, command.trust_checkpoint, how, checkpoint["state_dict"], whole_below)
             settings = rules.to_train(settings) if command.subcommand == "fit" else rules.to_use(settings)
         shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
-        return cls(command, command.recipe or recipe_name(checkpoint), settings, shapes)
+        processes = checkpoint.get("processes")
+        recipe = command.recipe or recipe_name(checkpoint)
+        return cls(command, recipe, settings, shapes, processes if type(processes) is int else None)
+
+    def check_processes(self, number: int) -> None:
+        """Refuse to continue with another number of processes, each of which would see other images.
+
+        Raises:
+            UserError: If it is another.
+        """
+        if self.processes not in (None, number):
+            before = "one process" if self.processes == 1 else f"{self.processes} processes"
+            raise UserError(
+                f"{self.command.ckpt_path} was trained by {before}, not {number}: continued, it would skip or repeat "
+                f"images; set --devices (and --num_nodes) so that there are {self.processes}"
+            )
 
     @property
     def folder(self) -> Path:

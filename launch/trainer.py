@@ -12,7 +12,7 @@ from lightning.pytorch.plugins import CheckpointIO
 
 from callbacks.confusion import Confusion
 from callbacks.divergence_guard import DivergenceGuard
-from callbacks.exact_resume import ExactResume
+from callbacks.exact_resume import ExactResume, SavedPrecision
 from callbacks.graceful_stop import GracefulStop
 from callbacks.lr_curve import Curve, LearningRateCurve
 from callbacks.model_table import ModelTable
@@ -64,7 +64,7 @@ class RunCallbacks:
             curve: What `--lr auto` measured.
         """
         command = self.start.command
-        callbacks = _listed(built.trainer.callbacks)
+        callbacks = [SavedPrecision(), *_listed(built.trainer.callbacks)]
         logger: Any = False
         if command.subcommand == "fit":
             logger = built.trainer.logger

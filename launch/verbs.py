@@ -17,6 +17,7 @@ def run(cli: ClassifierCLI) -> None:
 def fit(cli: ClassifierCLI) -> None:
     """Train; where no subcommand was given, test the best checkpoint; print the summary."""
     trainer, model, data, config = cli.trainer, cli.model, cli.datamodule, cli.config
+    cli.start.check_processes(trainer.world_size)
     if config.pretrained and not cli.command.ckpt_path:
         from weights.imagenet import start_from_imagenet  # here, not above: only this needs torchvision's networks
 

@@ -1060,6 +1060,16 @@ def stop_and_continue(folder: Path, points: list[list], *flags: str) -> None:
         ),
         ({}, ("--trainer.val_check_interval", "0.4"), [["train", 0, 1, 0], ["validation", 1, 0, 0], MIDDLE]),
         (
+            {"ema": True},
+            ("--trainer.val_check_interval", "0.4", "--trainer.accumulate_grad_batches", "3", "--precision", "64-true"),
+            [["validation", 1, 1, 0]],
+        ),
+        (
+            {"batch_size": 83},
+            ("--devices", "3", "--trainer.val_check_interval", "0.4", "--trainer.accumulate_grad_batches", "3"),
+            [["validation", 1, 0, 1]],
+        ),
+        (
             {"ema": True, "batch_size": 125},
             ("--devices", "2", "--data.num_workers", "2"),
             [["train", 0, 4, 1], ["validation", 1, 0, 1]],
@@ -1073,6 +1083,8 @@ def stop_and_continue(folder: Path, points: list[list], *flags: str) -> None:
         "max_steps",
         "memory savers",
         "several validations",
+        "between two steps, float64",
+        "three processes",
         "processes",
     ],
 )
@@ -1137,6 +1149,15 @@ def test_best_epoch_is_remembered_in_another_working_folder(tmp_path: Path) -> N
     assert best >= before["callbacks"][key]["best_model_score"]
     assert Path(path) == saved.with_name("best.ckpt")
     assert len(after["callbacks"][key]["best_k_models"]) == 1
+
+
+def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run")
+    assert train(folder, at=FIRST).code == 143
+    answer = train(folder, "--devices", "2", "--ckpt_path", "last")
+    assert answer.code == 2
+    assert len(answer.err.strip().splitlines()) == 1 and "trained by one process, not 2" in answer.err
+    assert checkpoint(folder)["global_step"] == 1
 
 
 def test_probe_sees_a_difference() -> None:
