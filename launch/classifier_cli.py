@@ -28,6 +28,7 @@ from launch.checks import (
     check_weights,
 )
 from launch.found import Trials
+from launch.launchers import take_over_processes
 from launch.memory import is_out_of_memory
 from launch.start import Start
 from launch.trainer import RunCallbacks, precision
@@ -147,6 +148,7 @@ class ClassifierCLI(LightningCLI):
         """Fill in what depends on other settings, then hold the result against machine and checkpoint."""
         config, command = self.config, self.command
         check_configuration(config, command)
+        take_over_processes(config.trainer)
         net = config.model.net
         if "image_size" in inspect.signature(resolve_name(net.class_path)).parameters:
             net.init_args.image_size = config.data.image_size

@@ -26,7 +26,7 @@ import pytest
 import torch
 import yaml
 from commands import DATA, ENVIRONMENT, REPO, Answer, run, run_forked
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from PIL import Image
 from stoppable import (
     AUGMENTATION,
@@ -49,6 +49,7 @@ from checkpoints.reading import read_checkpoint
 from cli.recipes import recipes
 from datamodules import CLASS_NAMES, FashionMNISTDataModule
 from errors import UserError
+from launch.launchers import take_over_processes
 from launch.learning_rate import STEPS, find_learning_rate
 from launch.memory import advice, is_out_of_memory, largest_batch_size
 from launch.start import _replace
@@ -994,6 +995,55 @@ def test_killing_one_process_ends_the_others(victim: int, tmp_path: Path) -> Non
     assert "Traceback" not in answer.err
     assert not Path(f"/proc/{other}").exists() or Path(f"/proc/{other}/stat").read_text().split()[2] == "Z"
     assert checkpoint(folder)["global_step"] == 5
+
+
+@pytest.mark.parametrize(
+    ("variables", "flags", "expected"),
+    [
+        ({}, {}, ("auto", 1)),
+        ({"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "6"}, {}, (2, 3)),
+        ({"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}, {"devices": "0,1"}, (2, 1)),
+        ({"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}, {"devices": 4}, "devices=4"),
+        ({"SLURM_NTASKS": "4"}, {}, "not started by srun"),
+        ({"SLURM_NTASKS": "1"}, {}, (1, 1)),
+        ({"SLURM_NTASKS": "1"}, {"devices": 2}, "devices=2"),
+        ({"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "bash"}, {"devices": 2}, (2, 1)),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NNODES": "2"}, {}, (2, 2)),
+        ({"SLURM_NTASKS": "3", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NNODES": "2"}, {}, "every machine"),
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}, {"num_nodes": 2}, "num_nodes=2"),
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "LOCAL_RANK": "0"}, {}, "SLURM_PROCID is 5"),
+        ({"SLURM_NTASKS": "two"}, {}, "SLURM_NTASKS is 'two'"),
+    ],
+)
+def test_launchers_say_how_many_processes_there_are(
+    variables: dict, flags: dict, expected: tuple | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [name for name in os.environ if name.startswith(("SLURM", "TORCHELASTIC"))]
+    own = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NNODES", "SLURM_NTASKS_PER_NODE")
+    for name in {*found, *own, "LOCAL_RANK", "WORLD_SIZE"}:
+        monkeypatch.setenv(name, "")  # so that what is set under test is taken back
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    trainer = Namespace(**{"devices": "auto", "num_nodes": 1} | flags)
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            take_over_processes(trainer)
+    else:
+        take_over_processes(trainer)
+        assert (trainer.devices, trainer.num_nodes) == expected
+
+
+@pytest.mark.slow
+def test_torchrun_without_devices(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    more = [*LENET, *FAST, "--accelerator=cpu", "--trainer.limit_test_batches=1"]
+    done = subprocess.run(
+        [*command, str(REPO / "train.py"), *more], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (record,) = tmp_path.rglob("record.json")
+    assert json.loads(record.read_text())["devices"] == 2
 
 
 def test_slurm_job_is_saved_and_requeued(tmp_path: Path) -> None:

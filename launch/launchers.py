@@ -1,0 +1,89 @@
+"""What torchrun and SLURM say of the processes: taken over where the flags leave it open, else held against them."""
+
+import os
+import re
+from typing import Any
+
+from jsonargparse import Namespace
+
+from callbacks.processes import is_first
+from errors import UserError
+
+
+def take_over_processes(trainer: Namespace) -> None:
+    """Set `devices` and `num_nodes` of the Trainer's settings to what the launcher started.
+
+    Raises:
+        UserError: If the settings or the launcher's variables contradict it; without a text on all processes but one.
+    """
+    try:
+        started = _torchrun() or _slurm()
+        if started is None:
+            return
+        launcher, here, machines = started
+        given = _count(trainer.devices)
+        if given not in (None, here):
+            raise UserError(
+                f"{launcher} started {here} process(es) on this machine, but devices={given} was "
+                f"given; leave --devices out, or have it start {given} (torchrun --nproc_per_node, srun "
+                "--ntasks-per-node)"
+            )
+        if trainer.num_nodes not in (1, machines):
+            raise UserError(
+                f"{launcher} started processes on {machines} machine(s), but "
+                f"num_nodes={trainer.num_nodes} was given; leave --num_nodes out"
+            )
+    except UserError as error:
+        raise UserError(str(error) if is_first() else "") from None
+    trainer.devices, trainer.num_nodes = here, machines
+
+
+def _torchrun() -> tuple[str, int, int] | None:
+    """Launcher, processes on this machine, machines; None where torchrun is not at work."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    here, all_of_them = _number("LOCAL_WORLD_SIZE"), _number("WORLD_SIZE")
+    if all_of_them % here:
+        raise UserError("torchrun started other numbers of processes on other machines; give all the same")
+    return "torchrun", here, all_of_them // here
+
+
+def _slurm() -> tuple[str, int, int] | None:
+    """The same of SLURM; within `salloc` (a job named bash or interactive) Lightning starts the processes itself."""
+    if "SLURM_NTASKS" not in os.environ or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+        return None
+    tasks = _number("SLURM_NTASKS")
+    if tasks > 1 and not {"SLURM_PROCID", "SLURM_STEP_ID"} <= os.environ.keys():
+        raise UserError(
+            f"this SLURM job has {tasks} tasks (SLURM_NTASKS), but train.py was not started by srun: write srun python "
+            "train.py ..., or ask for --ntasks=1"
+        )
+    machines = next((_number(name) for name in ("SLURM_STEP_NUM_NODES", "SLURM_NNODES") if name in os.environ), 1)
+    if tasks % machines:
+        raise UserError(
+            f"SLURM started {tasks} tasks on {machines} machines; every machine needs as many: --ntasks-per-node"
+        )
+    for name, most in (("SLURM_PROCID", tasks), ("SLURM_LOCALID", tasks // machines), ("SLURM_NODEID", machines)):
+        os.environ.setdefault(name, "0")
+        if _number(name, least=0) >= most:
+            raise UserError(f"{name} is {os.environ[name]}, but SLURM started {tasks} tasks on {machines} machines")
+    os.environ["SLURM_NTASKS_PER_NODE"] = str(tasks // machines)  # which --ntasks alone leaves out, and Lightning reads
+    os.environ["SLURM_NNODES"] = str(machines)
+    return "SLURM", tasks // machines, machines
+
+
+def _number(name: str, least: int = 1) -> int:
+    text = os.environ.get(name, "")
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"the launcher's variable {name} is {text!r}; a whole number of at least {least} was expected")
+    return int(text)
+
+
+def _count(devices: Any) -> int | None:
+    """How many devices the setting names; None where it leaves that open."""
+    if isinstance(devices, list | tuple):
+        return len(devices)
+    text = str(devices)
+    if re.fullmatch(r"\d+", text):
+        return int(text)
+    return len([part for part in text.split(",") if part.strip()]) if "," in text else None
