@@ -147,6 +147,6 @@ class GracefulStop(Callback):
             message += " The job was requeued."
         elif path:
             message += f"\nContinue with: {self._how_to_continue(path)}"
-        self._processes.ignore_ends()
-        self._processes.watch.patience = BEFORE_TRAINING
+        self._processes.watch.patience = math.inf  # it has answered
+        self._processes.end_with_parent()
         raise Stopped(message if trainer.is_global_zero else "", stopped_code(signum))

@@ -64,7 +64,7 @@ class Processes(Callback):
         Raises:
             Stopped: Always.
         """
-        self.ignore_ends()
+        self.end_with_parent()
         raise Stopped(f"Stopped by {signal_name(signum)}." if is_first() else "", stopped_code(signum))
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -90,6 +90,12 @@ class Processes(Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Stop watching: the processes end in any order."""
         self.ignore_ends()
+
+    def end_with_parent(self) -> None:
+        """Stop watching, for the processes end in any order now; but none outlives the one that started it."""
+        self.ignore_ends()
+        if self._parent and sys.platform == "linux":
+            ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
 
     def ignore_ends(self) -> None:
         """Stop watching."""

@@ -1114,10 +1114,11 @@ def stop_and_continue(folder: Path, points: list[list], *flags: str) -> None:
             ("--trainer.val_check_interval", "0.4", "--trainer.accumulate_grad_batches", "3", "--precision", "64-true"),
             [["validation", 1, 1, 0]],
         ),
-        (
+        pytest.param(
             {"batch_size": 83},
             ("--devices", "3", "--trainer.val_check_interval", "0.4", "--trainer.accumulate_grad_batches", "3"),
             [["validation", 1, 0, 1]],
+            marks=pytest.mark.slow,
         ),
         (
             {"ema": True, "batch_size": 125},
