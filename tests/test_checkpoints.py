@@ -25,7 +25,7 @@ import torch
 import yaml
 from audited import use_everywhere
 from commands import DATA, ENVIRONMENT, REPO, run_forked
-from conftest import Run, examples
+from conftest import SEARCHES, Run, examples
 from hypothesis import given
 from hypothesis import strategies as st
 from stoppable import SAVED, checkpoint, differences, flags, train, write
@@ -919,6 +919,7 @@ def test_a_sound_checkpoint_is_used_without_a_word(short_run: dict[str, Any], tm
     assert len(list(tmp_path.glob("case/start/logs/lenet/version_0/checkpoints/*.ckpt"))) == 2
 
 
+@pytest.mark.skipif(not SEARCHES, reason="what it finds has not been gone through yet: make fuzz")
 @examples(40)
 @given(st.floats(0, 1, exclude_max=True), KINDS, VALUES)
 def test_whatever_a_checkpoint_holds(
