@@ -33,7 +33,7 @@ def watch(folder: Path) -> None:
             harmless = event == "subprocess.Popen" and args[1][:2] in (
                 ["git", "describe"],
                 ["uname", "-p"],
-            )  # noqa: E501
+            )
             seen = None if harmless else str(args[:2])
         elif event in CHANGES or (event == "open" and isinstance(args[2], int) and args[2] & WRITING):
             seen = named(args[0])
