@@ -7,10 +7,19 @@ another signal that asked to stop.
 import argparse
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+if sys.version_info < (3, 10):  # noqa: UP036  # a system's own Python, where the environment was not activated
+    sys.exit(f"error: Python 3.10 or newer is needed, this is {sys.version.split()[0]}: source .venv/bin/activate")
+
+# The modules of requirements.txt.
+REQUIRED = "filelock jsonargparse lightning matplotlib numpy PIL rich tensorboard torch torchmetrics torchvision yaml"
 
 
 class UserError(Exception):
@@ -81,8 +90,12 @@ def run_program(name: str, run: Callable[[], int | None], interrupted: str = "St
     Returns:
         The exit code.
     """
+    kept = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)
     try:
-        return run() or 0
+        code = run() or 0
+        sys.stdout.flush()  # not when Python ends, where a closed pipe can't be answered any more
+        return code
     except UserError as error:
         if str(error):  # else another process says it
             print_error(name, error)
@@ -95,6 +108,72 @@ def run_program(name: str, run: Callable[[], int | None], interrupted: str = "St
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one line for all of a run's processes
             print(f"\n{interrupted}", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] not in REQUIRED.split():
+            raise
+        activate = r".venv\Scripts\activate" if os.name == "nt" else "source .venv/bin/activate"
+        print_error(
+            name,
+            f"the package {error.name} is missing in {sys.executable}: activate the environment ({activate}), or make "
+            "it: python3 -m venv .venv && .venv/bin/pip install -r requirements.txt",
+        )
+        return 2
+    finally:
+        sys.stdout, sys.stderr = kept
+
+
+@contextmanager
+def ended_by_ctrl_c() -> Iterator[None]:
+    """Let Ctrl-C end the process at once, where there is nothing to lose.
+
+    For imports: libraries take a KeyboardInterrupt in theirs for errors of many kinds.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        yield
+        return
+
+    def end(signum: int, frame: Any) -> None:
+        os.write(2, b"\nStopped by Ctrl-C.\n")
+        os._exit(130)
+
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _Output:
+    """Standard output or error that takes any text, and lets go of a pipe that nobody reads (`| head -1`).
+
+    That is no reason to stop a training. Characters that the locale's encoding lacks are escaped.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._let_go()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
 
 
 def print_error(program: str, message: object) -> None:

@@ -5,9 +5,7 @@ Only light modules are imported here, so that `--help` and plain mistakes answer
 
 import sys
 
-from cli.command import parse_command_line
-from cli.flags import help_text
-from errors import run_program
+from errors import ended_by_ctrl_c, run_program
 
 
 def main(arguments: list[str]) -> int:
@@ -16,11 +14,15 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    from cli.command import parse_command_line  # here, where a missing package is one line
+    from cli.flags import help_text
+
     command = parse_command_line(arguments)
     if command is None:
         print(help_text(predict="predict" in arguments))
         return 0
-    from launch.run import run  # here, not above: torch and Lightning take seconds to import
+    with ended_by_ctrl_c():
+        from launch.run import run  # torch and Lightning take seconds to import
 
     return run(command)
 

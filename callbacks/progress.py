@@ -77,7 +77,7 @@ class EpochProgress(ProgressBar):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the epoch's line."""
-        metrics = trainer.callback_metrics  # on all processes: reading them may need all
+        metrics = self._speed.measured(trainer)  # on all processes: reading them may need all
         if not self._enabled:
             return
         self._end()

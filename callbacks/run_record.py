@@ -5,6 +5,7 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Sequence, Sized
 from importlib.metadata import version
 from typing import Any
 
@@ -101,11 +102,16 @@ class RunRecord(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep what an earlier part of the run recorded; only here is the epoch restored at which it goes on."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        an_epoch = int(trainer.num_training_batches) * trainer.world_size * data.batch_size
+        self.record["train_images"] = min(len(data.train_set), an_epoch)
+        self.record["val_images"] = images_measured(trainer, data.val_set, trainer.num_val_batches)
         self._continue_record(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add the epoch's line."""
-        metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if not name.endswith("_step")}
+        measured = self._speed.measured(trainer)
+        metrics = {name: value.item() for name, value in measured.items() if not name.endswith("_step")}
         self.record["epochs"].append(
             {
                 "epoch": trainer.current_epoch + 1,
@@ -192,6 +198,18 @@ class RunRecord(Callback):
         begun = self.record["epochs"] or "stopped_after_seconds" in self.record
         if trainer.is_global_zero and self._folder.path and begun:
             write_json(self._folder.path / "record.json", self.record)
+
+
+def images_measured(trainer: pl.Trainer, images: Sized, batches: Sequence[int | float]) -> int:
+    """How many of the images an evaluation takes; Trainer arguments like `limit_test_batches` leave some out.
+
+    Args:
+        trainer: The run's Trainer.
+        images: All of them.
+        batches: Number of batches of each of the evaluation's loaders on this process; each process has as many.
+    """
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    return min(len(images), int(sum(batches)) * trainer.world_size * data.eval_batch_size)
 
 
 def _hyperparameters(mapping: dict[str, Any]) -> dict[str, str | int | float | bool]:

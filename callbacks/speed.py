@@ -14,13 +14,16 @@ class Speed(Callback):
     Attributes:
         images_per_second: Over the last epoch's training batches, loading included, validation not; all processes.
         epoch_seconds: Time of the last epoch's training batches.
+        validated: Whether there was a validation in the last epoch; else its metrics are an earlier epoch's.
     """
 
     def __init__(self) -> None:
         self.images_per_second = 0.0
         self.epoch_seconds = 0.0
+        self.validated = False
         self._images = 0
         self._start = 0.0
+        self._pause = 0.0
 
     def so_far(self) -> float:
         """Images a second since the epoch began."""
@@ -33,21 +36,38 @@ class Speed(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
         self._images = 0
+        self.validated = False
         self._start = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the images; read the clock after the epoch's last batch, before validation."""
+        """Count the images and read the clock: any batch may be the epoch's last, with `max_time` for one."""
         self._images += len(batch[1]) * trainer.world_size
-        if trainer.is_last_batch:
-            if trainer.strategy.root_device.type == "cuda":
-                torch.cuda.synchronize()
-            self.epoch_seconds = time.perf_counter() - self._start
-            self.images_per_second = self._images / self.epoch_seconds
+        if trainer.strategy.root_device.type == "cuda" and (trainer.is_last_batch or trainer.fit_loop.epoch_loop.done):
+            torch.cuda.synchronize()
+        self.epoch_seconds = time.perf_counter() - self._start
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock."""
+        self._pause = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the clock go on."""
+        self.validated = not trainer.sanity_checking
+        self._start += time.perf_counter() - self._pause
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log both numbers."""
+        self.images_per_second = self._images / self.epoch_seconds if self.epoch_seconds else 0.0
         values = {"speed/images_per_second": self.images_per_second, "speed/epoch_seconds": self.epoch_seconds}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step - 1)
+
+    def measured(self, trainer: pl.Trainer) -> dict[str, torch.Tensor]:
+        """The metrics of the epoch that ends, by name; to be asked on all processes."""
+        return {
+            name: value
+            for name, value in trainer.callback_metrics.items()
+            if self.validated or not name.startswith("val/")
+        }

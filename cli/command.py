@@ -8,7 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from cli.flags import FLAGS, LINKED, LONG_FLAGS, LONG_GROUPS, PREDICT_FLAGS, SUBCOMMANDS, Flag, is_value
+from cli.flags import (
+    FLAGS,
+    LINKED,
+    LONG_FLAGS,
+    LONG_GROUPS,
+    PREDICT_FLAGS,
+    SUBCOMMANDS,
+    Flag,
+    is_value,
+    refuse_pasted_dashes,
+)
 from cli.recipes import did_you_mean, load_yaml, recipe_path, recipes
 from errors import UserError
 
@@ -75,6 +85,7 @@ def parse_command_line(arguments: list[str]) -> Command | None:
     Raises:
         UserError: For any mistake that can be seen without importing torch.
     """
+    refuse_pasted_dashes(arguments)
     command, tokens = Command(arguments=list(arguments)), list(arguments)
     help_wanted = False
     while tokens:

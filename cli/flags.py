@@ -3,7 +3,7 @@
 import math
 import re
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from cli.recipes import recipes
@@ -15,6 +15,9 @@ SUBCOMMANDS = {
     "test": "measure a checkpoint on the 10,000 test images",
     "predict": "class probabilities of the test images as CSV, or of --images",
 }
+
+# What pages and word processors make of "-" and "--".
+DASHES = "‐‑‒–—―−﹣－"
 
 
 def _integer(least: int, most: float = math.inf) -> Callable[[str], str]:
@@ -73,7 +76,14 @@ def _text(text: str) -> str:
     return text
 
 
+def _path(text: str) -> str:
+    if re.match(r"[A-Za-z][\w+.-]+://", text):
+        raise ValueError("a path on this machine (download it first)")
+    return _text(text)
+
+
 def _output(text: str) -> str:
+    _path(text)
     if not text.endswith((".csv", ".json", ".png")):
         raise ValueError("a file name that ends in .csv, .json or .png")
     return text
@@ -89,7 +99,7 @@ class Flag(NamedTuple):
 
 
 FLAGS = {
-    "--model": Flag("", _text, "RECIPE", "recipe to train (list below), or a path to a YAML file"),
+    "--model": Flag("", _path, "RECIPE", "recipe to train (list below), or a path to a YAML file"),
     "--accelerator": Flag("--trainer.accelerator", _accelerator, "NAME", "cpu, gpu, mps or auto (default: auto)"),
     "--devices": Flag("--trainer.devices", _devices, "N", "number of devices or processes, or auto"),
     "--num_nodes": Flag("--trainer.num_nodes", _integer(1), "N", "number of machines"),
@@ -106,10 +116,10 @@ FLAGS = {
     "--val_size": Flag("--data.val_size", _integer(0), "N", "training images held out for validation"),
     "--seed": Flag("--seed_everything", _integer(0, 2**32 - 1), "N", "seed of everything drawn at random"),
     "--patience": Flag("--patience", _integer(1), "N", "stop after N epochs without a better validation accuracy"),
-    "--data_dir": Flag("--data.data_dir", _text, "DIR", "folder of the data set (default: data)"),
-    "--log_dir": Flag("--log_dir", _text, "DIR", "folder of the runs (default: logs)"),
-    "--ckpt_path": Flag("--ckpt_path", _text, "PATH", "checkpoint to continue or measure; last: the newest run's"),
-    "--config": Flag("", _text, "FILE", "YAML file laid over the recipe"),
+    "--data_dir": Flag("--data.data_dir", _path, "DIR", "folder of the data set (default: data)"),
+    "--log_dir": Flag("--log_dir", _path, "DIR", "folder of the runs (default: logs)"),
+    "--ckpt_path": Flag("--ckpt_path", _path, "PATH", "checkpoint to continue or measure; last: the newest run's"),
+    "--config": Flag("", _path, "FILE", "YAML file laid over the recipe"),
     "--histograms": Flag("--histograms=true", None, "", "histograms of weights and gradients in TensorBoard; slower"),
     "--stop_at_chance": Flag("--stop_at_chance=true", None, "", "stop a network that learns nothing in 500 batches"),
     "--pretrained": Flag("--pretrained=true", None, "", "start VGG from ImageNet's weights; see pretrained/vgg16"),
@@ -120,7 +130,7 @@ FLAGS = {
 }
 # Those of `predict` alone. The first and the third take several values.
 PREDICT_FLAGS = {
-    "--images": Flag("", _text, "PATH...", "classify these pictures, and those in these folders, not the test images"),
+    "--images": Flag("", _path, "PATH...", "classify these pictures, and those in these folders, not the test images"),
     "--invert": Flag(
         "",
         _one_of("auto", "always", "never"),
@@ -163,6 +173,19 @@ def help_text(predict: bool = False) -> str:
     lines += ["", "Your own pictures (--images PATH...): python train.py predict --help"]
     lines += ["Every other setting (--trainer.*, --model.*, --data.*): python train.py fit --help"]
     return "\n".join(lines)
+
+
+def refuse_pasted_dashes(arguments: Iterable[str]) -> None:
+    """Refuse flags whose hyphens a page has turned into dashes.
+
+    Raises:
+        UserError: With what to type.
+    """
+    for token in arguments:
+        word = token.lstrip(DASHES + "-")
+        if set(token[: len(token) - len(word)]) & set(DASHES):
+            typed = f"{'-' if word[:1].isdigit() or word[:1] == '.' else '--'}{word}"
+            raise UserError(f"{token} begins with a dash as pages print it, not with hyphens; type {typed}")
 
 
 def take_values(tokens: list[str]) -> list[str]:

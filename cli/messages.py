@@ -17,6 +17,11 @@ KINDS = {
     "dict": "a mapping",
     "NoneType": "null",
 }
+# Of SequentialLR and ChainedScheduler, behind their names.
+MADE_OF_SCHEDULES = (
+    "is made of other schedules, which settings can't hold: write a class in a Python file that derives from it and "
+    "makes them of the optimiser, and name that; or take lit_modules.schedules.WarmupDecay"
+)
 
 
 def explain(message: str, given: Mapping[str, str], known: Iterable[str]) -> str:
@@ -39,6 +44,8 @@ def explain(message: str, given: Mapping[str, str], known: Iterable[str]) -> str
         return f"{where}unknown setting {name}{_argument_like(match[1], message) or did_you_mean(name, known)}"
     if keys:
         name, where = _full_name(keys, given)
+        if schedule := re.search(r"torch\.optim\.lr_scheduler\.(SequentialLR|ChainedScheduler)\b", message):
+            return f"{where}{schedule[0]} {MADE_OF_SCHEDULES}"
         value, reason = _value_and_reason(name, body)
         return f"{where}{name}={value} is not valid: {reason}"
     return message
@@ -82,6 +89,8 @@ def _value_and_reason(name: str, body: str) -> tuple[str, str]:
     expected = list(dict.fromkeys(kind for text in texts for kind in _kinds(text)))
     if not expected:
         return value, body
+    if expected == ["null"]:  # the parser can't tell which class a short name means
+        return value, "a class was expected, by its full name like torch.optim.lr_scheduler.StepLR, or null"
     if "a number" in expected and "the name of a class" in expected:
         expected.remove("the name of a class")  # of a tensor, which a setting can't name
     return value, f"{', '.join(expected[:-1])}{' or ' if expected[1:] else ''}{expected[-1]} was expected"

@@ -46,7 +46,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
         UserError: If the file is missing, is not YAML, is not a mapping or names a key twice.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except IsADirectoryError:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, DistributedSampler, SequentialSampler
 
 # The label that LitClassifier's metrics leave out (PyTorch's own default for ignored targets).
 IGNORED_LABEL = -100
@@ -23,8 +23,8 @@ class ImageTensors(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images[index], self.labels[index]
+    def __getitem__(self, index: int | Tensor) -> tuple[Tensor, Tensor]:
+        return self.__getitems__(index) if isinstance(index, Tensor) else (self.images[index], self.labels[index])
 
     def __getitems__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """The batch of images (N, 1, 28, 28) and labels; an empty batch becomes one blank image that is not counted."""
@@ -39,7 +39,16 @@ class ImageTensors(Dataset):
         return ImageTensors(self.images[:, 0].to(device), self.labels.to(device))
 
 
-class TrainBatches(Sampler[Tensor]):
+class _DealtOut(DistributedSampler, SequentialSampler):
+    """Deals out batches to the processes itself: Lightning, in a Trainer of the user's own too, replaces neither a
+    `DistributedSampler` where there are several processes nor, for `overfit_batches`, a `SequentialSampler`."""
+
+    def __init__(self, count: int, rank: int, world_size: int) -> None:
+        super().__init__(range(count), world_size, rank)  # type: ignore[arg-type]
+        self.world_size = world_size
+
+
+class TrainBatches(_DealtOut):
     """Indices of one process's training batches, in an order that depends on seed and epoch alone.
 
     Each pass begins where `position` says that training stands (epoch, batch), so a continued run sees the rest of its
@@ -58,13 +67,13 @@ class TrainBatches(Sampler[Tensor]):
         world_size: int = 1,
         position: Callable[[], tuple[int, int]] = lambda: (0, 0),
     ) -> None:
-        self.count, self.batch_size, self.rank, self.world_size = count, batch_size, rank, world_size
-        self.position = position
+        super().__init__(count, rank, world_size)
+        self.count, self.batch_size, self.position = count, batch_size, position
 
     def __len__(self) -> int:
         return -(-self.count // (self.batch_size * self.world_size))
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Any]:
         run_seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))  # where seed_everything leaves it
         epoch, done = self.position()
         generator = torch.Generator().manual_seed(run_seed * 1_000_003 + epoch)
@@ -73,7 +82,7 @@ class TrainBatches(Sampler[Tensor]):
             yield batch[self.rank :: self.world_size] if len(batch) > self.rank else batch[:1]
 
 
-class EvalBatches(Sampler[Tensor]):
+class EvalBatches(_DealtOut):
     """Indices of one process's evaluation batches: the batches of a single process, dealt out in turn.
 
     Nothing is padded with duplicates, which would count twice. All processes make the same number of steps, so a
@@ -81,13 +90,13 @@ class EvalBatches(Sampler[Tensor]):
     """
 
     def __init__(self, count: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(count, rank, world_size)
         self.batches = torch.arange(count).split(batch_size)
-        self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
         return -(-len(self.batches) // self.world_size)
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Any]:
         for turn in range(0, len(self.batches), self.world_size):
             mine = turn + self.rank
             yield self.batches[mine] if mine < len(self.batches) else torch.empty(0, dtype=torch.long)

@@ -143,8 +143,8 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
         return self._eval_loader(self.test_set)
 
     def predict_dataloader(self) -> DataLoader:
-        """The official test images in order."""
-        return self._eval_loader(self.test_set)
+        """The official test images in order; Lightning tells writers the indices of a `batch_sampler` alone."""
+        return self._eval_loader(self.test_set, "batch_sampler")
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Augment (in training), scale, resize and normalise a whole batch on the device.
@@ -186,15 +186,16 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
         fit_loop = self.trainer.fit_loop
         epoch: Any = fit_loop.epoch_progress.current
         batch: Any = fit_loop.epoch_loop.batch_progress.current
-        return epoch.processed, batch.processed if epoch.ready > epoch.processed else 0
+        order = 0 if getattr(self.trainer, "overfit_batches", 0) else epoch.processed  # the same batches in every epoch
+        return order, batch.processed if epoch.ready > epoch.processed else 0
 
-    def _eval_loader(self, images: ImageTensors) -> DataLoader:
+    def _eval_loader(self, images: ImageTensors, kind: str = "sampler") -> DataLoader:
         trainer = self.trainer
         assert trainer is not None
-        sampler = EvalBatches(len(images), self.eval_batch_size, trainer.global_rank, trainer.world_size)
-        return self._loader(images, sampler)
+        batches = EvalBatches(len(images), self.eval_batch_size, trainer.global_rank, trainer.world_size)
+        return self._loader(images, batches, kind)
 
-    def _loader(self, images: ImageTensors, batches: Sampler) -> DataLoader:
+    def _loader(self, images: ImageTensors, batches: Sampler, kind: str = "sampler") -> DataLoader:
         on_device = self.hparams["dataset_on_device"]
         assert self.trainer is not None
         device = self.trainer.strategy.root_device
@@ -202,7 +203,8 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
             images = images.to(device)
         return DataLoader(
             images,
-            batch_sampler=batches,
+            batch_size=None if kind == "sampler" else 1,  # what a sampler yields is a batch already
+            **{kind: batches},  # type: ignore[arg-type]
             collate_fn=as_is,
             num_workers=self.num_workers,
             worker_init_fn=leave_signals_to_main,

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from cli.command import Command
 from datamodules import FashionMNISTDataModule
 from errors import UserError, one_line
-from inspection.stages import stages
+from inspection.stages import stages, without_data
+from launch.lightning_flags import check_trainer_settings
 from lit_modules import LitClassifier
 from lit_modules.execution.cuda_graphs import MODES
 from runs.settings import is_kept
@@ -32,6 +34,7 @@ def check_configuration(config: Namespace, command: Command) -> None:
     check_nulls(config.model, LitClassifier, "model")
     check_nulls(config.data, FashionMNISTDataModule, "data")
     check_accelerator(config.trainer.accelerator)
+    check_trainer_settings(config.trainer, command.subcommand)
     check_accumulation(config.model.compile, config.trainer.accumulate_grad_batches)
     found = ["--model.optimizer.lr"] if command.find_lr else []
     check_learning_rate(config.model.scheduler, [*command.overrides, *found])
@@ -103,7 +106,9 @@ def check_input(net: nn.Module, shape: tuple[int, int, int], num_classes: int) -
     """Try the network on the shape (C, H, W) of one image."""
     name = type(net).__name__
     try:
-        _, total = stages(net, shape)
+        output = _output_in_training(net, shape)
+        if isinstance(output, torch.Tensor):
+            _, total = stages(net, shape)
     except NotImplementedError:
         return  # an operation that can't run without data: training will tell
     except (RuntimeError, ValueError) as error:
@@ -111,10 +116,23 @@ def check_input(net: nn.Module, shape: tuple[int, int, int], num_classes: int) -
         raise UserError(
             f"{name} can't take images of {size} (channels x height x width): {one_line(str(error))}"
         ) from None
+    if not isinstance(output, torch.Tensor):
+        hint = "; set --model.net.aux_logits false" if hasattr(net, "aux_logits") else ""
+        raise UserError(f"{name} gives a {type(output).__name__} in training; one tensor of logits was expected{hint}")
     if total.shape != (num_classes,):
         raise UserError(
             f"{name} gives outputs of shape {total.shape} for one image; {num_classes} logits were expected"
         )
+
+
+def _output_in_training(net: nn.Module, shape: tuple[int, int, int]) -> Any:
+    """What the network makes of two images without data (batch normalisation needs two) in training."""
+    was_training = net.training
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False):  # under which nothing is compiled
+            return torch.func.functional_call(net.train(), without_data(net), torch.empty(2, *shape, device="meta"))
+    finally:
+        net.train(was_training)
 
 
 def check_settings(stored: dict[str, Any], wanted: dict[str, Any], *, resume: bool) -> None:

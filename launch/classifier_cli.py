@@ -29,6 +29,7 @@ from launch.checks import (
 )
 from launch.found import Trials
 from launch.launchers import take_over_processes
+from launch.lightning_flags import check_trainer, check_training
 from launch.memory import is_out_of_memory
 from launch.start import Start
 from launch.trainer import RunCallbacks, precision
@@ -179,6 +180,9 @@ class ClassifierCLI(LightningCLI):
         check_network(self.model.net, self.config.model.net.class_path, self.command.subcommand == "fit")
         check_input(self.model.net, shape, self.model.hparams["num_classes"])
         check_weights(self.command.ckpt_path, self.start.shapes, self.model)
+        check_trainer(self.trainer, self.config.trainer, self.model.net)
+        if self.command.subcommand == "fit":
+            check_training(self.trainer, self.model, self.config.model, self.validates)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with this project's logger and callbacks beside the user's own."""
@@ -195,6 +199,11 @@ class ClassifierCLI(LightningCLI):
             raise UserError(f"two callbacks with the same settings; leave one out: {one_line(str(error))}") from None
         self.processes.launcher = trainer.strategy.launcher
         return trainer
+
+    @property
+    def validates(self) -> bool:
+        """Whether the run has validation images and looks at them."""
+        return self.config.data.val_size > 0 and self.config.trainer.limit_val_batches != 0
 
     def _text(self) -> str:
         """The resolved configuration as YAML."""

@@ -110,14 +110,17 @@ def _quiet() -> None:
     """Keep Lightning's hints and notices out of a normal run."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning_fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # which print their reports this way
     for message in (
         "LightningCLI's args parameter is intended",  # the arguments are translated on purpose
         ".*does not have many workers",  # fetching a batch takes microseconds
+        r"`ModelCheckpoint\(monitor='val/accuracy'\)` could not find",  # the run ends before its first validation
         "The number of training batches .* is smaller than the logging interval",
         "You have overridden `on_before_batch_transfer`",  # LitClassifier seeds the step there, for any data module
         "Be aware that when using `ckpt_path`, callbacks",  # a test needs no checkpoint callback
         "Checkpoint directory .* exists and is not empty",  # a continued run goes on in its own folder
         "You are using a custom batch sampler `EvalBatches`",  # which returns every image
+        r"\s*Unable to serialize instance",  # of a callback's default device: it is not needed again
         ".*LeafSpec.* is deprecated",  # inside Lightning
         "The `srun` command is available on your system but is not used",  # the login machine of a cluster
         "The dirpath has changed from",  # the folder of the runs was moved, or a test has none

@@ -96,7 +96,8 @@ class Start:
             arguments.append(f"--config={yaml.safe_dump(base)}")
         for path in command.outer_configs:
             arguments.append(f"--config={yaml.safe_dump(load_yaml(path).get(command.subcommand) or {})}")
-        arguments += [f"--config={path}" for path in command.configs]
+        # Not by their paths: the parser would read them in the encoding of the locale.
+        arguments += [f"--config={yaml.safe_dump(load_yaml(path))}" for path in command.configs]
         if command.ckpt_path:
             arguments.append(f"--ckpt_path={command.ckpt_path}")
         arguments += ["--weights_only=true", *command.overrides]

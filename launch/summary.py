@@ -1,5 +1,6 @@
 """What a run prints when it is over: results, where its files lie, and the next command to type."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,9 @@ def summary(record: dict[str, Any], trainer: Trainer, checkpoint: Path | None) -
         lines.append(f"Checkpoint: {shown(checkpoint)}")
     if isinstance(trainer.logger, TensorBoardLogger):
         lines.append(f"Logs: {shown(trainer.logger.log_dir)}")
-        lines.append(f"Next: tensorboard --logdir {shown(trainer.logger.root_dir)}")
+        lines.append(f"Next: tensorboard --logdir {shlex.quote(shown(trainer.logger.root_dir))}")
     if checkpoint:
-        lines.append(f"      python train.py predict --ckpt_path {shown(checkpoint)}")
+        lines.append(f"      python train.py predict --ckpt_path {shlex.quote(shown(checkpoint))}")
     return "\n".join(lines)
 
 

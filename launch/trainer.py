@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor
+from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 
@@ -76,7 +76,8 @@ class RunCallbacks:
                 callbacks.append(LearningRateCurve(curve, self.folder))
         elif command.subcommand == "predict" and not command.images:
             callbacks += [self.predictions, *([self.confusion] if command.gradcam else [])]
-        if config.trainer.enable_progress_bar is not False:
+        own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if config.trainer.enable_progress_bar is not False and not own_bar:
             callbacks.append(EpochProgress(self.speed))
         last = self.last if self.last in callbacks else None
         stop = GracefulStop(self.processes, last, lambda path: how_to_continue(command, config, path))
@@ -99,11 +100,11 @@ class RunCallbacks:
             ModelTable(data.input_shape),
             Temperature(),
         ]
-        if logger is not False:
+        if logger:
             callbacks.append(LearningRateMonitor())
         if isinstance(logger, TensorBoardLogger):
             callbacks += [TensorBoardPictures(self.confusion, config.histograms), MistakesExplained(self.confusion)]
-        validates = config.data.val_size > 0
+        validates = config.data.val_size > 0 and config.trainer.limit_val_batches != 0
         if config.trainer.enable_checkpointing is not False:
             # Two callbacks: `save_last` saves only the epochs that are the best so far.
             callbacks += [*([self.best] if validates else []), self.last]

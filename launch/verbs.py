@@ -1,11 +1,14 @@
 """What fit, validate, test and predict do with a network, data and a Trainer that are built."""
 
+import math
+from collections.abc import Sequence, Sized
 from pathlib import Path
 
-from callbacks.run_record import RunRecord
+from callbacks.run_record import RunRecord, images_measured
 from datamodules import CLASS_NAMES
 from errors import UserError
 from launch.classifier_cli import ClassifierCLI
+from launch.lightning_flags import check_length
 from launch.summary import scores, summary
 
 
@@ -25,6 +28,7 @@ def fit(cli: ClassifierCLI) -> None:
         if trainer.is_global_zero:
             print(started)
     data.setup("fit")  # before anything is written
+    check_length(trainer, model, math.ceil(len(data.train_set) / (data.batch_size * trainer.world_size)))
     try:
         Path(config.log_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -47,13 +51,13 @@ def fit(cli: ClassifierCLI) -> None:
 def validate(cli: ClassifierCLI) -> None:
     """Measure on the validation images; print one line."""
     cli.trainer.validate(cli.model, cli.datamodule, cli.command.ckpt_path, verbose=False, weights_only=True)
-    _print_scores(cli, "validate", "val", cli.datamodule.val_set)
+    _print_scores(cli, "validate", "val", cli.datamodule.val_set, cli.trainer.num_val_batches)
 
 
 def test(cli: ClassifierCLI) -> None:
     """Measure on the test images; print one line."""
     cli.trainer.test(cli.model, cli.datamodule, cli.command.ckpt_path, verbose=False, weights_only=True)
-    _print_scores(cli, "test", "test", cli.datamodule.test_set)
+    _print_scores(cli, "test", "test", cli.datamodule.test_set, cli.trainer.num_test_batches)
 
 
 def predict(cli: ClassifierCLI) -> None:
@@ -80,8 +84,8 @@ def predict(cli: ClassifierCLI) -> None:
         write_mistakes(trainer, model, data, CLASS_NAMES, mistakes, folder / "mistakes.png")
 
 
-def _print_scores(cli: ClassifierCLI, function: str, stage: str, images: object) -> None:
+def _print_scores(cli: ClassifierCLI, function: str, stage: str, images: Sized, batches: Sequence[int | float]) -> None:
     if cli.trainer.is_global_zero:
         found = cli.trainer.callback_metrics
         measured = {name.removeprefix(f"{stage}/"): value.item() for name, value in found.items()}
-        print(f"{function} on {len(images):,} images: {scores(measured)}")  # type: ignore[arg-type]
+        print(f"{function} on {images_measured(cli.trainer, images, batches):,} images: {scores(measured)}")

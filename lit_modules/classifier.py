@@ -18,6 +18,7 @@ from lit_modules.execution.cuda_graphs import MODES, CudaGraphs
 from lit_modules.execution.seeding import seed_step
 from lit_modules.initialization import he_initialization, start_output
 from lit_modules.metrics import StageMetrics
+from lit_modules.schedules import of_length
 
 PLAIN = (bool, int, float, str, type(None))  # what a checkpoint keeps of the arguments
 
@@ -144,7 +145,8 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After an epoch's last batch log its exact training loss and accuracy, as measured while it was training."""
-        if self.trainer.is_last_batch:
+        # With max_steps and max_time any batch may be the last.
+        if self.trainer.is_last_batch or self.trainer.fit_loop.epoch_loop.done:
             self._update_train_metrics()
             self._log_metrics("train_")
 
@@ -205,14 +207,17 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimiser, and the scheduler with the run's length worked out."""
         optimizer = self.optimizer(self.parameters())
+        if isinstance(optimizer, torch.optim.LBFGS):
+            self.net.to(memory_format=torch.contiguous_format)  # it views each gradient as a vector
         if self.scheduler is None:
             return optimizer
         interval = self.hparams["scheduler_interval"]
         total = self.trainer.estimated_stepping_batches if interval == "step" else self.trainer.max_epochs
-        given = getattr(self.scheduler, "keywords", {})
-        lengths = {name: total for name in ("total_steps", "T_max", "total_iters") if given.get(name, 0) in (None, -1)}
-        schedule = {"scheduler": self.scheduler(optimizer, **lengths), "interval": interval, "monitor": "val/loss"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        schedule = of_length(self.scheduler, optimizer, cast("int", total))
+        settings = {"scheduler": schedule, "interval": interval, "monitor": getattr(schedule, "monitor", "val/loss")}
+        if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            settings["frequency"] = self.trainer.check_val_every_n_epoch or 1  # there is nothing to look at in between
+        return {"optimizer": optimizer, "lr_scheduler": settings}
 
     def _evaluation_step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         logits = self(batch[0]).float()
@@ -240,6 +245,10 @@ def _mixing(num_classes: int, **alphas: float) -> nn.Module | None:
 
 def _check_optimizer(optimizer: OptimizerCallable) -> None:
     """Build the optimiser once on a stand-in parameter, so that bad settings are named before anything runs."""
-    for name, value in optimizer([nn.Parameter(torch.zeros(1, 1))]).defaults.items():
+    try:
+        defaults = optimizer([nn.Parameter(torch.zeros(1, 1))]).defaults
+    except RuntimeError as error:  # of settings that exclude each other
+        raise ValueError(str(error)) from None
+    for name, value in defaults.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"optimizer {name}={value} must be a finite number")

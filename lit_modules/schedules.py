@@ -1,7 +1,8 @@
 """A learning-rate schedule that scales the optimiser's own rate, so that `--lr` keeps its meaning."""
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -47,3 +48,14 @@ class WarmupDecay(LambdaLR):
             return final + (1 - final) * left
 
         super().__init__(optimizer, factor)
+
+
+def open_lengths(scheduler: Callable) -> list[str]:
+    """The arguments of a schedule that stand for the length of the run: those left at None or -1."""
+    given = getattr(scheduler, "keywords", {})
+    return [name for name in ("total_steps", "T_max", "total_iters") if given.get(name, 0) in (None, -1)]
+
+
+def of_length(scheduler: Callable, optimizer: Optimizer, total: int | float) -> Any:
+    """The schedule of an optimiser, `total` steps or epochs long where its length was left open."""
+    return scheduler(optimizer, **dict.fromkeys(open_lengths(scheduler), total))

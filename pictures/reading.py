@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -12,6 +13,8 @@ from PIL import Image, ImageOps
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 # Named where a folder holds them, since one would expect them to be read.
 UNREADABLE_SUFFIXES = {".heic", ".heif", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw"}
+# Of fractions, and of 8, 10, 12, 14 and 16 bits.
+WHITES = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)
 LONGEST_EDGE = 1024  # pixels that are kept; the network sees 28
 
 
@@ -52,8 +55,9 @@ def read_picture(path: Path) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=formats) as file:
                 file.draft(None, (LONGEST_EDGE, LONGEST_EDGE))  # JPEG files are decoded at a fraction of their size
+                deep = any(";16" in str(tile[3]) for tile in file.tile)
                 file.load()
-                return _upright(_eight_bits(file))
+                return _upright(_eight_bits(file, path, deep))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise PictureError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller") from None
     except Image.UnidentifiedImageError:
@@ -66,20 +70,43 @@ def read_picture(path: Path) -> Image.Image:
         raise PictureError(f"is broken: {error or type(error).__name__}") from None
 
 
-def _eight_bits(picture: Image.Image) -> Image.Image:
-    """Mode RGB, or RGBA where anything is transparent; 16-bit and floating-point greys are scaled, not clipped."""
+def _eight_bits(picture: Image.Image, path: Path, deep: bool) -> Image.Image:
+    """Mode RGB, or RGBA where anything is transparent; deeper greys and colours are scaled, not clipped."""
     if picture.mode[0] in "IF":
         values = np.nan_to_num(np.asarray(picture, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-        largest = values.max(initial=0.0)
-        if picture.mode[0] == "I":
-            white = 65535.0 if largest > 255 or ";16" in picture.mode else 255.0
-        else:
-            white = 1.0 if largest <= 1 else 255.0
-        scaled = (values / max(white, largest) * 255).clip(0, 255).round().astype(np.uint8)
-        eight_bits = Image.fromarray(scaled)
-        eight_bits.info |= picture.info
-        return eight_bits.convert("RGB")
-    return picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+        eight_bits = Image.fromarray(_scaled(values)).convert("RGB")
+    elif deep and picture.format == "PNG":
+        from torchvision.io import ImageReadMode, decode_png, read_file  # Pillow would drop half of the bits
+
+        values = decode_png(read_file(str(path)), ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
+        colours = values.shape[2] - (values.shape[2] in (2, 4))
+        bands = [
+            _scaled(values[..., :colours]),
+            *([_scaled(values[..., colours:])] if colours < values.shape[2] else []),
+        ]
+        eight_bits = Image.fromarray(np.concatenate(bands, axis=2)).convert("RGBA" if len(bands) > 1 else "RGB")
+    elif deep:  # what Pillow has kept are the upper eight of the sixteen bits, few of which may be in use
+        extrema: Any = picture.getextrema()
+        largest = max(high for _, high in extrema[:3])
+        bits = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+        return bits.point(lambda value: min(255, round(value * 65535 / _white(largest * 256.0 + 255))))
+    else:
+        return picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    eight_bits.info |= picture.info
+    return eight_bits
+
+
+def _scaled(values: np.ndarray) -> np.ndarray:
+    """Numbers of any depth as uint8."""
+    largest = float(values.max(initial=0))
+    stretched = largest > 255 and any((values % step == 0).all() for step in (256, 257))  # eight bits as sixteen
+    white = 65535.0 if stretched else _white(largest)
+    return (values.astype(np.float64) / max(white, largest) * 255).clip(0, 255).round().astype(np.uint8)
+
+
+def _white(largest: float) -> float:
+    """What white is where the largest number is this: no file says how many of its bits are in use."""
+    return next((white for white in WHITES if largest <= white), WHITES[-1])
 
 
 def _upright(picture: Image.Image) -> Image.Image:

@@ -1,6 +1,8 @@
 """Whole runs: training, testing, stopping, continuing, searching for settings, and mistakes of one line."""
 
 import csv
+import inspect
+import itertools
 import json
 import math
 import os
@@ -27,6 +29,7 @@ import torch
 import yaml
 from commands import DATA, ENVIRONMENT, REPO, Answer, run, run_forked
 from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch import Trainer
 from PIL import Image
 from stoppable import (
     AUGMENTATION,
@@ -1476,3 +1479,352 @@ def test_the_search_ends_where_the_loss_explodes(bad: float) -> None:
 def test_a_search_without_a_fall_is_refused(losses: list[float]) -> None:
     with pytest.raises(UserError, match="no learning rate made the loss fall"):
         search(losses)
+
+
+# ---- Everything that Lightning and PyTorch offer: it works, or is refused in one line before anything runs.
+
+SAMPLE = ["--model=lenet", f"--data_dir={DATA}", "--val_size=100", "--accelerator=cpu", "--batch_size=32"]
+SHORT = ["--max_epochs=1", *(f"--trainer.limit_{stage}_batches=3" for stage in ("train", "val", "test"))]
+OPTIMIZERS = {  # flags, and what the refusal says where there is one
+    "ASGD": "",
+    "Adadelta": "",
+    "Adafactor": "",
+    "Adagrad": "",
+    "Adam": "--model.optimizer.fused false --model.optimizer.foreach true",
+    "AdamW": "--model.optimizer.fused true",
+    "Adamax": "",
+    "LBFGS": "",
+    "Muon": "! Muon only supports 2D parameters",
+    "NAdam": "",
+    "Optimizer": "! defaults",
+    "RAdam": "",
+    "RMSprop": "",
+    "Rprop": "",
+    "SGD": "--lr 0.1 --model.optimizer.momentum 0.9 --model.optimizer.nesterov true",
+    "SparseAdam": "! does not support dense gradients",
+}
+SCHEDULERS = {
+    "ChainedScheduler": "! is made of other schedules",
+    "ConstantLR": "",
+    "CosineAnnealingLR": "T_max=-1",
+    "CosineAnnealingWarmRestarts": "T_0=2",
+    "CyclicLR": "base_lr=0.001 max_lr=0.1 step_size_up=2 cycle_momentum=false",
+    "ExponentialLR": "gamma=0.9",
+    "LRScheduler": "! NotImplementedError",
+    "LambdaLR": "lr_lambda=mine.half",
+    "LinearLR": "total_iters=-1",
+    "MultiStepLR": "milestones=[1,2]",
+    "MultiplicativeLR": "lr_lambda=mine.half",
+    "OneCycleLR": "max_lr=0.01",
+    "PolynomialLR": "total_iters=-1",
+    "ReduceLROnPlateau": "epoch",
+    "SequentialLR": "! is made of other schedules",
+    "StepLR": "step_size=2",
+    "_LRScheduler": "! NotImplementedError",
+}
+OF_THE_USERS = """
+import hashlib, json, time
+from lightning.pytorch import Callback
+from torch.optim.lr_scheduler import ConstantLR, LinearLR, SequentialLR
+
+def half(step):
+    return 0.5
+
+class Both(SequentialLR):
+    def __init__(self, optimizer):
+        super().__init__(optimizer, [LinearLR(optimizer, 0.1, total_iters=2), ConstantLR(optimizer, 1.0)], [2])
+
+class Note(Callback):
+    def note(self, **values):
+        with open("notes.jsonl", "a") as file:
+            file.write(json.dumps(values) + "\\n")
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        images = [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in batch[0]]
+        self.note(epoch=trainer.current_epoch, images=images)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        gradients = [weight.grad.float() for weight in pl_module.parameters()]  # as the optimiser has used them
+        total = sum(float(gradient.square().sum()) for gradient in gradients)
+        self.note(norm=total**0.5, largest=max(float(gradient.abs().max()) for gradient in gradients))
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        accuracy = trainer.callback_metrics.get("val/accuracy")
+        self.note(rate=trainer.optimizers[0].param_groups[0]["lr"], accuracy=accuracy and float(accuracy))
+
+class Slow(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        time.sleep(0.2)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "mine.py").write_text(OF_THE_USERS, encoding="utf-8")
+    return tmp_path
+
+
+def works(*flags: str, folder: Path) -> Answer:
+    answer = run_forked(*SAMPLE, *SHORT, *flags, folder=folder)
+    assert answer.code == 0 and "Traceback" not in answer.err, answer
+    return answer
+
+
+def refused(*flags: str, folder: Path) -> str:
+    """The one line."""
+    answer = run_forked(*SAMPLE, *SHORT, *flags, folder=folder)
+    assert answer.code == 2, answer
+    (line,) = answer.err.splitlines()
+    assert not list(folder.rglob("*.ckpt")) and not list(folder.rglob("record.json"))
+    return line
+
+
+def notes(folder: Path, key: str) -> list:
+    lines = map(json.loads, (folder / "notes.jsonl").read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if key in line]
+
+
+def classes(module, base: type) -> set[str]:
+    return {name for name, value in vars(module).items() if isinstance(value, type) and issubclass(value, base)}
+
+
+def test_every_optimizer_and_scheduler_is_sorted() -> None:
+    """A class that a later PyTorch brings has to be put into the tables, and so be tried."""
+    assert classes(torch.optim, torch.optim.Optimizer) <= set(OPTIMIZERS)
+    assert classes(torch.optim.lr_scheduler, torch.optim.lr_scheduler.LRScheduler) <= set(SCHEDULERS)
+
+
+def _offered(table: dict[str, str], module) -> list[str]:
+    return [name for name in table if hasattr(module, name)]  # an older PyTorch has no Muon
+
+
+OFFERED = _offered(OPTIMIZERS, torch.optim), _offered(SCHEDULERS, torch.optim.lr_scheduler)
+
+
+@pytest.mark.parametrize("name", [name for name in OFFERED[0] if OPTIMIZERS[name].startswith("!")])
+def test_an_optimizer_that_cannot_train_is_one_line(name: str, folder: Path) -> None:
+    line = refused("--model.optimizer", f"torch.optim.{name}", folder=folder)
+    assert name in line and OPTIMIZERS[name].removeprefix("! ") in line
+
+
+@pytest.mark.parametrize("name", [name for name in OFFERED[1] if SCHEDULERS[name].startswith("!")])
+def test_a_schedule_that_cannot_be_made_is_one_line(name: str, folder: Path) -> None:
+    line = refused("--model.scheduler", f"torch.optim.lr_scheduler.{name}", folder=folder)
+    assert name.lstrip("_") in line and SCHEDULERS[name].removeprefix("! ") in line
+
+
+GOOD = [
+    [name for name in names if not table[name].startswith("!")]
+    for names, table in zip(OFFERED, (OPTIMIZERS, SCHEDULERS), strict=True)
+]
+
+
+@pytest.mark.parametrize(("optimizer", "scheduler"), [*itertools.zip_longest(*GOOD)])
+def test_every_other_optimizer_and_schedule_trains(optimizer: str | None, scheduler: str | None, folder: Path) -> None:
+    flags = []
+    if optimizer:
+        flags += ["--model.optimizer", f"torch.optim.{optimizer}", *OPTIMIZERS[optimizer].split()]
+    if scheduler:
+        flags += ["--model.scheduler", f"torch.optim.lr_scheduler.{scheduler}"]
+        settings = SCHEDULERS[scheduler].split()
+        flags += [f"--model.scheduler.{setting}" for setting in settings if "=" in setting]
+        flags += ["--model.scheduler_interval=epoch"] if "epoch" in settings else []
+    works("fit", *flags, folder=folder)
+    checkpoint = torch.load(folder / "logs/lenet/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert all(torch.isfinite(weight).all() for weight in checkpoint["state_dict"].values())
+
+
+def test_a_schedule_made_of_schedules_in_a_file_of_the_users(folder: Path) -> None:
+    """What the refusal advises."""
+    flags = (
+        "--model.optimizer",
+        "torch.optim.SGD",
+        "--lr=0.1",
+        "--model.scheduler=mine.Both",
+        "--trainer.callbacks=mine.Note",
+    )
+    works("fit", *flags, "--model.scheduler_interval=epoch", "--max_epochs=4", folder=folder)
+    assert [line["rate"] for line in notes(folder, "rate")] == pytest.approx([0.01, 0.055, 0.1, 0.1])
+
+
+# Every argument of Lightning's Trainer: values that work, together in one run where they don't touch each other (a test
+# below looks closer at what those in brackets do), or what is said where a value is refused.
+TOGETHER = """
+accelerator=cpu devices=1 num_nodes=1 strategy=ddp precision=bf16-mixed logger=true (callbacks=mine.Note) min_epochs=1
+max_steps=5 min_steps=2 max_time=00:01:00:00 limit_train_batches=4 limit_val_batches=0.5 limit_test_batches=3
+limit_predict_batches=1 val_check_interval=2 check_val_every_n_epoch=1 num_sanity_val_steps=1 log_every_n_steps=2
+enable_checkpointing=true enable_progress_bar=true enable_model_summary=true accumulate_grad_batches=2
+(gradient_clip_val=1) gradient_clip_algorithm=value deterministic=true benchmark=false inference_mode=false
+use_distributed_sampler=true detect_anomaly=true plugins=[LightningEnvironment] sync_batchnorm=true
+reload_dataloaders_every_n_epochs=1 enable_autolog_hparams=false model_registry=mine max_epochs=2
+"""
+APART = ("fast_dev_run=2", "(overfit_batches=2)", "(profiler=simple)")
+NOT_HERE = {
+    "accelerator=cuda": "finds no such device",
+    "accumulate_grad_batches=0": "at least 1",
+    "barebones=true": "leave it out",
+    "check_val_every_n_epoch=0": "at least 1",
+    "callbacks=BackboneFinetuning": "FreezeFeatures",
+    "callbacks=BatchSizeFinder": "--batch_size auto",
+    "callbacks=LearningRateFinder": "--lr auto",
+    "callbacks=[{class_path: EarlyStopping, init_args: {monitor: val_loss}}]": "did you mean val/loss?",
+    "default_root_dir=mine": "--log_dir",
+    "gradient_clip_algorithm=mine --trainer.gradient_clip_val=1": "gradient_clip_algorithm",
+    "gradient_clip_val=.nan": "gradient_clip_val=nan",
+    "gradient_clip_val=-1": "at least 0",
+    "limit_train_batches=0.01": "limit_train_batches=0.01 is less than one",
+    "log_every_n_steps=0": "at least 1",
+    "max_epochs=-1": "this run has no end",
+    "overfit_batches=0.01": "overfit_batches=0.01 is less than one",
+    "precision=mine": "precision",
+    "profiler=mine": "profiler",
+    "profiler=xla": "torch_xla",
+    "strategy=ddp_fork --devices=2": "ddp_fork",
+    "strategy=ddp_notebook --devices=2": "ddp_notebook",
+    "strategy=ddp_spawn --devices=2": "set --trainer.strategy ddp",
+    "strategy=fsdp": "fsdp",
+    "sync_batchnorm=true --devices=2 --model.net=mine.Normed": "sync_batchnorm",
+    "val_check_interval=10000": "the 3 training batches",
+}
+
+
+def test_every_argument_of_the_trainer_is_sorted() -> None:
+    sorted_in = " ".join([TOGETHER, *APART, *NOT_HERE])
+    arguments = set(inspect.signature(Trainer.__init__).parameters) - {"self"}
+    assert arguments <= set(re.findall(r"(\w+)=", sorted_in))
+
+
+def trainer_flags(text: str) -> list[str]:
+    return [f"--trainer.{setting.strip('()')}" for setting in text.split()]
+
+
+def test_arguments_of_the_trainer_work_together(folder: Path) -> None:
+    answer = works("--val_size=200", *trainer_flags(TOGETHER), folder=folder)
+    assert (run := record(folder / "logs/lenet/version_0"))["precision"] == "bf16-mixed"
+    # Half of the 7 batches of validation are 3; of the training and the test 4 and 3 batches of 32 were asked for.
+    assert [run[name] for name in ("train_images", "val_images")] == [128, 96]
+    assert run["test"]["images"] == 96 and "Test on 96 images" in answer.out
+    assert len(run["epochs"]) == 2 and "Clipping gradients in bf16-mixed" in answer.out
+
+
+@pytest.mark.parametrize("setting", NOT_HERE)
+def test_an_argument_of_the_trainer_that_cannot_work_is_one_line(setting: str, folder: Path) -> None:
+    (folder / "mine.py").write_text(OTHER_NETWORKS, encoding="utf-8")
+    flags = [f"--trainer.{setting}"] if "{" in setting else f"--trainer.{setting}".split()
+    assert NOT_HERE[setting] in refused(*flags, folder=folder)
+
+
+OTHER_NETWORKS = """
+from torch import nn
+
+class Normed(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(1, 4, 28), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 10))
+
+class Empty(nn.Module):
+    def forward(self, images):
+        return images.flatten(1)[:, :10]
+"""
+
+
+def test_fast_dev_run_takes_a_few_batches_and_leaves_nothing(folder: Path) -> None:
+    answer = works("--trainer.fast_dev_run=2", folder=folder)
+    assert "Test on 64 images" in answer.out
+    assert not list(folder.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "measure", "limit"),
+    [
+        ("--precision=bf16-mixed", "norm", 0.01),
+        ("--precision=bf16-mixed --trainer.gradient_clip_algorithm=value", "largest", 0.001),
+        ("", "norm", 0.01),
+    ],
+)
+def test_gradients_are_clipped(flags: str, measure: str, limit: float, folder: Path) -> None:
+    flags = f"{flags} --trainer.callbacks=mine.Note --trainer.gradient_clip_val={limit}"
+    works("fit", *flags.split(), folder=folder)
+    found = [line[measure] for line in notes(folder, measure)]
+    assert len(found) == 3 and all(0 < value <= 1.01 * limit for value in found)
+
+
+def test_overfitting_shows_the_same_images_each_epoch(folder: Path) -> None:
+    works("fit", "--trainer.overfit_batches=2", "--max_epochs=3", "--trainer.callbacks=mine.Note", folder=folder)
+    batches = [(line["epoch"], line["images"]) for line in notes(folder, "images")]
+    epochs = [[images for epoch, images in batches if epoch == number] for number in range(3)]
+    assert len(epochs[0]) == 2 and epochs[0] == epochs[1] == epochs[2]
+    assert record(folder / "logs/lenet/version_0")["train_images"] == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "line"), [("simple", "run_training_epoch"), ("advanced", "cumulative"), ("pytorch", "Self CPU")]
+)
+def test_profilers_report(name: str, line: str, folder: Path) -> None:
+    answer = works("fit", f"--trainer.profiler={name}", folder=folder)
+    assert line in answer.err
+
+
+def test_the_rate_follows_the_metric_that_was_named(folder: Path) -> None:
+    settings = "class=lightning.pytorch.cli.ReduceLROnPlateau .monitor=val/accuracy .mode=max .patience=0"
+    flags = [f"--model.scheduler{setting.removeprefix('class')}" for setting in settings.split()]
+    epoch = ("--max_epochs=6", "--model.scheduler_interval=epoch", "--trainer.callbacks=mine.Note", "--lr=0.02")
+    works("fit", *flags, *epoch, folder=folder)
+    rows = notes(folder, "rate")
+    rates = [rows[0]["rate"]]
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], rates[0])
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", patience=0)
+    for row in rows[1:]:
+        schedule.step(row["accuracy"])
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert [row["rate"] for row in rows] == pytest.approx(rates)
+    assert rates[-1] < rates[0]  # else the test says nothing
+
+
+def test_a_plateau_is_looked_for_where_there_was_a_validation(folder: Path) -> None:
+    flags = ("--model.scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau", "--model.scheduler_interval=epoch")
+    assert "--val_size" in refused("fit", *flags, "--val_size=0", folder=folder)
+    works("fit", *flags, "--max_epochs=2", "--trainer.check_val_every_n_epoch=2", folder=folder)
+
+
+@pytest.mark.parametrize("limit", ["max_steps=4", "max_time={seconds: 1}"])
+def test_an_epoch_that_is_cut_short_has_its_own_numbers(limit: str, folder: Path) -> None:
+    slow = ("--trainer.callbacks=mine.Slow",) if "time" in limit else ()
+    answer = works("fit", "--max_epochs=90", f"--trainer.{limit}", *slow, folder=folder)
+    *_, before, last = record(folder / "logs/lenet/version_0")["epochs"]
+    shared = {name for name in last if name in before and last[name] == before[name] and name != "val/accuracy"}
+    assert not shared and {"train/loss", "train/accuracy", "seconds", "images_per_second"} <= set(last)
+    lines = [line for line in answer.out.splitlines() if line.startswith("epoch ")]
+    assert ("val loss" in lines[-1]) == ("val/loss" in last)
+
+
+def test_a_progress_bar_of_the_users_takes_the_place_of_ours(folder: Path) -> None:
+    answer = works("fit", "--trainer.callbacks=TQDMProgressBar", folder=folder)
+    assert "Epoch 0" in answer.err + answer.out and "epoch 1/1" not in answer.out
+
+
+def test_one_cycle_must_not_end_before_the_run(folder: Path) -> None:
+    flags = ("--model.scheduler=OneCycleLR", "--model.scheduler.max_lr=0.01", "--model.scheduler_interval=step")
+    assert "which takes 3 steps" in refused("fit", *flags, "--model.scheduler.total_steps=2", folder=folder)
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_a_network_with_further_outputs_in_training_is_one_line(name: str, folder: Path) -> None:
+    net = [f"--model.net=torchvision.models.{name}", "--model.net.num_classes=10", "--model.net.init_weights=false"]
+    size = 32 if name == "googlenet" else 299
+    flags = (*net, "--data.channels=3", f"--image_size={size}", "--trainer.limit_train_batches=1")
+    assert "--model.net.aux_logits false" in refused("fit", *flags, folder=folder)
+    if name == "googlenet":
+        works("fit", *flags, "--model.net.aux_logits=false", folder=folder)
+
+
+def test_a_network_without_weights_is_one_line(folder: Path) -> None:
+    (folder / "mine.py").write_text(OTHER_NETWORKS, encoding="utf-8")
+    assert "no weights to train" in refused("fit", "--model.net=mine.Empty", folder=folder)
+
+
+@pytest.mark.parametrize("subcommand", ["test", "validate", "predict"])
+def test_a_measurement_of_nothing_is_one_line(subcommand: str, folder: Path) -> None:
+    limit = {"test": "test", "validate": "val", "predict": "predict"}[subcommand]
+    flags = (f"--ckpt_path={REPO / 'weights/lenet.ckpt'}", f"--trainer.limit_{limit}_batches=0")
+    answer = run_forked(subcommand, *flags, folder=folder)
+    assert answer.code == 2 and f"leaves nothing to {subcommand}" in answer.err

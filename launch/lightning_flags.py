@@ -1,0 +1,230 @@
+"""What Lightning and PyTorch accept and yet can't do here, found before anything runs and refused in one line."""
+
+import importlib.util
+import math
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import BackboneFinetuning, BatchSizeFinder, Callback, LearningRateFinder
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+from torch.optim import LBFGS
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from cli.messages import MADE_OF_SCHEDULES, one_line
+from cli.recipes import did_you_mean
+from errors import UserError
+from lit_modules import LitClassifier
+from lit_modules.schedules import of_length, open_lengths
+
+LEAST = {  # Lightning checks the others
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "log_every_n_steps": 1,
+    "gradient_clip_val": 0,
+}
+INSTEAD: dict[type, str] = {
+    LearningRateFinder: "--lr auto, which searches before the run",
+    BatchSizeFinder: "--batch_size auto, which searches before the run",
+    BackboneFinetuning: "callbacks.fine_tuning.FreezeFeatures, which knows these networks' parts",
+}
+OWN = ("callbacks.", "launch.", "lightning")  # modules whose callbacks log no metrics that one could watch
+METRICS = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")
+
+
+def check_trainer_settings(settings: Namespace, subcommand: str) -> None:
+    """Refuse values of the Trainer's that would fail late or change nothing."""
+    measured = {"validate": "limit_val_batches", "test": "limit_test_batches", "predict": "limit_predict_batches"}
+    if (name := measured.get(subcommand)) and settings[name] == 0:
+        raise UserError(f"trainer.{name}=0 leaves nothing to {subcommand}; raise it, or leave it out")
+    for name, least in LEAST.items():
+        value = settings[name]
+        if value is not None and not least <= value < math.inf:
+            raise UserError(f"trainer.{name}={value} must be a finite number, at least {least}")
+    if settings.default_root_dir is not None:
+        raise UserError(
+            f"trainer.default_root_dir={settings.default_root_dir} would change nothing: "
+            "each run has its folder under --log_dir; set that instead"
+        )
+    if settings.barebones:
+        raise UserError(
+            "trainer.barebones=true lets Lightning log, save and show nothing, so there would be neither an accuracy "
+            "nor a checkpoint; leave it out (python -m benchmarks.trainer_overhead measures the bare Trainer)"
+        )
+    profiler = getattr(settings.profiler, "class_path", settings.profiler)
+    if str(profiler).rpartition(".")[2] in ("xla", "XLAProfiler") and not importlib.util.find_spec("torch_xla"):
+        raise UserError(f"trainer.profiler={profiler} needs the package torch_xla, for TPUs; take simple or advanced")
+
+
+def check_trainer(trainer: Trainer, settings: Namespace, net: nn.Module) -> None:
+    """Refuse what only the built Trainer shows."""
+    if type(trainer.strategy.launcher) is _MultiProcessingLauncher:
+        strategy = getattr(settings.strategy, "class_path", settings.strategy)
+        raise UserError(
+            f"trainer.strategy={strategy} starts the other processes as copies of this one, which is not supported: "
+            "set --trainer.strategy ddp, which starts each anew"
+        )
+    several_without_gpu = trainer.world_size > 1 and trainer.strategy.root_device.type != "cuda"
+    if settings.sync_batchnorm and several_without_gpu and any(isinstance(part, _BatchNorm) for part in net.modules()):
+        raise UserError(
+            "trainer.sync_batchnorm=true needs GPUs: PyTorch's SyncBatchNorm has no CPU version; leave it out"
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for kind, instead in INSTEAD.items():
+            if isinstance(callback, kind):
+                raise UserError(f"trainer.callbacks: {kind.__name__} can't work here; take {instead}")
+
+
+def check_training(trainer: Trainer, model: LitClassifier, names: Namespace, validates: bool) -> None:
+    """Try optimiser and schedule on stand-ins for the weights; refuse metrics to watch that nobody measures.
+
+    An optimiser whose fused kernel can't be combined with gradient clipping gets its plain one.
+
+    Args:
+        trainer: The run's Trainer.
+        model: Its classifier.
+        names: The configuration's `model`, for messages.
+        validates: Whether there are images for validation.
+    """
+    optimizer = _tried("optimizer", names, lambda: _trained_optimizer(model, trainer.strategy.root_device))
+    plugin = trainer.precision_plugin
+    if isinstance(optimizer, LBFGS) and getattr(plugin, "scaler", None):
+        raise UserError("LBFGS can't train in 16-mixed: it takes no scaled gradients; set --precision bf16-mixed or 32")
+    # In mixed precision Lightning does not clip what a fused kernel may still have to unscale.
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    if trainer.gradient_clip_val and isinstance(plugin, MixedPrecision) and fused:
+        make: Any = model.optimizer
+        model.optimizer = partial(make, fused=False)
+        if trainer.is_global_zero:
+            print(f"Clipping gradients in {plugin.precision}: {type(optimizer).__name__} runs without its fused kernel")
+    if model.scheduler:
+        _check_schedule(trainer, model, names, optimizer, validates)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(monitor := getattr(callback, "monitor", None), str):
+            _check_monitor(monitor, type(callback).__name__, trainer, validates)
+
+
+def check_length(trainer: Trainer, model: LitClassifier, batches: int) -> None:
+    """Refuse what does not fit the number of training batches that an epoch has.
+
+    Args:
+        trainer: The run's Trainer.
+        model: Its classifier.
+        batches: Training batches an epoch on each process, before any limit.
+    """
+    limit = trainer.limit_train_batches
+    limited = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    if limit and not limited:
+        name = "overfit_batches" if getattr(trainer, "overfit_batches", 0) else "limit_train_batches"
+        raise UserError(f"trainer.{name}={limit} is less than one of the {batches} batches an epoch has; raise it")
+    interval = trainer.val_check_interval
+    if trainer.check_val_every_n_epoch is not None and isinstance(interval, int) and interval > limited > 0:
+        raise UserError(
+            f"trainer.val_check_interval={interval} is more than the {limited} training batches of an epoch; lower it, "
+            "or count on over the epochs with --trainer.check_val_every_n_epoch null"
+        )
+    given = getattr(model.scheduler, "keywords", {})
+    if (
+        model.scheduler and "max_lr" in given and (given.get("total_steps") or 0) > 0
+    ):  # OneCycleLR, which can't go on after its end
+        by_step = model.hparams["scheduler_interval"] == "step"
+        an_epoch = math.ceil(limited / trainer.accumulate_grad_batches) if by_step else 1
+        steps = an_epoch * trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
+        if by_step and trainer.max_steps > 0:
+            steps = min(steps, trainer.max_steps)
+        if given["total_steps"] < steps:
+            raise UserError(
+                f"OneCycleLR with total_steps={given['total_steps']} ends before the run, which takes {steps} steps; "
+                "leave total_steps out: it then takes the run's length"
+            )
+
+
+def _trained_optimizer(model: LitClassifier, device: torch.device) -> Any:
+    """The optimiser, after a step on one stand-in for each number of dimensions that the weights have."""
+    weights = [weight for weight in model.parameters() if not is_lazy(weight)]
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise UserError(f"model.net: {type(model.net).__name__} has no weights to train; name a network of layers")
+    stand_ins = [nn.Parameter(torch.ones((2,) * count, device=device)) for count in {weight.ndim for weight in weights}]
+    optimizer: Any = model.optimizer(stand_ins)
+    if model.hparams["channels_last"] and not isinstance(optimizer, LBFGS):
+        for weight in stand_ins:
+            if weight.ndim == 4:
+                weight.data = weight.data.to(memory_format=torch.channels_last)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = torch.stack([weight.square().sum() for weight in stand_ins]).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    optimizer.state_dict()  # for the checkpoints
+    return optimizer
+
+
+def _check_schedule(trainer: Trainer, model: LitClassifier, names: Namespace, optimizer: Any, validates: bool) -> None:
+    scheduler, name = model.scheduler, _name("scheduler", names)
+    assert scheduler is not None
+    by_step = model.hparams["scheduler_interval"] == "step"
+    if open_lengths(scheduler) and trainer.max_epochs in (None, -1) and not (by_step and trainer.max_steps > 0):
+        raise UserError(
+            f"{name} is as long as the run, and this run has no end: give --max_epochs"
+            f"{' or --trainer.max_steps' if by_step else ''}, or train without a schedule (--model.scheduler null)"
+        )
+
+    def tried() -> Any:
+        schedule: Any = of_length(scheduler, optimizer, 1_000)
+        schedule.step(*([1.0] if isinstance(schedule, ReduceLROnPlateau) else []))
+        schedule.state_dict()  # for the checkpoints
+        return schedule
+
+    schedule = _tried("scheduler", names, tried)
+    if not isinstance(schedule, ReduceLROnPlateau):
+        return
+    if by_step:
+        raise UserError(f"{name} follows a metric that is measured once an epoch: set --model.scheduler_interval epoch")
+    monitor = getattr(schedule, "monitor", "val/loss")
+    _check_monitor(monitor, name, trainer, validates)
+    if monitor.startswith("val/") and trainer.check_val_every_n_epoch is None:
+        raise UserError(f"{name} watches {monitor} after each epoch: leave out trainer.check_val_every_n_epoch=null")
+
+
+def _check_monitor(monitor: str, owner: str, trainer: Trainer, validates: bool) -> None:
+    if monitor.startswith("val/") and not validates:
+        raise UserError(
+            f"{owner} watches {monitor}, and nothing is validated: set --val_size above 0, or watch train/loss"
+        )
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    strangers = [callback for callback in callbacks if not type(callback).__module__.startswith(OWN)]
+    known = [*METRICS, "train/loss_step"]
+    if monitor not in known and not strangers:  # which may log anything
+        hint = did_you_mean(monitor, known) or f"; there are {', '.join(METRICS)}"
+        raise UserError(f"{owner} watches {monitor}, which nobody measures{hint}")
+
+
+def _tried(setting: str, names: Namespace, trial: Callable[[], Any]) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the order of steps, which is not that of a training
+            return trial()
+    except UserError:
+        raise
+    except Exception as error:  # of a class from anywhere
+        name = _name(setting, names)
+        if "has no len()" in str(error) or name.endswith("ChainedScheduler"):
+            raise UserError(f"{name} {MADE_OF_SCHEDULES}") from None
+        reason = one_line(str(error)) or type(error).__name__
+        channels = " (--model.channels_last false may help)" if "view size is not compatible" in str(error) else ""
+        raise UserError(f"{name} can't be used with these settings: {reason}{channels}") from None
+
+
+def _name(setting: str, names: Namespace) -> str:
+    return str(getattr(names[setting], "class_path", f"model.{setting}"))
