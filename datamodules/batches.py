@@ -45,7 +45,6 @@ class _DealtOut(DistributedSampler, SequentialSampler):
 
     def __init__(self, count: int, rank: int, world_size: int) -> None:
         super().__init__(range(count), world_size, rank)  # type: ignore[arg-type]
-        self.world_size = world_size
 
 
 class TrainBatches(_DealtOut):
@@ -71,15 +70,15 @@ class TrainBatches(_DealtOut):
         self.count, self.batch_size, self.position = count, batch_size, position
 
     def __len__(self) -> int:
-        return -(-self.count // (self.batch_size * self.world_size))
+        return -(-self.count // (self.batch_size * self.num_replicas))
 
     def __iter__(self) -> Iterator[Any]:
         run_seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))  # where seed_everything leaves it
         epoch, done = self.position()
         generator = torch.Generator().manual_seed(run_seed * 1_000_003 + epoch)
         order = torch.randperm(self.count, generator=generator)
-        for batch in order.split(self.batch_size * self.world_size)[done:]:
-            yield batch[self.rank :: self.world_size] if len(batch) > self.rank else batch[:1]
+        for batch in order.split(self.batch_size * self.num_replicas)[done:]:
+            yield batch[self.rank :: self.num_replicas] if len(batch) > self.rank else batch[:1]
 
 
 class EvalBatches(_DealtOut):
@@ -94,10 +93,10 @@ class EvalBatches(_DealtOut):
         self.batches = torch.arange(count).split(batch_size)
 
     def __len__(self) -> int:
-        return -(-len(self.batches) // self.world_size)
+        return -(-len(self.batches) // self.num_replicas)
 
     def __iter__(self) -> Iterator[Any]:
-        for turn in range(0, len(self.batches), self.world_size):
+        for turn in range(0, len(self.batches), self.num_replicas):
             mine = turn + self.rank
             yield self.batches[mine] if mine < len(self.batches) else torch.empty(0, dtype=torch.long)
 

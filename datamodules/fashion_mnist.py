@@ -129,10 +129,8 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
         """Shuffled batches: each process takes every world_size-th image of a global batch."""
         trainer = self.trainer
         assert trainer is not None
-        sampler = TrainBatches(
-            len(self.train_set), self.batch_size, trainer.global_rank, trainer.world_size, self._position
-        )
-        return self._loader(self.train_set, sampler)
+        size, rank, processes = self.batch_size, trainer.global_rank, trainer.world_size
+        return self._loader(self.train_set, TrainBatches(len(self.train_set), size, rank, processes, self._position))
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Validation batches in order; no loader where nothing is held out."""

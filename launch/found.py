@@ -12,10 +12,11 @@ from callbacks.lr_curve import Curve
 from errors import UserError, one_line
 from launch.checks import check_input
 from launch.learning_rate import HIGHEST, LOWEST, STEPS, find_learning_rate, from_first_process
+from launch.lightning_flags import try_optimizer
 from launch.memory import largest_batch_size
 from weights.imagenet import start_from_imagenet
 
-LARGEST_BATCH = 8192  # larger ones leave too few steps in an epoch
+STEPS_AN_EPOCH = 100  # what fits into memory is not what trains well: fewer steps learn less in the same epochs
 FOUND = "CLASSIC_CNNS_FOUND"  # where the first process leaves what it found by trial for those that it starts
 
 
@@ -71,13 +72,23 @@ class Trials:
 
     def _find_batch_size(self, config: Namespace) -> int:
         on_gpu = torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda")
+        device = torch.device("cuda" if on_gpu else "cpu")
         dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(config.trainer.precision))
         shape = (config.data.channels, config.data.image_size, config.data.image_size)
-        model = self._throwaway(config).model
-        device = torch.device("cuda" if on_gpu else "cpu")
+        own, given = self._throwaway(config), config.data.batch_size
+        try_optimizer(own.model, config.model, device)
+        own.data.prepare_data()
+        own.data.setup("fit")
+        each = len(own.data.train_set) // (STEPS_AN_EPOCH * self._bare_trainer(config).world_size)
+        most = 1 << max(each, given, 1).bit_length() - 1  # the recipe's own is never too large
         with torch.random.fork_rng():
-            size = largest_batch_size(model.net, model.optimizer, shape, device, dtype, LARGEST_BATCH)
-        print(f"Batch size {size}: the largest power of two that fits, up to {LARGEST_BATCH}", flush=True)
+            size = largest_batch_size(own.model.net, own.model.optimizer, shape, device, dtype, most)
+        steps = f"leaves {STEPS_AN_EPOCH} steps an epoch" if each >= given else f"is not above the recipe's {given}"
+        print(f"Batch size {size}: the largest power of two that {'fits' if size < most else steps}", flush=True)
+        if size != given and not self._lr:
+            print(
+                f"The learning rate is still the one for batches of {given}; --lr auto finds one for {size}", flush=True
+            )
         return size
 
     def _find_lr(self, config: Namespace) -> float:

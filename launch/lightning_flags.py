@@ -83,6 +83,20 @@ def check_trainer(trainer: Trainer, settings: Namespace, net: nn.Module) -> None
                 raise UserError(f"trainer.callbacks: {kind.__name__} can't work here; take {instead}")
 
 
+def try_optimizer(model: LitClassifier, names: Namespace, device: torch.device) -> Any:
+    """The optimiser, tried on stand-ins for the weights, one for each number of dimensions that they have.
+
+    Args:
+        model: The classifier.
+        names: The configuration's `model`, for messages.
+        device: Where it will train.
+
+    Raises:
+        UserError: If it refuses its settings or such weights.
+    """
+    return _tried("optimizer", names, lambda: _stepped_optimizer(model, device))
+
+
 def check_training(trainer: Trainer, model: LitClassifier, names: Namespace, validates: bool) -> None:
     """Try optimiser and schedule on stand-ins for the weights; refuse metrics to watch that nobody measures.
 
@@ -94,7 +108,7 @@ def check_training(trainer: Trainer, model: LitClassifier, names: Namespace, val
         names: The configuration's `model`, for messages.
         validates: Whether there are images for validation.
     """
-    optimizer = _tried("optimizer", names, lambda: _trained_optimizer(model, trainer.strategy.root_device))
+    optimizer = try_optimizer(model, names, trainer.strategy.root_device)
     plugin = trainer.precision_plugin
     if isinstance(optimizer, LBFGS) and getattr(plugin, "scaler", None):
         raise UserError("LBFGS can't train in 16-mixed: it takes no scaled gradients; set --precision bf16-mixed or 32")
@@ -147,8 +161,7 @@ def check_length(trainer: Trainer, model: LitClassifier, batches: int) -> None:
             )
 
 
-def _trained_optimizer(model: LitClassifier, device: torch.device) -> Any:
-    """The optimiser, after a step on one stand-in for each number of dimensions that the weights have."""
+def _stepped_optimizer(model: LitClassifier, device: torch.device) -> Any:
     weights = [weight for weight in model.parameters() if not is_lazy(weight)]
     if not any(weight.requires_grad for weight in model.parameters()):
         raise UserError(f"model.net: {type(model.net).__name__} has no weights to train; name a network of layers")

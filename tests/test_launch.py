@@ -1302,24 +1302,26 @@ def test_largest_batch_size_shrinks_with_memory(monkeypatch: pytest.MonkeyPatch)
     assert size < 8192
 
 
-def test_batch_size_auto(tmp_path: Path) -> None:
-    answer = run_forked("fit", "--model", "lenet", *FIND_BATCH_SIZE, "--batch_size", "auto", folder=tmp_path)
-    assert answer.code == 0, answer.err
-    assert "Batch size 8192: the largest power of two that fits" in answer.out
-    config = yaml.safe_load((tmp_path / "logs" / "lenet" / "version_0" / "config.yaml").read_text())
-    assert config["data"]["batch_size"] == 8192
-
-
-def test_batch_size_auto_changes_nothing_else(tmp_path: Path) -> None:
-    """The network starts from the same weights as with that size given."""
+@pytest.mark.parametrize(
+    ("given", "size", "reason"),
+    [(4, 8, "leaves 100 steps an epoch"), (48, 32, "is not above the recipe's 48")],  # of 800 images
+)
+def test_batch_size_auto_leaves_steps_enough(given: int, size: int, reason: str, tmp_path: Path) -> None:
+    """And the run starts from the same weights as with that size given."""
     folders = [tmp_path / "auto", tmp_path / "given"]
-    for folder, size in zip(folders, ("auto", "8192"), strict=True):
+    for folder, flags in zip(
+        folders, ((f"--data.batch_size={given}", "--batch_size=auto"), (f"--batch_size={size}",)), strict=True
+    ):
         folder.mkdir()
-        flags = ("--batch_size", size, "--trainer.logger", "false")
-        assert run_forked("fit", "--model", "lenet", *FIND_BATCH_SIZE, *flags, folder=folder).code == 0
-    first, second = (torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in folders)
-    for name, value in first["state_dict"].items():
-        assert torch.equal(value, second["state_dict"][name])
+        answer = run_forked("fit", "--model", "lenet", *FIND_BATCH_SIZE, *flags, folder=folder)
+        assert answer.code == 0, answer.err
+        if folder.name == "auto":
+            assert f"Batch size {size}: the largest power of two that {reason}" in answer.out
+            assert f"the one for batches of {given}; --lr auto finds one for {size}" in answer.out
+    runs = [folder / "logs" / "lenet" / "version_0" for folder in folders]
+    assert yaml.safe_load((runs[0] / "config.yaml").read_text(encoding="utf-8"))["data"]["batch_size"] == size
+    first, second = (torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in runs)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def test_batch_size_auto_is_for_new_runs(tmp_path: Path) -> None:
