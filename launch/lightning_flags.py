@@ -19,9 +19,9 @@ from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from cli.messages import MADE_OF_SCHEDULES, one_line
+from cli.messages import MADE_OF_SCHEDULES
 from cli.recipes import did_you_mean
-from errors import UserError
+from errors import UserError, one_line
 from lit_modules import LitClassifier
 from lit_modules.schedules import of_length, open_lengths
 

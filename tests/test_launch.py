@@ -1309,11 +1309,11 @@ def test_largest_batch_size_shrinks_with_memory(monkeypatch: pytest.MonkeyPatch)
 def test_batch_size_auto_leaves_steps_enough(given: int, size: int, reason: str, tmp_path: Path) -> None:
     """And the run starts from the same weights as with that size given."""
     folders = [tmp_path / "auto", tmp_path / "given"]
-    for folder, flags in zip(
+    for folder, sizes in zip(
         folders, ((f"--data.batch_size={given}", "--batch_size=auto"), (f"--batch_size={size}",)), strict=True
     ):
         folder.mkdir()
-        answer = run_forked("fit", "--model", "lenet", *FIND_BATCH_SIZE, *flags, folder=folder)
+        answer = run_forked("fit", "--model", "lenet", *FIND_BATCH_SIZE, *sizes, folder=folder)
         assert answer.code == 0, answer.err
         if folder.name == "auto":
             assert f"Batch size {size}: the largest power of two that {reason}" in answer.out
