@@ -127,8 +127,7 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches: each process takes every world_size-th image of a global batch."""
-        trainer = self.trainer
-        assert trainer is not None
+        trainer: Any = self.trainer
         size, rank, processes = self.batch_size, trainer.global_rank, trainer.world_size
         return self._loader(self.train_set, TrainBatches(len(self.train_set), size, rank, processes, self._position))
 
@@ -181,15 +180,13 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
     def _position(self) -> tuple[int, int]:
         """Epoch and batch at which training goes on; not batch 0 where a checkpoint was saved within an epoch."""
         assert self.trainer is not None
-        fit_loop = self.trainer.fit_loop
-        epoch: Any = fit_loop.epoch_progress.current
-        batch: Any = fit_loop.epoch_loop.batch_progress.current
-        order = 0 if getattr(self.trainer, "overfit_batches", 0) else epoch.processed  # the same batches in every epoch
+        epoch: Any = self.trainer.fit_loop.epoch_progress.current
+        batch: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        order = epoch.processed * (not getattr(self.trainer, "overfit_batches", 0))  # else the same in every epoch
         return order, batch.processed if epoch.ready > epoch.processed else 0
 
     def _eval_loader(self, images: ImageTensors, kind: str = "sampler") -> DataLoader:
-        trainer = self.trainer
-        assert trainer is not None
+        trainer: Any = self.trainer
         batches = EvalBatches(len(images), self.eval_batch_size, trainer.global_rank, trainer.world_size)
         return self._loader(images, batches, kind)
 

@@ -145,7 +145,6 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After an epoch's last batch log its exact training loss and accuracy, as measured while it was training."""
-        # With max_steps and max_time any batch may be the last.
         if self.trainer.is_last_batch or self.trainer.fit_loop.epoch_loop.done:
             self._update_train_metrics()
             self._log_metrics("train_")
@@ -215,8 +214,8 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
         total = self.trainer.estimated_stepping_batches if interval == "step" else self.trainer.max_epochs
         schedule = of_length(self.scheduler, optimizer, cast("int", total))
         settings = {"scheduler": schedule, "interval": interval, "monitor": getattr(schedule, "monitor", "val/loss")}
-        if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            settings["frequency"] = self.trainer.check_val_every_n_epoch or 1  # there is nothing to look at in between
+        plateau = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)  # looks at validations
+        settings["frequency"] = (plateau and self.trainer.check_val_every_n_epoch) or 1
         return {"optimizer": optimizer, "lr_scheduler": settings}
 
     def _evaluation_step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:

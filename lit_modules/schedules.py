@@ -52,8 +52,8 @@ class WarmupDecay(LambdaLR):
 
 def open_lengths(scheduler: Callable) -> list[str]:
     """The arguments of a schedule that stand for the length of the run: those left at None or -1."""
-    given = getattr(scheduler, "keywords", {})
-    return [name for name in ("total_steps", "T_max", "total_iters") if given.get(name, 0) in (None, -1)]
+    given, names = getattr(scheduler, "keywords", {}), ("total_steps", "T_max", "total_iters")
+    return [name for name in names if given.get(name, 0) in (None, -1)]
 
 
 def of_length(scheduler: Callable, optimizer: Optimizer, total: int | float) -> Any:
