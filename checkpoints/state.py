@@ -217,15 +217,15 @@ def _optimizer(stored: dict[str, Any], optimizer: Optimizer, module: Any) -> dic
     for number, state in stored["state"].items():
         parameter = numbered[number]
         if parameter.dim() not in kinds:
-            kinds[parameter.dim()] = _state_of_stand_in(module, parameter.dim())
+            kinds[parameter.dim()] = _state_of_stand_in(module, parameter.dim(), parameter.dtype)
         if state:
             states[number] = _parameter_state(state, parameter, count, kinds[parameter.dim()])
     return {"state": states, "param_groups": groups}
 
 
-def _state_of_stand_in(module: Any, dimensions: int) -> dict[str, Any] | None:
+def _state_of_stand_in(module: Any, dimensions: int, dtype: torch.dtype) -> dict[str, Any] | None:
     """What the optimiser keeps of a small parameter after one step; None where that can't be tried."""
-    parameter = nn.Parameter(torch.ones(PROBE[:dimensions]))
+    parameter = nn.Parameter(torch.ones(PROBE[:dimensions], dtype=dtype))
     parameter.grad = torch.ones_like(parameter)
     try:
         optimizer = module.optimizer([parameter])
