@@ -251,3 +251,20 @@ def test_an_error_stays_one_line_whatever_was_typed(arguments):
         parse_command_line(arguments)
     assert "\\n" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dash", ["—", "–", "−", "‑", "–-"])
+def test_a_dash_from_a_page_is_named_with_what_to_type(dash: str) -> None:
+    with pytest.raises(UserError, match=f"{dash}model .*; type --model"):
+        parse_command_line([f"{dash}model", "lenet"])
+
+
+@pytest.mark.parametrize("flag", ["--images", "--config", "--log_dir", "--data_dir", "--output", "--ckpt_path"])
+def test_an_address_is_shown_as_it_was_typed(flag: str) -> None:
+    with pytest.raises(UserError, match=f"{flag} must be a path on this machine .*'https://example.com/a.jpg'"):
+        parse_command_line(["predict", flag, "https://example.com/a.jpg"])
+
+
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes("\ufeffdata: {batch_size: 64}\n".encode())
+    assert load_yaml(tmp_path / "mine.yaml") == {"data": {"batch_size": 64}}
