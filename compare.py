@@ -27,8 +27,8 @@ def parser() -> Parser:
     """The command line."""
     parser = Parser(
         "compare.py",
-        "Shows finished runs side by side, runs that differ in their seed alone as one line, and says which\n"
-        "differences are more than chance.",
+        "Shows finished runs side by side, with runs that differ only in their seed as one line, and says\n"
+        "which differences are more than chance.",
         NOT_PASSED,
     )
     parser.usage = (
@@ -51,8 +51,8 @@ def parser() -> Parser:
         nargs="*",
         action="extend",
         metavar="RECIPE",
-        help="first train what is missing, one run after another, and compare these runs alone; runs that were stopped "
-        "go on where they were, and finished ones are not repeated",
+        help="first train what is missing, one run after another, and compare only these runs; stopped runs "
+        "continue where they were, and finished ones are not repeated",
     )
     parser.add_argument(
         "--seeds", type=at_least_one, metavar="N", help="with --train: the seeds 0 to N-1 of each recipe (default: 1)"
@@ -87,7 +87,7 @@ def parse(arguments: list[str]) -> Request | None:
     if options.train is not None and not all([recipes, *recipes]):
         raise UserError("--train needs the names of recipes: --train lenet alexnet")
     if recipes and options.paths:
-        raise UserError(f"--train compares the runs of its recipes alone; leave out {options.paths[0]}")
+        raise UserError(f"--train compares only the runs of its recipes; leave out {options.paths[0]}")
     if flags and not recipes:
         name = flags[0].partition("=")[0]
         hint = "goes with --train" if name in FLAGS else f"is unknown{did_you_mean(name, own.own)}"

@@ -26,8 +26,8 @@ def parser() -> argparse.ArgumentParser:
         prog="python demo.py",
         usage="python demo.py [CHECKPOINT...] [--port N] [--host ADDRESS]",
         allow_abbrev=False,
-        description="Serves a page to this machine's browser: give a photograph or draw, and see the likeliest classes "
-        "of several trained networks beside each other, and what each network looked at. Nothing leaves the machine.",
+        description="Serves a page to this machine's browser: upload a photograph or draw, and see the likeliest "
+        "classes from several trained networks side by side, and what each looked at. Nothing leaves the machine.",
     )
     parser.add_argument(
         "checkpoints",

@@ -1,6 +1,6 @@
 """The errors that are shown to the user as they stand, and the one place where a program turns them into an exit code.
 
-Exit codes: 0; 1 if a run failed; 2 for a mistake of the user's; 3 if training diverged; 130 after Ctrl-C; 143 after
+Exit codes: 0; 1 if a run failed; 2 for a user's mistake; 3 if training diverged; 130 after Ctrl-C; 143 after
 another signal that asked to stop.
 """
 
@@ -23,9 +23,9 @@ REQUIRED = "filelock jsonargparse lightning matplotlib numpy PIL rich tensorboar
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; its message is one line: what was wrong, what was expected, what to do.
+    """A mistake that the user can fix; its message is one line: what was wrong, what was expected, what to do.
 
-    Line breaks and control characters in what the user gave show as escapes.
+    Line breaks and control characters in the user's input are shown as escapes.
     """
 
     exit_code = 2
@@ -47,19 +47,19 @@ class MissingPackage(UserError):
 
 
 class RunError(UserError):
-    """A run that can't go on although its command line is right: disk full, out of memory, a process gone."""
+    """A run that can't go on although its command line is valid: disk full, out of memory, a process died."""
 
     exit_code = 1
 
 
 class Diverged(UserError):
-    """Training that makes no sense to continue; the last good checkpoint is kept."""
+    """Training that is not worth continuing; the last good checkpoint is kept."""
 
     exit_code = 3
 
 
 class Stopped(Exception):
-    """Training that a signal has ended in good order.
+    """Training that was stopped cleanly by a signal.
 
     Args:
         message: What was saved and how to continue; empty on processes that leave it to the first one to say so.
@@ -80,7 +80,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def run_program(name: str, run: Callable[[], int | None], interrupted: str = "Stopped by Ctrl-C.") -> int:
-    """Run a program; errors of the user's, and signals, end it with one line on standard error.
+    """Run a program; user errors and signals end it with one line on standard error.
 
     Args:
         name: The program's, for that line.
@@ -97,7 +97,7 @@ def run_program(name: str, run: Callable[[], int | None], interrupted: str = "St
         sys.stdout.flush()  # not when Python ends, where a closed pipe can't be answered any more
         return code
     except UserError as error:
-        if str(error):  # else another process says it
+        if str(error):  # else another process reports it
             print_error(name, error)
         return error.exit_code
     except Stopped as stopped:
@@ -182,7 +182,7 @@ def print_error(program: str, message: object) -> None:
 
 
 def printed_error(text: str) -> str:
-    """The message of the line that `print_error` printed last, out of a program's standard error; "" if it is empty."""
+    """The message that `print_error` printed last, taken from a program's standard error; "" if that is empty."""
     last = (text.strip().splitlines() or [""])[-1]
     return re.sub(r"^[\w.]+: error: ", "", last)
 
@@ -193,9 +193,9 @@ def one_line(message: str) -> str:
 
 
 def plain(text: str) -> str:
-    """The text with what a terminal would act on, or not show, written as escapes.
+    """The text with everything that a terminal would act on, or not show, written as escapes.
 
-    These are control characters, line breaks, marks that turn the direction of writing, and broken surrogates.
+    These are control characters, line breaks, marks that change the direction of writing, and broken surrogates.
     """
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 

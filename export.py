@@ -1,4 +1,4 @@
-"""A checkpoint as one file for other programs: ONNX or torch.export, held against the checkpoint before it is kept.
+"""A checkpoint as one file for other programs: ONNX or torch.export, checked against the checkpoint before it is kept.
 
 Only light modules are imported here, so that `--help` and plain mistakes answer at once.
 """

@@ -26,10 +26,10 @@ def parser() -> Parser:
     """The command line."""
     parser = Parser(
         "sweep.py",
-        "Trains a recipe again and again with other settings, chosen by Optuna, and writes the best as a recipe.\n"
-        "Best is the highest validation accuracy; the test images are not touched. Stopped at any time, the same\n"
-        "command continues where it was. The space is\n"
-        "  lr=log:1e-4..1e-2         a range, evenly in its logarithm\n"
+        "Trains a recipe many times with different settings, chosen by Optuna, and writes the best as a recipe.\n"
+        "Best is the highest validation accuracy; the test images are not touched. A sweep that was stopped is\n"
+        "continued by the same command. The space is\n"
+        "  lr=log:1e-4..1e-2         a range, sampled evenly in its logarithm\n"
         "  data.crop_padding=0..4    a range; whole numbers where the setting takes those\n"
         "  batch_size=64,128,256     a choice\n"
         "where the key is a short flag of train.py or any setting: model.optimizer.weight_decay=0..0.1",
@@ -97,7 +97,7 @@ def parse(arguments: list[str]) -> Request | None:
     for flag in command.overrides:
         name = flag.lstrip("-").partition("=")[0].replace(".init_args", "")
         if name in request.space:
-            raise UserError(f"{name} stands both in --space and as a flag; leave one out")
+            raise UserError(f"{name} is given both in --space and as a flag; leave one out")
     return request
 
 

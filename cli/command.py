@@ -33,7 +33,7 @@ class Command:
         recipe: Name of the recipe, which is also the folder of its runs; None where a checkpoint decides.
         configs: YAML files, the recipe first; later ones win.
         overrides: Long flags, which win over the files.
-        outer_configs: YAML files sectioned by subcommand, as LightningCLI takes them before the subcommand.
+        outer_configs: YAML files with a section for each subcommand; LightningCLI reads them before the subcommand.
         ckpt_path: Checkpoint to start from.
         fallbacks: Older checkpoints to start from if that one is damaged, newest first.
         arguments: The command line as it was given.
@@ -44,7 +44,7 @@ class Command:
         trust_checkpoint: Let the checkpoint name any class.
         images: Pictures, and folders of them, to classify instead of the test images.
         invert: Whether to negate them: auto, always or never.
-        output: Files for their classes.
+        output: Files to write their classes to.
         gradcam: Write heat maps of them, or of the mistakes among the test images.
     """
 
@@ -127,7 +127,7 @@ def _take_subcommand(command: Command, word: str) -> None:
 
 
 def _take_flag(command: Command, name: str, flag: Flag, value: str | None, tokens: list[str]) -> None:
-    """Put a flag into the command; its values are taken from the front of the tokens where none stood behind `=`."""
+    """Put a flag into the command; its values come from the front of the tokens unless one was given with `=`."""
     if flag.check is None:
         if value is not None:
             raise UserError(f"{name} takes no value, got {value!r}")
@@ -193,7 +193,7 @@ def _check_predict_flags(command: Command) -> None:
     given = [name for name in PREDICT_FLAGS if any(token.partition("=")[0] == name for token in command.arguments)]
     if given and command.subcommand != "predict":
         raise UserError(f"{given[0]} belongs to predict: python train.py predict --ckpt_path PATH --images PATH...")
-    alone = [name for name in given if name != "--gradcam"]  # which the test images do for as well
+    alone = [name for name in given if name != "--gradcam"]  # works with the test images too
     if alone and not command.images:
         raise UserError(f"{alone[0]} needs pictures: add --images PATH...")
 

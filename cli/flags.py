@@ -105,21 +105,21 @@ FLAGS = {
     "--num_nodes": Flag("--trainer.num_nodes", _integer(1), "N", "number of machines"),
     "--precision": Flag("--trainer.precision", _precision, "P", "32, bf16-mixed, 16-mixed, ... (GPUs: bf16-mixed)"),
     "--max_epochs": Flag("--trainer.max_epochs", _epochs, "N", "passes over the training images"),
-    "--batch_size": Flag("--data.batch_size", _batch_size, "N", "training images a step, on each device, or auto"),
+    "--batch_size": Flag("--data.batch_size", _batch_size, "N", "training images per step on each device, or auto"),
     "--lr": Flag(
         "--model.optimizer.init_args.lr",
         _learning_rate,
         "X",
-        "learning rate, or auto: found by trial, then trained with",
+        "learning rate, or auto: found by trial before training",
     ),
     "--image_size": Flag("--data.image_size", _integer(1), "N", "height and width of the images, in pixels"),
     "--val_size": Flag("--data.val_size", _integer(0), "N", "training images held out for validation"),
-    "--seed": Flag("--seed_everything", _integer(0, 2**32 - 1), "N", "seed of everything drawn at random"),
+    "--seed": Flag("--seed_everything", _integer(0, 2**32 - 1), "N", "seed of all random numbers"),
     "--patience": Flag("--patience", _integer(1), "N", "stop after N epochs without a better validation accuracy"),
     "--data_dir": Flag("--data.data_dir", _path, "DIR", "folder of the data set (default: data)"),
     "--log_dir": Flag("--log_dir", _path, "DIR", "folder of the runs (default: logs)"),
     "--ckpt_path": Flag("--ckpt_path", _path, "PATH", "checkpoint to continue or measure; last: the newest run's"),
-    "--config": Flag("", _path, "FILE", "YAML file laid over the recipe"),
+    "--config": Flag("", _path, "FILE", "YAML file whose settings override the recipe's"),
     "--histograms": Flag("--histograms=true", None, "", "histograms of weights and gradients in TensorBoard; slower"),
     "--stop_at_chance": Flag("--stop_at_chance=true", None, "", "stop a network that learns nothing in 500 batches"),
     "--pretrained": Flag("--pretrained=true", None, "", "start VGG from ImageNet's weights; see pretrained/vgg16"),
@@ -128,9 +128,9 @@ FLAGS = {
     "--trust_checkpoint": Flag("", None, "", "let a checkpoint name classes from outside this project"),
     "--print_config": Flag("--print_config", None, "", "show the resolved configuration, and stop"),
 }
-# Those of `predict` alone. The first and the third take several values.
+# Flags of `predict` only. The first and the third take several values.
 PREDICT_FLAGS = {
-    "--images": Flag("", _path, "PATH...", "classify these pictures, and those in these folders, not the test images"),
+    "--images": Flag("", _path, "PATH...", "pictures, and folders of them, to classify instead of the test images"),
     "--invert": Flag(
         "",
         _one_of("auto", "always", "never"),
@@ -141,7 +141,7 @@ PREDICT_FLAGS = {
         "", _output, "FILE...", "files to write: .csv, .json, .png (contact sheet; default: pictures.png)"
     ),
     "--gradcam": Flag(
-        "", None, "", "write heat maps (Grad-CAM) of each picture; without --images of the worst mistakes"
+        "", None, "", "write heat maps (Grad-CAM) of the pictures, or, without --images, of the worst mistakes"
     ),
 }
 # LightningCLI's own flags, passed through and checked there.
@@ -212,5 +212,5 @@ def take_flag(token: str, tokens: list[str], refused: Mapping[str, str]) -> list
 
 
 def is_value(token: str) -> bool:
-    """Whether a word of the command line is a value and no flag."""
+    """Whether a word of the command line is a value, not a flag."""
     return not token.startswith("--")

@@ -61,7 +61,7 @@ def _full_name(keys: list[str], given: Mapping[str, str]) -> tuple[str, str]:
 
 
 def _argument_like(name: str, message: str) -> str:
-    """A similar argument of the class that the message speaks of."""
+    """A similar argument of the class that the message is about."""
     match = re.search(r"class_path[= ]'([\w.]+)'", message)
     module, _, class_name = match[1].rpartition(".") if match else ("", "", "")
     found = getattr(sys.modules.get(module), class_name, None)
@@ -82,7 +82,7 @@ def _value_and_reason(name: str, body: str) -> tuple[str, str]:
         module = sys.modules.get(match[1])
         return value, f"{match[1]} has no {match[2]}{did_you_mean(match[2], dir(module))}"
     if match := re.search(r"No module named '([\w.]+)'", body):
-        return value, f"there is no module {match[1]} here (the working folder counts)"
+        return value, f"there is no module {match[1]} here (the working folder was searched too)"
     if match := re.search(r"Import path \S+ does not correspond to a subclass of (\w+)", body):
         return value, f"it is not a subclass of {match[1]}"
     texts = re.findall(r"Expected an? (.+?)(?=\.? (?:- |Got value|Given value)|$)", body)
@@ -97,7 +97,7 @@ def _value_and_reason(name: str, body: str) -> tuple[str, str]:
 
 
 def _kinds(text: str) -> list[str]:
-    """A type in words; nothing for what the parser only tries on the way."""
+    """A type in words; empty for types that the parser only tries in passing."""
     if text.startswith("path but"):
         return []
     if text.startswith("dot import path"):

@@ -16,7 +16,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 
 def recipes() -> dict[str, Path]:
-    """Name to file of every recipe in configs/, sub-folders included."""
+    """Every recipe in configs/ and its sub-folders: name to file."""
     folder = PROJECT / "configs"
     return {str(path.relative_to(folder).with_suffix("").as_posix()): path for path in sorted(folder.rglob("*.yaml"))}
 
@@ -82,7 +82,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 class _UniqueKeyLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Safe YAML in which a key may stand only once in a mapping."""
+    """Safe YAML in which a mapping may hold a key only once."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set()
@@ -90,6 +90,6 @@ class _UniqueKeyLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: 
             if isinstance(key_node, yaml.ScalarNode):
                 if key_node.value in seen:
                     line = key_node.start_mark.line + 1
-                    raise yaml.YAMLError(f"the key {key_node.value!r} stands twice, the second time in line {line}")
+                    raise yaml.YAMLError(f"the key {key_node.value!r} appears twice, the second time in line {line}")
                 seen.add(key_node.value)
         return super().construct_mapping(node, deep)

@@ -20,7 +20,7 @@ from lit_modules.initialization import he_initialization, start_output
 from lit_modules.metrics import StageMetrics
 from lit_modules.schedules import of_length
 
-PLAIN = (bool, int, float, str, type(None))  # what a checkpoint keeps of the arguments
+PLAIN = (bool, int, float, str, type(None))  # types of arguments that a checkpoint keeps
 
 
 class LitClassifier(CheckedLoading, pl.LightningModule):
@@ -82,7 +82,7 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
         if output_bias is not None and not math.isfinite(output_bias):
             raise ValueError(f"output_bias={output_bias} must be a finite number")
         if compile and checkpoint_activations:
-            raise ValueError("checkpoint_activations and compile exclude each other; leave one of them out")
+            raise ValueError("checkpoint_activations and compile can't be combined; leave one of them out")
         _check_optimizer(optimizer)
         self.net = net
         self.optimizer = optimizer
@@ -108,7 +108,7 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W), scaled and resized as in training, to logits (N, num_classes)."""
-        images = images.to(self.dtype)  # not float32 where --precision is, for one, bf16-true
+        images = images.to(self.dtype)  # not float32 with --precision bf16-true, for example
         if self.cuda_graphs:
             return self.cuda_graphs(self.net, images)
         if self.hparams["compile"]:
@@ -117,13 +117,13 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
         return self.net(images)
 
     def setup(self, stage: str) -> None:
-        """Sum losses in double precision, so that the split into batches and processes does not show."""
+        """Sum losses in double precision, so that the split into batches and processes doesn't matter."""
         if self.trainer.strategy.root_device.type != "mps":  # which has no float64
             for metrics in self.metrics.values():
                 metrics["loss"].set_dtype(torch.float64)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Derive all that a training step draws (augmentation, dropout) from seed, epoch, batch and process."""
+        """Derive all random numbers of a training step (augmentation, dropout) from seed, epoch, batch and process."""
         if (trainer := self.trainer).training:
             step = trainer.current_epoch, trainer.fit_loop.batch_idx + 1, self.global_rank
             seed_step(trainer.strategy.root_device, *step)
@@ -144,7 +144,7 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """After an epoch's last batch log its exact training loss and accuracy, as measured while it was training."""
+        """After an epoch's last batch, log its exact training loss and accuracy, as measured during training."""
         if self.trainer.is_last_batch or self.trainer.fit_loop.epoch_loop.done:
             self._update_train_metrics()
             self._log_metrics("train_")
@@ -177,7 +177,7 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
 
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:
-        """Calibrated class probabilities (N, num_classes) float32, without a Trainer and whatever the network's mode.
+        """Calibrated class probabilities (N, num_classes) float32, without a Trainer, whatever the network's mode.
 
         `images` (N, C, H, W) are what the data module's `preprocess` returns, on any device.
         """
@@ -189,15 +189,15 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
             self.net.train(training)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the temperature; of the hyperparameters, those that can be read again without unpickling objects."""
+        """Store the temperature, and only those hyperparameters that can be read without unpickling objects."""
         checkpoint["temperature"] = self.temperature
         stored = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
-        if stored and "_instantiator" not in stored:  # of a Trainer of the user's own, which was given objects
+        if stored and "_instantiator" not in stored:  # from the user's own Trainer, with objects as arguments
             plain = {name: value for name, value in stored.items() if type(value) in PLAIN}
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = plain
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Hold what a Trainer is to restore against this run, and take the temperature over, if there is one."""
+        """Check what a Trainer is about to restore against this run, and take over the temperature, if there is one."""
         if self._trainer is not None:
             check_state(checkpoint, self.trainer, self)
         stored = checkpoint.get("temperature")
@@ -233,7 +233,7 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
 
 
 def _mixing(num_classes: int, **alphas: float) -> nn.Module | None:
-    """From images and labels (N,) to mixed images and targets (N, num_classes); None where nothing is mixed."""
+    """A layer from images and labels (N,) to mixed images and targets (N, num_classes); None if nothing is mixed."""
     kinds = {"mixup": v2.MixUp, "cutmix": v2.CutMix}
     for name, alpha in alphas.items():
         if not 0 <= alpha < math.inf:

@@ -1,4 +1,4 @@
-"""How a network's weights begin."""
+"""How a network's weights are initialised."""
 
 from torch import nn
 

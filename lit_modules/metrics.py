@@ -6,12 +6,12 @@ from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-# A batch that only fills up a process's share of an evaluation set carries this label, and no metric counts it.
+# Batches that only fill up a process's share of an evaluation set carry this label; no metric counts them.
 IGNORED_LABEL = -100
 
 
 class MeanLoss(Metric):
-    """Sum of the losses of all images over their number, over all batches and processes.
+    """Mean loss of all images, over all batches and processes.
 
     (torchmetrics' MeanMetric would do, but with its NaN check off, which waits for the device at each update, it
     ignores the weights, as of 1.9.)

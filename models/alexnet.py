@@ -5,7 +5,7 @@ https://doi.org/10.1145/3065386
 
 Deliberate differences from the paper: one stream of convolutions instead of two halves on two GPUs, and no local
 response normalisation. Layer sizes follow Dive into Deep Learning's PyTorch edition, section 5.6
-(https://github.com/ShusenTang/Dive-into-DL-PyTorch); `hidden_layers=1` is that tutorial's slimmed course version, which
+(https://github.com/ShusenTang/Dive-into-DL-PyTorch); `hidden_layers=1` is that tutorial's smaller version, which
 leaves out the second hidden layer of 4096, and `hidden_layers=2` is the paper's depth. Batch normalisation is optional
 and came after the paper.
 """
@@ -79,7 +79,7 @@ class AlexNet(nn.Module):
         """Map images (N, in_channels, image_size, image_size) to logits (N, num_classes).
 
         Raises:
-            ValueError: if the images have another shape than the network was built for.
+            ValueError: if the images don't have the shape that the network was built for.
         """
         if (shape := tuple(images.shape[1:])) != self.image_shape:
             expected = f"this AlexNet was built for {self.image_shape}"

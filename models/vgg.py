@@ -90,7 +90,7 @@ class VGG(nn.Module):
         """Map images (N, in_channels, image_size, image_size) to logits (N, num_classes).
 
         Raises:
-            ValueError: if the images have another shape than the network was built for.
+            ValueError: if the images don't have the shape that the network was built for.
         """
         if (shape := tuple(images.shape[1:])) != self.image_shape:
             expected = f"this VGG was built for {self.image_shape}"

@@ -225,7 +225,7 @@ def test_a_flag_is_not_a_value():
 def test_duplicate_keys_are_named_with_their_line(tmp_path):
     path = tmp_path / "twice.yaml"
     path.write_text("data:\n  batch_size: 1\n  batch_size: 2\n")
-    with pytest.raises(UserError, match=r"'batch_size' stands twice, the second time in line 3"):
+    with pytest.raises(UserError, match=r"'batch_size' appears twice, the second time in line 3"):
         load_yaml(path)
 
 

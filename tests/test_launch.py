@@ -582,7 +582,7 @@ LIGHT = {
     "broken YAML": ("--model lenet --config {files}/broken.yaml", "broken.yaml is not valid YAML"),
     "list for a YAML": ("--model lenet --config {files}/list.yaml", "list.yaml holds no settings"),
     "bytes for a YAML": ("--model lenet --config {files}/bytes.yaml", "bytes.yaml can't be read as a YAML file"),
-    "duplicate key": ("--model lenet --config {files}/twice.yaml", "'lr' stands twice, the second time in line 5"),
+    "duplicate key": ("--model lenet --config {files}/twice.yaml", "'lr' appears twice, the second time in line 5"),
     "no run to continue": ("--model lenet --ckpt_path last", "there is no run of lenet to continue"),
     "last of what": ("fit --ckpt_path last", "--model RECIPE"),
     "nothing to test": ("test", "nothing to test: a network needs trained weights; give --ckpt_path PATH"),

@@ -676,5 +676,5 @@ def test_a_layer_in_place_after_a_pooling_stays_in_its_stage():
 def test_activations_that_can_not_be_checkpointed():
     with pytest.raises(ValueError, match=r"Linear has no nn\.Sequential with convolutions"):
         LitClassifier(nn.Linear(2, 2), checkpoint_activations=True)
-    with pytest.raises(ValueError, match="compile exclude each other"):
+    with pytest.raises(ValueError, match="compile can't be combined"):
         LitClassifier(LeNet(), compile=True, checkpoint_activations=True)

@@ -19,13 +19,13 @@ POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2
 
 
 def apply_activation_checkpointing(net: nn.Module) -> None:
-    """Let the network's convolutional stages forget in training what lies between their input and their output.
+    """In training, don't keep what the convolutional stages compute between their input and their output.
 
     The backward pass computes it again, stage by stage, with the same dropout; batch normalisation counts each batch
     once. Names of parameters, evaluation and export stay as they are.
 
     Args:
-        net: A network with an `nn.Sequential` that has convolutions. Its layers, those of Sequentials in it included,
+        net: A network with an `nn.Sequential` that has convolutions. Its layers, including those of nested Sequentials,
             form the stages: each ends with a pooling layer.
 
     Raises:
@@ -67,10 +67,10 @@ def forward(self: nn.Sequential, maps: Tensor) -> Tensor:
 
 
 def _stages(layers: nn.Sequential) -> list[list[nn.Module]]:
-    """The layers in runs that end with a pooling layer."""
+    """The layers, split into stages that each end with a pooling layer."""
     stages: list[list[nn.Module]] = [[]]
     for layer in _flat(layers):
-        # A layer that works in place would overwrite the very input that the stage is computed from a second time.
+        # A layer that works in place would overwrite the input from which the stage is computed a second time.
         if stages[-1] and isinstance(stages[-1][-1], POOLING) and not getattr(layer, "inplace", False):
             stages.append([])
         stages[-1].append(layer)
@@ -95,7 +95,7 @@ def _run(stage: list[nn.Module], maps: Tensor) -> Tensor:
 
 
 def _contexts(stage: list[nn.Module]) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """For the forward pass and for computing it again."""
+    """The contexts of the forward pass and of computing it again."""
     return nullcontext(), _spare_buffers(stage)
 
 

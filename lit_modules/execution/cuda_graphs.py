@@ -17,7 +17,7 @@ class CudaGraphs:
         self._full = {True: 0, False: 0}  # images in the largest batch so far, in training and in evaluation
 
     def __call__(self, net: nn.Module, images: Tensor) -> Tensor:
-        """Images (N, C, H, W) to logits (N, num_classes) that the next call leaves alone."""
+        """Images (N, C, H, W) to logits (N, num_classes) that the next call does not overwrite."""
         full = self._full[net.training] = max(self._full[net.training], len(images))
         if len(images) < full:
             with torch.compiler.set_stance("force_eager"):

@@ -7,7 +7,7 @@ import torch
 
 
 def seed_step(device: torch.device, epoch: int, batch_idx: int, rank: int) -> None:
-    """Seed the device's generator, and the CPU's, from the run's seed and where in the run one process stands."""
+    """Seed the device's generator, and the CPU's, from the run's seed, the epoch, the batch and the process."""
     run_seed = os.environ.get("PL_GLOBAL_SEED", "0")  # where seed_everything leaves it
     digest = hashlib.sha256(f"{run_seed} {epoch} {batch_idx} {rank}".encode()).digest()
     seed = int.from_bytes(digest[:7], "big")
