@@ -25,7 +25,7 @@ import torch
 import yaml
 from audited import use_everywhere
 from commands import DATA, ENVIRONMENT, REPO, run_forked
-from conftest import SEARCHES, Run, examples
+from conftest import Run, examples
 from hypothesis import given
 from hypothesis import strategies as st
 from stoppable import SAVED, checkpoint, differences, flags, train, write
