@@ -12,7 +12,7 @@ from inspection.stages import walk
 
 
 def check_captum() -> None:
-    """Say at once if the package is missing.
+    """Report at once if the package is missing.
 
     Raises:
         UserError: If it is.
@@ -24,7 +24,7 @@ def check_captum() -> None:
 
 
 def last_feature_maps(net: nn.Module, images: Tensor) -> nn.Module:
-    """The stage whose output Grad-CAM weighs: the last that has convolutions, or what follows it at the same size.
+    """The stage whose output Grad-CAM weights: the last with convolutions, or what follows it at the same size.
 
     Args:
         net: The network; its children are the stages, and a Sequential counts as its members.
@@ -49,16 +49,16 @@ def last_feature_maps(net: nn.Module, images: Tensor) -> nn.Module:
 def grad_cam(net: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
     """How much each part of each image contributes to its class.
 
-    Parameters, their gradients, random generators and the network's mode stay as they are, and it works where
+    Parameters, their gradients, random generators and the network's mode stay as they are. It also works where
     gradients are switched off, as in Lightning's evaluation.
 
     Args:
         net: A network; also a compiled one, whose plain form is used.
         images: A batch (N, C, H, W) as the network sees it, on the network's device.
-        classes: The class to explain of each image, (N,).
+        classes: The class to explain for each image, (N,).
 
     Returns:
-        Values 0 to 1 of shape (N, h, w), the size of the feature maps; all 0 where nothing does.
+        Values 0 to 1 of shape (N, h, w), the size of the feature maps; all 0 if nothing contributes.
 
     Raises:
         UserError: If no stage of the network has feature maps larger than 1x1.

@@ -39,7 +39,7 @@ def network_graph(net: nn.Module, input_shape: tuple[int, int, int]) -> GraphDef
     try:
         net.eval()
         with torch.no_grad(), recorder:
-            # Not net(...): a compiled network would be compiled anew.
+            # Not net(...): a compiled network would be compiled again.
             logits = torch.func.functional_call(_Forward(net), meta, (images,))
     finally:
         net.train(was_training)
@@ -80,13 +80,13 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        # What is made of weights alone is part of a module, not of the flow.
+        # What is computed from weights alone is part of a module, not of the flow.
         if any(id(value) in self._made_by for value in inputs):
             self._add_operation(func.overloadpacket.__name__, inputs, output)
         return output
 
     def add(self, name: str, kind: str, inputs: list[Tensor], output: Any, parameters: int = 0) -> None:
-        """Add a node, or go on with the last of that name."""
+        """Add a node, or continue the last one of that name."""
         sources = dict.fromkeys(self._made_by[id(value)] for value in inputs if id(value) in self._made_by)
         node = self.nodes.setdefault(name, NodeDef(name=name, op=kind))
         node.input.extend(source for source in sources if source != name and source not in node.input)
@@ -107,7 +107,7 @@ class _Recorder(TorchDispatchMode):
         if path and module is not None and next(module.children(), None) is None:
             parameters = sum(parameter.numel() for parameter in module.parameters())
             if path in self._stages:
-                # TensorBoard draws what has something inside larger, and in colour, and cuts long names off.
+                # TensorBoard draws nodes with something inside larger and in colour, and cuts off long names.
                 scope = f"{self._stages.index(path) + 1:02}_{type(module).__name__}/{path}"
             self.add(scope, type(module).__name__, inputs, output, parameters)
             return
@@ -117,7 +117,7 @@ class _Recorder(TorchDispatchMode):
         self.add(f"{name}_{count}", function, inputs, output)
 
     def _scope(self, path: str) -> str:
-        """Name of a module's node: the stages stand side by side, and what is inside one opens with it."""
+        """Name of a module's node: the stages are side by side, and opening one shows what is inside."""
         stage = next((name for name in self._stages if path == name or path.startswith(f"{name}.")), "")
         inner = path.removeprefix(stage).strip(".").split(".") if path != stage else []
         parts, so_far = [], ""

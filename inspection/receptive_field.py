@@ -24,7 +24,7 @@ def receptive_fields(net: nn.Module, input_shape: tuple[int, int, int]) -> dict[
         input_shape: Shape (C, H, W) of one image.
 
     Returns:
-        Stage to side; `WHOLE` behind a global average or a linear layer.
+        Stage to side; `WHOLE` after a global average or a linear layer.
 
     Raises:
         Exception: Whatever the network raises for an image of that shape.
@@ -41,7 +41,7 @@ def receptive_fields(net: nn.Module, input_shape: tuple[int, int, int]) -> dict[
 
 
 class _Noted(TorchDispatchMode):
-    """Notes for each tensor that the image led to: its receptive field, and the pixels between two neighbours of it."""
+    """For each tensor computed from the image: its receptive field, and the pixels between two neighbouring values."""
 
     def __init__(self, images: Tensor) -> None:
         super().__init__()

@@ -62,11 +62,11 @@ def walk(
 
     Args:
         net: The network; its mode is restored afterwards.
-        forward: Runs it. Not through `net(...)`: a compiled network knows no hooks, and would be compiled anew.
+        forward: Runs it. Not through `net(...)`: a compiled network ignores hooks, and would be compiled again.
         keep: What to keep of an output, before the next stage may change it in place.
 
     Returns:
-        Name, module and what was kept (None of an output that is no tensor) of each stage, in the order in which they
+        Name, module and what was kept (None if the output is no tensor) of each stage, in the order in which they
         ran; and what `forward` returned.
     """
     names = stage_modules(net)

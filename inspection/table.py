@@ -9,7 +9,7 @@ from torch import nn
 from inspection.receptive_field import WHOLE, receptive_fields
 from inspection.stages import Stage, stages
 
-_MOST_ROWS = 25  # that a terminal shows without scrolling
+_MOST_ROWS = 25  # as many as a terminal shows without scrolling
 
 
 class Row(NamedTuple):
@@ -17,7 +17,7 @@ class Row(NamedTuple):
 
     Attributes:
         name: Name of the module within the network.
-        what: The layers that it consists of: "2 × Conv2d 3×3".
+        what: Its layers: "2 × Conv2d 3×3".
         shape: Of its output for one image: "96×54×54".
         field: Its receptive field in pixels: "11×11"; None for the whole image.
         parameters: Number of its parameters.
@@ -88,9 +88,9 @@ def table(net: nn.Module, input_shape: tuple[int, int, int]) -> str:
 
 
 def short_table(net: nn.Module, input_shape: tuple[int, int, int]) -> str:
-    """The network in three lines: its size, its parts, and how to see all of it."""
+    """The network in three lines: its size, its parts, and how to see everything."""
     found, total = stages(net, input_shape)
-    # A part is what the network calls so: features, classifier; its output is that of its last stage.
+    # A part is named by the network: features, classifier; its output is that of its last stage.
     parts = {stage.name.partition(".")[0]: stage.shape for stage in found}
     way = " -> ".join(["image " + by(input_shape), *(f"{name} {by(shape)}" for name, shape in parts.items())])
     return _plain(
@@ -108,7 +108,7 @@ def describe(module: nn.Module) -> str:
 
 
 def leaves(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """The layers in order, Sequentials opened; a block of a class of its own counts as one."""
+    """The layers in order, those inside Sequentials included; a block with its own class counts as one."""
     return [
         leaf
         for module in modules
@@ -117,7 +117,7 @@ def leaves(modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def words_of(module: nn.Module) -> tuple[str, ...]:
-    """Its class and what distinguishes it; none for a module without weights that pools nothing."""
+    """Its class and what distinguishes it; empty for a module that has no weights and does no pooling."""
     name = type(module).__name__
     if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
         size, stride = (value if isinstance(value, int) else value[0] for value in (module.kernel_size, module.stride))
@@ -136,5 +136,5 @@ def _millions(flops: int) -> str:
 
 
 def _plain(text: str) -> str:
-    """For terminals of any encoding."""
+    """The text for terminals of any encoding."""
     return text.replace("×", "x")

@@ -1,1 +1,1 @@
-"""The classes of one's own pictures: reading, cleaning, the table and the contact sheet, Grad-CAM."""
+"""Classifying your own pictures: reading, cleaning, the table and the contact sheet, Grad-CAM."""

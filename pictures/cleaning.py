@@ -1,17 +1,17 @@
-"""One's own picture as an image of Fashion-MNIST.
+"""Turns any picture into an image like those of Fashion-MNIST.
 
-Xiao et al. 2017 (arXiv:1708.07747, section 2) made the data set from photographs on a nearly white ground: trim edges
-that are within 5 % of the corners' colour, scale the longest edge to 28 pixels by leaving out rows and columns,
-sharpen, centre on 28x28, negate, convert to grey. The same is done here, but for four things:
+Xiao et al. 2017 (arXiv:1708.07747, section 2) made the data set from photographs on a nearly white background: trim
+edges that are within 5 % of the corners' colour, scale the longest edge to 28 pixels by leaving out rows and columns,
+sharpen, centre on 28x28, negate, convert to grey. The same is done here, with four differences:
 
-- The ground may be noisy, unevenly lit or dark. It is estimated from the four corners and becomes exactly 0, as
+- The background may be noisy, unevenly lit or dark. It is estimated from the four corners and becomes exactly 0, as
   in the data set, and specks do not stop the trimming.
 - A picture that is light on dark already is not negated.
-- Lanczos scaling takes the place of leaving out pixels, which noise and fine patterns would spoil, and of sharpening.
-  1,500 test images turned into photographs (tests/test_pictures.py) were recognized by LeNet as often as the originals:
-  .878 against .877, with moderate sharpening .877, with the paper's scaling and full sharpening .865. (That sharpens
-  twice: the images were sharpened when the data set was made. True photographs were not at hand.)
-- A picture of 28x28 pixels is taken for an image of the data set: it only becomes grey and, if need be, negated.
+- Lanczos scaling replaces leaving out pixels, which suffers from noise and fine patterns, and sharpening.
+  1,500 test images turned into photographs (tests/test_pictures.py) were recognised by LeNet as often as the originals:
+  .878 against .877; with moderate sharpening .877; with the paper's scaling and full sharpening .865. (That sharpens
+  twice: the images were sharpened when the data set was made. No real photographs were available.)
+- A picture of 28x28 pixels is taken for an image of the data set: it is only made grey and, if needed, negated.
 """
 
 from typing import Literal
@@ -22,10 +22,10 @@ from PIL import Image, ImageFilter
 Invert = Literal["auto", "always", "never"]
 
 SIZE = 28
-WORKING_EDGE = 400  # pixels; the ground is told from the object at this size
-CLOSENESS = 0.05 * 255  # to the ground, of pixels that are trimmed
-NOISE = 8  # standard deviations of the ground's noise that count as ground as well
-SHADING = 40  # levels between corners that may be uneven light; more is an object in a corner
+WORKING_EDGE = 400  # pixels; background and object are told apart at this size
+CLOSENESS = 0.05 * 255  # of trimmed pixels to the background
+NOISE = 8  # standard deviations of the background's noise that still count as background
+SHADING = 40  # grey levels between corners that may be uneven light; more means an object in a corner
 GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as in Pillow
 
 
@@ -34,13 +34,13 @@ def as_fashion_mnist(picture: Image.Image, invert: Invert = "auto") -> np.ndarra
 
     Args:
         picture: Of mode RGB or RGBA and any size.
-        invert: Whether to negate; "auto" does it where the ground is lighter than the object.
+        invert: Whether to negate; "auto" does it if the background is lighter than the object.
 
     Returns:
         Grey values (28, 28) uint8.
 
     Raises:
-        ValueError: If nothing stands out from the ground.
+        ValueError: If nothing stands out from the background.
     """
     if picture.mode == "RGBA":
         picture = _on_ground(picture, invert)
@@ -56,7 +56,7 @@ def as_fashion_mnist(picture: Image.Image, invert: Invert = "auto") -> np.ndarra
         stands_out = np.asarray(Image.fromarray(stands_out).convert("L").filter(ImageFilter.MedianFilter(5))) > 0
     rows, columns = np.flatnonzero(stands_out.any(axis=1)), np.flatnonzero(stands_out.any(axis=0))
     if not len(rows):
-        raise ValueError("shows nothing that stands out from its ground")
+        raise ValueError("shows nothing that stands out from its background")
 
     grey, ground = pixels @ GREY, np.broadcast_to(ground, pixels.shape) @ GREY
     if invert == "always" or (invert == "auto" and _is_dark_on_light(grey, ground, stands_out)):
@@ -77,7 +77,7 @@ def _on_ground(picture: Image.Image, invert: Invert) -> Image.Image:
 
 
 def _ground(pixels: np.ndarray) -> tuple[np.ndarray, float]:
-    """Colour of the ground, for each pixel (H, W, 3) or for all (3,), and the standard deviation of its noise."""
+    """Colour of the background, for each pixel (H, W, 3) or for all (3,), and the standard deviation of its noise."""
     height, width, _ = pixels.shape
     edge = max(1, min(height, width) // 20)
     patches = [
@@ -95,7 +95,7 @@ def _ground(pixels: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _is_dark_on_light(grey: np.ndarray, ground: np.ndarray, stands_out: np.ndarray) -> bool:
-    """By the ground where it is clearly light or dark, else by whether the object is darker."""
+    """Decide by the background if it is clearly light or dark, else by whether the object is darker."""
     level = float(np.median(ground))
     if level > 170 or level < 85:
         return level > 170
@@ -103,7 +103,7 @@ def _is_dark_on_light(grey: np.ndarray, ground: np.ndarray, stands_out: np.ndarr
 
 
 def _centred(values: np.ndarray) -> np.ndarray:
-    """Longest edge 28; where a margin is odd the data set has its larger part on the left and on top."""
+    """Longest edge 28; if a margin is odd, its larger part is on the left and on top, as in the data set."""
     height, width = values.shape
     scale = SIZE / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))

@@ -44,7 +44,7 @@ def contact_sheet(tiles: Sequence[Tile]) -> Image.Image:
 
 
 def thumbnail(picture: Image.Image) -> Image.Image:
-    """A copy of a picture of mode RGB or RGBA, at most EDGE x EDGE, on grey where it is transparent."""
+    """A copy of a picture of mode RGB or RGBA, at most EDGE x EDGE, with grey where it is transparent."""
     small = picture.copy()
     if small.mode == "RGBA":
         ground = Image.new("RGBA", small.size, TRANSPARENT)

@@ -12,7 +12,7 @@ COLOURS = np.array([(13, 8, 135), (126, 3, 168), (204, 71, 120), (248, 149, 64),
 
 
 def overlay(image: np.ndarray, cam: Tensor, caption: str) -> Image.Image:
-    """The image beside itself under the heat map.
+    """The image, and beside it the same image under the heat map.
 
     Args:
         image: What the network saw, (28, 28) uint8.

@@ -1,4 +1,4 @@
-"""The most confident mistakes, each beside the parts that Grad-CAM names for the guess and for the true class."""
+"""The most confident mistakes, each beside its Grad-CAM for the guess and for the true class."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,18 +15,18 @@ SIZE, EDGE = 28, 112  # pixels of an image, and of its picture
 COLUMNS = 2
 BATCH = 8  # their gradients take memory
 HEADING = (
-    "Each image, then the parts that made the network guess its class, and those that speak for the true one.",
-    "Grad-CAM: dark violet is nothing, yellow the most; each heat map has its own scale.",
+    "Each image, then the parts that made the network guess its class, and those that point to the true one.",
+    "Grad-CAM: from dark violet (nothing) to yellow (most); each heat map has its own scale.",
 )
 
 
 class Mistake(NamedTuple):
-    """An image of which the network was wrongly sure.
+    """An image that the network got wrong with high confidence.
 
     Attributes:
         image: Place of the image in its evaluation set.
         label: Its true class.
-        guess: The class that the network took it for.
+        guess: The class that the network predicted.
         probability: How sure the network was, 0 to 1.
     """
 
@@ -43,8 +43,8 @@ def explain_mistakes(
 
     Args:
         net: The network that made them.
-        data: The data module; its `preprocess` tells what the network sees.
-        images: Grey values (N, 28, 28) uint8 of the mistaken images, in the order of `mistakes`.
+        data: The data module; its `preprocess` gives what the network sees.
+        images: Grey values (N, 28, 28) uint8 of the images, in the order of `mistakes`.
         mistakes: At least one.
         class_names: Names of the classes, in order.
 

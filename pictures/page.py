@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Read when Gradio is imported: no usage statistics, no look for a newer version.
+# Read when Gradio is imported: no usage statistics, no check for a newer version.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
@@ -34,8 +34,8 @@ LARGEST_FILE = "64mb"
 
 TITLE = "Classic CNNs on Fashion-MNIST · 经典卷积网络"
 HEADING = f"""# {TITLE}
-Give a photograph of one garment, shoe or bag on a plain ground, or draw one and fill it in.
-Each network says what it takes it for; the warm colours are where it looked (Grad-CAM).
+Upload a photograph of one garment, shoe or bag on a plain background, or draw one and fill it in.
+Each network shows what it sees in the picture; warm colours mark where it looked (Grad-CAM).
 <br>上传一张照片（一件衣服、一只鞋（侧面）或一个包，背景尽量单一），或者自己画一件并涂满。
 各个网络分别给出判断；暖色表示判断的依据（Grad-CAM）。"""
 CSS = """
@@ -58,10 +58,10 @@ class Network:
     """A trained network of the page.
 
     Attributes:
-        title: Tells it from the others.
+        title: Distinguishes it from the others.
         classifier: In evaluation mode.
         data: Knows how it wants its images.
-        accuracy: On the test images, 0 to 1; None where no `weights.json` beside the checkpoint tells.
+        accuracy: On the test images, 0 to 1; None if no `weights.json` beside the checkpoint says.
     """
 
     title: str
@@ -85,7 +85,7 @@ class Network:
 
 
 def load_networks(checkpoints: Sequence[Path], trust: bool = False) -> list[Network]:
-    """The networks of some checkpoints, each under its recipe's name, with the path where that is not enough.
+    """The networks of some checkpoints, each under its recipe's name, with the path if names repeat.
 
     Raises:
         UserError: If one can't be used.
@@ -101,7 +101,7 @@ def load_networks(checkpoints: Sequence[Path], trust: bool = False) -> list[Netw
 
 
 def answers(networks: Sequence[Network], picture: Image.Image | None) -> list[Any]:
-    """What the networks see, then the probabilities and the heat map of each; None in each place without a picture.
+    """What the networks see, then the probabilities and the heat map of each; None for each of them without a picture.
 
     Args:
         networks: The page's networks.
@@ -165,7 +165,7 @@ def build(networks: Sequence[Network], folder: Path) -> gr.Blocks:
                         transforms=(),
                         buttons=[],
                         brush=gr.Brush(default_size=10, colors=["#303040", "#808090"], color_mode="fixed"),
-                        placeholder="Take the brush on the left · 先点左边的画笔",
+                        placeholder="Pick the brush on the left · 先点左边的画笔",
                         show_label=False,
                         elem_id="drawing",
                     )
@@ -197,7 +197,7 @@ def serve(checkpoints: Sequence[Path], host: str, port: int, folder: Path, trust
 
     Args:
         checkpoints: Of the networks.
-        host: Address to listen at.
+        host: Address to listen on.
         port: Its port.
         folder: For the files of the examples.
         trust: Let the checkpoints name any class.
@@ -230,7 +230,7 @@ def serve(checkpoints: Sequence[Path], host: str, port: int, folder: Path, trust
     except OSError as error:
         raise RunError(f"{host}:{port} can't be used: {str(error).partition('.')[0]}; give another --port") from None
     try:
-        print(f"Open http://{host}:{port} in a browser; Ctrl-C ends the page.", flush=True)
+        print(f"Open http://{host}:{port} in a browser; Ctrl-C stops it.", flush=True)
         threading.Event().wait()
     finally:
         page.close(verbose=False)

@@ -1,4 +1,4 @@
-"""`python train.py predict`: the three likeliest classes of one's own pictures, and the worst mistakes explained."""
+"""`python train.py predict`: the three likeliest classes of your own pictures, and the worst mistakes explained."""
 
 import csv
 import io
@@ -39,8 +39,8 @@ class Pictures:
 
     Attributes:
         paths: Their files.
-        images: What the network sees of them, (28, 28) uint8 each.
-        thumbnails: Of the first `ON_SHEET`.
+        images: What the network sees, (28, 28) uint8 each.
+        thumbnails: Those of the first `ON_SHEET` pictures.
         skipped: Files that can't be used, and why.
     """
 
@@ -51,7 +51,7 @@ class Pictures:
 
 
 def read_pictures(paths: Sequence[Path], invert: Invert) -> Pictures:
-    """Read files and folders; what can't be read is named and left out.
+    """Read files and folders; what can't be read is reported and left out.
 
     Raises:
         UserError: If nothing could be read.
@@ -95,7 +95,7 @@ def predict_pictures(
     Args:
         trainer: Of one device.
         model: The classifier; its weights come from the checkpoint.
-        data: Tells how the network wants its images; the data set itself is not needed.
+        data: Knows how the network wants its images; the data set itself is not needed.
         class_names: Names of the classes, in order.
         ckpt_path: The checkpoint.
         images: Pictures and folders of pictures.
@@ -134,7 +134,7 @@ def write_mistakes(
     mistakes: Sequence[Mistake],
     path: Path,
 ) -> None:
-    """Write a sheet of the worst mistakes among the test images, with the parts behind the guess and behind the truth.
+    """Write a sheet of the worst mistakes among the test images, with the parts behind the guess and the true class.
 
     Args:
         trainer: Has predicted the classes of the test images.
@@ -159,12 +159,12 @@ def write_mistakes(
 
 
 def printable(path: Path) -> str:
-    """The path without characters that would command a terminal."""
+    """The path without characters that control a terminal."""
     return "".join(character if character.isprintable() else "?" for character in str(path))
 
 
 class _Batches(IterableDataset):
-    """The images in batches, as the network sees them; each is prepared when its turn comes."""
+    """The images in batches, as the network sees them; each batch is prepared when it is needed."""
 
     def __init__(self, images: Sequence[np.ndarray], data: FashionMNISTDataModule) -> None:
         self.images = images

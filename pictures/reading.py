@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-# Pillow knows more formats, but some of them run other programs (EPS starts Ghostscript) and few hold photographs.
+# Pillow knows more formats, but some of them run other programs (EPS starts Ghostscript) and few are for photographs.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
-# Named where a folder holds them, since one would expect them to be read.
+# Reported when found in a folder, since one would expect them to be read.
 UNREADABLE_SUFFIXES = {".heic", ".heif", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw"}
 # Of fractions, and of 8, 10, 12, 14 and 16 bits.
 WHITES = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)
-LONGEST_EDGE = 1024  # pixels that are kept; the network sees 28
+LONGEST_EDGE = 1024  # pixels; larger pictures are scaled down, as the network sees only 28
 
 
 class PictureError(Exception):
-    """A file that is not read; the message says why, and fits behind the file's name."""
+    """A file that is not read; the message says why, and follows the file's name."""
 
 
 def find_pictures(paths: Iterable[Path]) -> list[Path]:
-    """The files among `paths` as they stand, and the picture files in the folders among them, sub-folders included."""
+    """The files among `paths`, and the picture files in the folders among them, sub-folders included."""
     Image.init()
     suffixes = {suffix for suffix, name in Image.EXTENSION.items() if name in FORMATS} | UNREADABLE_SUFFIXES
     found = []
@@ -51,7 +51,7 @@ def read_picture(path: Path) -> Image.Image:
     formats = [name for name in FORMATS if name in Image.OPEN]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata
+            warnings.simplefilter("ignore")  # about odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=formats) as file:
                 file.draft(None, (LONGEST_EDGE, LONGEST_EDGE))  # JPEG files are decoded at a fraction of their size
@@ -63,7 +63,7 @@ def read_picture(path: Path) -> Image.Image:
     except Image.UnidentifiedImageError:
         raise PictureError(f"is not a picture that can be read ({', '.join(formats)})") from None
     except MemoryError:
-        raise PictureError("does not fit into memory; make it smaller") from None
+        raise PictureError("does not fit in memory; make it smaller") from None
     except OSError as error:
         raise PictureError(f"can't be read: {error.strerror or error}") from None
     except Exception as error:  # decoders raise anything for a broken file
@@ -110,8 +110,8 @@ def _white(largest: float) -> float:
 
 
 def _upright(picture: Image.Image) -> Image.Image:
-    """Turned as its EXIF data says, if they can be understood."""
+    """The picture, rotated as its EXIF data says, if that can be read."""
     try:
         return ImageOps.exif_transpose(picture)
-    except Exception:  # the pixels are sound, whatever a camera has written beside them
+    except Exception:  # the pixels are fine, whatever a camera has written beside them
         return picture

@@ -26,9 +26,9 @@ class Entry(NamedTuple):
     """One place of the sheet.
 
     Attributes:
-        pictures: Side by side, each in the middle of a square.
+        pictures: Side by side, each centred in a square.
         below: Lines for each picture, or a single list for the whole width.
-        title: Written above; its middle is left out where it is too long.
+        title: Written above; its middle is left out if it is too long.
         number: Written faintly before the title.
     """
 
@@ -100,7 +100,7 @@ def legible(text: str) -> str:
     as a box.
     """
     shown = ""
-    for character in unicodedata.normalize("NFC", text):  # macOS keeps accents in file names apart from their letters
+    for character in unicodedata.normalize("NFC", text):  # macOS separates accents from letters in file names
         simpler = "".join(part for part in unicodedata.normalize("NFKD", character) if _has(part))
         shown += character if _has(character) else simpler or character.encode("unicode_escape").decode()
     return shown
@@ -119,7 +119,7 @@ def _draw_line(draw: ImageDraw.ImageDraw, line: Line, x: int, y: int, width: int
 @cache
 def _font() -> ImageFont.FreeTypeFont:
     font = ImageFont.load_default(14)
-    assert isinstance(font, ImageFont.FreeTypeFont)  # as always where a size is given
+    assert isinstance(font, ImageFont.FreeTypeFont)  # as always when a size is given
     return font
 
 

@@ -10,22 +10,22 @@ from dataclasses import dataclass
 
 from runs.groups import Group
 
-LEVEL = 0.05  # differences that chance alone makes as rarely as this count as real
-POINTS = 0.002  # the difference of which we say how many seeds would show it
-POWER = 1.959964 + 0.841621  # standard errors that a difference must measure to be found four times in five
+LEVEL = 0.05  # a difference counts as real if chance alone makes one as large less often than this
+POINTS = 0.002  # we say how many seeds would show a difference of this size
+POWER = 1.959964 + 0.841621  # how many standard errors large a difference must be to be found four times in five
 
 
 @dataclass
 class Difference:
-    """The first group's mean test accuracy less the second's.
+    """The first group's mean test accuracy minus the second's.
 
     Attributes:
         first: The more accurate group.
         second: The other one.
         size: The difference, 0 to 1.
-        p: Probability of so large a difference, or a larger one, by chance.
+        p: Probability of a difference at least this large by chance.
         paired: Whether the records tell which test images were right, so that the runs could be paired on them.
-        seeds: How many seeds of each would show a difference of `POINTS`; None if no number would, or it isn't known.
+        seeds: How many seeds of each would show a difference of `POINTS`; None if no number would, or if unknown.
     """
 
     first: Group
@@ -48,7 +48,7 @@ class Difference:
 
 
 def differences(groups: Sequence[Group]) -> list[Difference]:
-    """The first group against each other one that was tested on as many images.
+    """Compare the first group with each other group that was tested on the same number of images.
 
     The more groups there are, the sooner one is ahead by luck: the probabilities are corrected for that (S. Holm, "A
     Simple Sequentially Rejective Multiple Test Procedure", Scandinavian Journal of Statistics 6(2), 1979).
@@ -95,7 +95,7 @@ def difference(first: Group, second: Group) -> Difference:
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
-    """Probability by chance of so uneven a split among the images that only one of two networks got right.
+    """Probability that chance alone splits the images that only one of two networks got right this unevenly.
 
     Q. McNemar, "Note on the Sampling Error of the Difference between Correlated Proportions or Percentages",
     Psychometrika 12, 1947; exact, from the binomial distribution.
@@ -128,7 +128,7 @@ def seeds_needed(spread: float, image_variance: float, points: float = POINTS) -
 
     Args:
         spread: Variance of the accuracy between seeds.
-        image_variance: Variance of the difference that the choice of test images brings, with any number of seeds.
+        image_variance: Variance of the difference due to the choice of test images, whatever the number of seeds.
         points: The difference, 0 to 1.
     """
     left = (points / POWER) ** 2 - image_variance
@@ -136,7 +136,7 @@ def seeds_needed(spread: float, image_variance: float, points: float = POINTS) -
 
 
 def _images(group: Group) -> int | None:
-    """On how many images all runs of a group were tested; None if not on the same number."""
+    """The number of images on which all runs of a group were tested; None if they differ."""
     counts = {run.tested for run in group.runs}
     return counts.pop() if len(counts) == 1 else None
 
@@ -149,7 +149,7 @@ def _seed_variance(*groups: Group) -> tuple[float, int]:
 
 
 def _image_variance(first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]]) -> float:
-    """Variance of the difference of the mean accuracies that the choice of images brings."""
+    """Variance of the difference of the mean accuracies due to the choice of images."""
     shares = []
     noise = 0.0
     for rights in (first, second):

@@ -1,4 +1,4 @@
-"""Command lines that hold flags of their own, and others that are passed on to train.py.
+"""Command lines that take flags of their own and pass all others on to train.py.
 
 Imports nothing heavy.
 """
@@ -33,7 +33,7 @@ class Parser(OneLineParser):
         return tuple(self._option_string_actions)
 
     def split(self, arguments: list[str]) -> tuple[argparse.Namespace | None, list[str]]:
-        """What its own flags say, None if they ask for help; and the flags for train.py.
+        """The values of its own flags, or None if help was asked for; and the flags for train.py.
 
         Raises:
             UserError: If a flag is refused, or one of its own is not valid.

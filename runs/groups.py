@@ -1,4 +1,4 @@
-"""Runs that differ in their seed alone, folded into one."""
+"""Runs that differ only in their seed, combined into one."""
 
 import json
 import math
@@ -13,11 +13,11 @@ from runs.settings import flat, kind
 
 @dataclass
 class Group:
-    """Runs that differ in their seed alone.
+    """Runs that differ only in their seed.
 
     Attributes:
         runs: At least one, in the order of their seeds.
-        name: The recipe, and what tells the group from other groups of that recipe.
+        name: The recipe, and what distinguishes the group from other groups of that recipe.
     """
 
     runs: list[Run]
@@ -46,7 +46,7 @@ class Group:
 
     @property
     def partial(self) -> list[str]:
-        """In what its runs fall short of the whole training and test, in words."""
+        """What its runs lack of the whole training and test, in words."""
         return list(dict.fromkeys(reason for run in self.runs for reason in run.partial))
 
     @property
@@ -73,7 +73,7 @@ class Group:
 
 
 def fold(runs: Sequence[Run]) -> list[Group]:
-    """Finished runs in groups that differ in the seed alone, the most accurate first.
+    """Finished runs in groups that differ only in the seed, the most accurate first.
 
     Where one seed was run twice, the newer run counts.
     """
@@ -87,7 +87,7 @@ def fold(runs: Sequence[Run]) -> list[Group]:
 
 
 def wilson(accuracy: float, images: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a share that was measured on so many images.
+    """95 % interval of a share that was measured on this many images.
 
     E. B. Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 22(158), 1927.
     """

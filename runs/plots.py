@@ -1,6 +1,6 @@
 """The comparison of runs as plots.
 
-Matplotlib is imported where it is needed: only a report draws.
+Matplotlib is imported only where a report is drawn.
 """
 
 import math
@@ -15,7 +15,7 @@ from runs.groups import Group
 # Okabe and Ito's colours, which people with any colour vision can tell apart (https://jfly.uni-koeln.de/color/).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B8000")
 MARKERS = "osD^vPX*"
-WIDE = 34  # characters of a name beside a plot, before it is broken into another line
+WIDE = 34  # characters of a name beside a plot, before the line is broken
 
 
 def draw(groups: Sequence[Group], folder: Path) -> dict[str, str]:
@@ -41,7 +41,7 @@ def draw(groups: Sequence[Group], folder: Path) -> dict[str, str]:
     flops = [(group, value / 1e6) for group in groups if (value := group.mean("flops"))]
     if flops:
         save(
-            _scatter(flops, "million floating-point operations an image (forward)"),
+            _scatter(flops, "million floating-point operations per image (forward)"),
             "Test accuracy against FLOPs",
             "accuracy_flops.png",
         )
@@ -124,7 +124,7 @@ def _class_accuracy(groups: Sequence[Group]) -> Any:
     figure = Figure(figsize=(9.5, 1.9 + len(rows) * max(rows)), layout="constrained")
     axes = figure.subplots()
     lowest = min(map(min, table))
-    # As light as the weakest class, but never so narrow that noise looks like a difference.
+    # The scale starts at the weakest class, but is never so narrow that noise looks like a difference.
     axes.imshow(table, cmap="Blues", vmin=min(lowest, 0.8) - 0.05, vmax=1.05, aspect="auto")
     axes.set_xticks(
         range(len(classes)),
@@ -146,7 +146,7 @@ def _class_accuracy(groups: Sequence[Group]) -> Any:
 
 
 def _style(number: int) -> tuple[str, str]:
-    """Colour and marker: 64 pairs before one comes again."""
+    """Colour and marker: 64 pairs before one repeats."""
     return COLOURS[number % len(COLOURS)], MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
 
 
@@ -165,7 +165,7 @@ def _legend(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> None:
 
 
 def _drawable(name: str, wide: int) -> str:
-    """A name in lines of so many characters, three at most; what the font lacks is escaped, and $ starts no formula."""
+    """A name in at most three lines of this length; what the font lacks is escaped, and $ doesn't start a formula."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     known = get_font(findfont(FontProperties())).get_charmap()

@@ -1,4 +1,4 @@
-"""Reading the `record.json` files that runs leave behind. What a record says is checked, and its texts made printable.
+"""Reading the `record.json` files that runs leave behind. Their content is checked, and their texts are made printable.
 
 Imports nothing heavy.
 """
@@ -49,7 +49,7 @@ class Run:
 
     @cached_property
     def tested(self) -> int:
-        """Number of images that it was tested on; worked out where an older record tells that of the whole set."""
+        """Number of images that it was tested on; worked out where an older record gives the size of the whole set."""
         test, limit = self.record["test"], self._setting("trainer.limit_test_batches")
         images, size = test["images"], self._setting("data.eval_batch_size") or self._setting("data.batch_size")
         if "test_set" in test or not _is_number(limit) or not _is_number(size) or size < 1:
@@ -60,13 +60,13 @@ class Run:
 
     @cached_property
     def right(self) -> list[bool] | None:
-        """Which test images it got right, in their order; None where the record does not tell."""
+        """Which test images it got right, in their order; None if the record does not say."""
         text = self.record["test"].get("right")
         return None if text is None else unpack_right(text, self.record["test"]["images"])
 
     @cached_property
     def partial(self) -> list[str]:
-        """In what it falls short of the whole training and test, in words; empty if in nothing."""
+        """What it lacks of the whole training and test, in words; empty if nothing."""
         short = []
         epochs, wanted = len(self.record["epochs"]), self.record.get("max_epochs", -1)
         whole = max(_epochs_of(self.recipe), wanted)
@@ -106,16 +106,16 @@ class Run:
 
 
 def matches(run: Run, wanted: dict[str, Any]) -> bool:
-    """Whether a run computed what the settings say; what they leave to the machine matches anything."""
+    """Whether a run computed what the settings say; settings left to the machine match anything."""
     own = run.settings | ({"trainer.precision": run.record["precision"]} if "precision" in run.record else {})
     names = own.keys() | wanted.keys()
     return all(own.get(name) == wanted.get(name) or wanted.get(name) in kind(name).left_open for name in names)
 
 
 def find_runs(paths: Iterable[Path]) -> list[Run]:
-    """The runs in folders, searched to any depth, or of single record.json files.
+    """The runs in folders, searched to any depth, and of single record.json files.
 
-    The trials of a sweep, which are never tested, count only where their own folder is named.
+    The trials of a sweep, which are never tested, count only if their own folder is named.
 
     Raises:
         UserError: If a path does not exist, or a record can't be read.
@@ -143,12 +143,12 @@ def _read(file: Path) -> Run:
                 raise ValueError("epochs must hold each epoch's seconds")
     except (OSError, ValueError, RecursionError) as error:
         reason = str(error) if type(error) is ValueError else "it can't be read as JSON"
-        raise UserError(f"{file} is damaged or is not the record of a run ({reason}); mend or remove it") from None
+        raise UserError(f"{file} is damaged or is not the record of a run ({reason}); repair or remove it") from None
     return run
 
 
 def _printable(value: Any) -> Any:
-    """The same with control characters and the like escaped in all texts, and keys."""
+    """The same with control characters and the like escaped in all texts and keys."""
     if isinstance(value, str):
         return plain(value)
     if isinstance(value, list):
@@ -160,7 +160,7 @@ def _printable(value: Any) -> Any:
 
 @cache
 def _epochs_of(recipe: str) -> int:
-    """How many epochs a recipe of the project's says; -1 for one that there is not."""
+    """The number of epochs in one of the project's recipes; -1 if there is no such recipe."""
     try:
         epochs = load_yaml(recipes()[recipe])["trainer"]["max_epochs"]
     except (KeyError, TypeError, UserError):

@@ -1,4 +1,4 @@
-"""The record of a run, `record.json`: what it holds, how it is written, and the machine's facts in it.
+"""The record of a run, `record.json`: what it holds, how it is written, and the facts about the machine in it.
 
 Imports nothing heavy.
 """
@@ -21,7 +21,7 @@ except ImportError:  # on Windows
     resource = None  # type: ignore[assignment]
 
 PROJECT = Path(__file__).resolve().parents[1]
-# What each place of a record holds, and whether a record may lack it. A count or an amount is a number of at least 0.
+# What each entry of a record holds, and whether a record may lack it. A count or an amount is at least 0.
 SCHEMA: dict[str, tuple[str, bool]] = {
     "recipe": ("text", True),
     "config": ("mapping", True),
@@ -55,11 +55,11 @@ SCHEMA: dict[str, tuple[str, bool]] = {
     "test.right": ("text", False),
 }
 EPOCH = {"epoch": ("count", True), "seconds": ("amount", False), "images_per_second": ("amount", False)}
-LARGEST = 1e18  # no number of a record is larger; one that is can't be calculated with
+LARGEST = 1e18  # no number of a record is larger; a larger one can't be calculated with
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file that is there whole or not at all: whoever reads it meanwhile finds the one before."""
+    """Write a JSON file completely or not at all: whoever reads it meanwhile finds the previous one."""
     partial = path.with_suffix(".json.partial")
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
@@ -69,7 +69,7 @@ def check(record: Any) -> None:
     """Refuse a record that makes no sense.
 
     Raises:
-        ValueError: With the place that is wrong, and what was expected there.
+        ValueError: With the entry that is wrong, and what was expected there.
     """
     if not isinstance(record, dict):
         raise ValueError("a mapping was expected")
@@ -88,7 +88,7 @@ def check(record: Any) -> None:
 
 
 def commit() -> str | None:
-    """The project's commit, with -dirty behind it if files were changed since; None where git can't tell."""
+    """The project's commit, with -dirty behind it if files were changed since; None if git can't tell."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=10, check=True)
@@ -98,7 +98,7 @@ def commit() -> str | None:
 
 
 def machine(gpu: int | None = None) -> dict[str, Any]:
-    """Where this runs: system, processor and cores; with the number of a GPU also that and CUDA's version."""
+    """Where this runs: system, processor and cores; given the number of a GPU, also its name and CUDA's version."""
     found: dict[str, Any] = {"platform": platform.platform(), "cpu": _cpu(), "cores": os.cpu_count()}
     if gpu is not None:
         import torch  # here, not above: it takes seconds to import
@@ -108,7 +108,7 @@ def machine(gpu: int | None = None) -> dict[str, Any]:
 
 
 def peak_memory(device: Any = "cpu") -> int | None:
-    """Most memory used so far, in bytes: of a GPU, or on the CPU of this process; None where the system can't tell.
+    """Most memory used so far, in bytes, of a GPU or, on the CPU, of this process; None if the system can't tell.
 
     Args:
         device: A torch.device, or its name.
@@ -124,7 +124,7 @@ def peak_memory(device: Any = "cpu") -> int | None:
 
 
 def pack_right(right: Sequence[bool]) -> str:
-    """Which test images a network got right, as text of about a bit an image."""
+    """Which test images a network got right, as text of about a bit per image."""
     bits = int("".join("01"[bool(one)] for one in reversed(right)) or "0", 2)
     return base64.b64encode(zlib.compress(bits.to_bytes((len(right) + 7) // 8, "little"), 9)).decode()
 
@@ -133,7 +133,7 @@ def unpack_right(text: str, images: int) -> list[bool]:
     """The inverse of `pack_right`.
 
     Raises:
-        ValueError: If the text does not hold so many images.
+        ValueError: If the text does not hold this many images.
     """
     size = (images + 7) // 8
     try:
@@ -169,7 +169,7 @@ def _is(value: Any, kind: str) -> bool:
         return isinstance(value, dict) and all(_is(one, inner) for one in value.values())
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    if kind == "float":  # a loss may be infinite, or no number at all
+    if kind == "float":  # a loss may be infinite or NaN
         return isinstance(value, float) or abs(value) <= LARGEST
     finite = math.isfinite(value) if isinstance(value, float) else True
     return (

@@ -88,7 +88,7 @@ def terminal() -> Any:
 def rich_table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = (), bold_first: bool = False
 ) -> Any:
-    """A table for Rich's console, its columns but the left ones aligned to the right."""
+    """A table for Rich's console; all columns but the left ones are aligned to the right."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -101,7 +101,7 @@ def rich_table(
 
 
 def _as_text(line: str) -> Any:
-    """For Rich, which would take a name in brackets for markup, and one in colons for an emoji."""
+    """Escaped for Rich, which takes a name in brackets for markup, and one in colons for an emoji."""
     from rich.text import Text
 
     return Text(plain(line))
@@ -126,7 +126,7 @@ def cells(group: Group) -> list[str]:
 
 
 def notes(groups: Sequence[Group], most: int | None = None) -> list[str]:
-    """What a reader of the table must know; of the differences between groups at most so many."""
+    """What a reader of the table must know; at most this many differences between groups."""
     runs = [run for group in groups for run in group.runs]
     images = sorted({run.tested for run in runs})
     machines = dict.fromkeys(run.machine for run in runs)
@@ -146,17 +146,17 @@ def notes(groups: Sequence[Group], most: int | None = None) -> list[str]:
 
 
 def _what_is_compared(found: Sequence[Difference]) -> str:
-    """How the differences were judged, and how many seeds would tell more."""
+    """How the differences were judged, and how many seeds would show more."""
     text = "Compared image by image on the test images"
     if not all(difference.paired for difference in found):
-        text += "; unpaired where an older record does not tell which images were right"
+        text += "; unpaired where an older record does not say which images were right"
     text += "; corrected for the number of comparisons." if len(found) > 1 else "."
     if any(difference.single for difference in found):
-        text += " Of single runs the networks are compared; comparing recipes takes 2 seeds or more of each."
+        text += " Single runs compare the networks; comparing the recipes takes 2 seeds or more of each."
     several = [difference.seeds for difference in found if difference.paired and not difference.single]
     points = f"{100 * POINTS:g} points"
     if None in several:
-        text += f" With so few test images no number of seeds tells {points} from chance."
+        text += f" With so few test images, no number of seeds can tell {points} from chance."
     elif several:
         text += f" To see {points} takes {max(map(int, several))} seeds of each."  # type: ignore[arg-type]
     return text
@@ -230,7 +230,7 @@ def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _as_markdown(text: str) -> str:
-    """The text as Markdown that shows it as it is: no markup, no HTML, no link or picture."""
+    """The text escaped for Markdown: no markup, no HTML, no link or picture."""
     text = plain(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"([\\`*\[\]|~$])|(?<!\w)(_)|(_)(?!\w)", r"\\\g<0>", text)
     return re.sub(r"^([#+-]|\d+[.)])(?=\s)", r"\\\1", text)

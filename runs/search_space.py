@@ -1,4 +1,4 @@
-"""A sweep on the command line: which settings to try, and which values of each, as written on the command line.
+"""A sweep on the command line: which settings to try, and which values of each.
 
 Imports nothing heavy.
 """
@@ -21,7 +21,7 @@ from runs.record import write_json
 from runs.settings import GROUPS, kind, leaves
 
 Check = Callable[[str], str]
-# Dotted name, without `init_args`, of what each short flag stands for.
+# The dotted name, without `init_args`, that each short flag stands for.
 TARGETS = {
     flag.lstrip("-"): entry.target.lstrip("-").partition("=")[0].replace(".init_args", "")
     for flag, entry in FLAGS.items()
@@ -43,7 +43,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Choice:
-    """Values as they stand on the command line."""
+    """Values as written on the command line."""
 
     values: tuple[str, ...]
 
@@ -59,7 +59,7 @@ class Request:
     Attributes:
         recipe: Name or path of the recipe.
         space: What to search.
-        spelled: The same as it was given.
+        spelled: The same, as written on the command line.
         trials: How many settings to try in all.
         pruner: One of `PRUNERS`.
         output: The recipe to write, or None for one beside the trials.
@@ -78,7 +78,7 @@ class Request:
 
     @property
     def command(self) -> str:
-        """The command line, without what only says where."""
+        """The command line, without flags that only name places."""
         words = [self.recipe, "--space", *self.spelled, "--trials", str(self.trials), *self.flags]
         return shlex.join(["python", "sweep.py", *words])
 
@@ -87,7 +87,7 @@ def add_setting(space: Space, setting: str) -> None:
     """Add one setting, KEY=VALUES as on the command line, to a space.
 
     Raises:
-        UserError: If the key is unknown, can't be searched or is there already, or the values make no sense.
+        UserError: If the key is unknown, can't be searched or was given already, or the values make no sense.
     """
     key, equals, values = setting.partition("=")
     key = key.lstrip("-")
@@ -97,12 +97,12 @@ def add_setting(space: Space, setting: str) -> None:
     if fixed := kind(name).fixed:
         raise UserError(f"{key} can't be searched: {fixed}")
     if name in space:
-        raise UserError(f"{key} stands twice in --space")
+        raise UserError(f"{key} is given twice in --space")
     space[name] = _values(key, values, CHECKS.get(name))
 
 
 def checked_space(request: Request, folder: Path) -> Space:
-    """The space, with whole numbers where a setting takes those; its ends and choices are checked by train.py once."""
+    """The space, with whole numbers where a setting takes those; train.py checks its ends and choices once."""
     notes = folder / "sweep.json"
     if notes.exists():
         whole = json.loads(notes.read_text(encoding="utf-8"))["whole"]
@@ -130,7 +130,7 @@ def checked_space(request: Request, folder: Path) -> Space:
 
 
 def _is_known(values: Range | Choice, now: Any, name: str) -> bool:
-    """Whether train.py need not be asked: the setting is a number already, or was checked on the command line."""
+    """Whether train.py need not check it: the setting is a number already, or was checked on the command line."""
     return isinstance(now, int | float) if isinstance(values, Range) else CHECKS.get(name) is not None
 
 
@@ -146,17 +146,17 @@ def _nth(values: Range | Choice, number: int) -> float | str:
 
 
 def in_order(space: Space) -> list[tuple[str, Range | Choice]]:
-    """A class before its arguments, which it would reset."""
+    """Sorts a class before its arguments, which it would reset."""
     return sorted(space.items(), key=lambda item: item[0].count("."))
 
 
 def spelled(value: float | str) -> str:
-    """As it stands on the command line; four digits are what a recipe needs."""
+    """As written on the command line; a recipe needs no more than four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def every_combination(space: Space, most: int) -> list[dict[str, Any]]:
-    """All settings that the space holds, if they are no more than that; otherwise none."""
+    """All settings that the space holds if there are no more than that; otherwise none."""
     lists: list[Any] = []
     for values in space.values():
         if isinstance(values, Range) and not values.whole:
@@ -185,7 +185,7 @@ def _values(key: str, text: str, check: Check | None) -> Range | Choice:
     if dots and "," not in text:
         return _range(key, low, high, log, check)
     if log:
-        raise UserError(f"{key}={text} in --space: log: goes with a range, such as log:1e-4..1e-2")
+        raise UserError(f"{key}={text} in --space: log: needs a range, such as log:1e-4..1e-2")
     values = re.split(r",(?![^\[]*\])", text)  # not at the commas inside a list's brackets
     if len(values) < 2:
         raise UserError(
@@ -193,7 +193,7 @@ def _values(key: str, text: str, check: Check | None) -> Range | Choice:
         )
     for value in values:
         if values.count(value) > 1 or not value:
-            raise UserError(f"{key}={text} in --space: each choice must stand there once, and none be empty")
+            raise UserError(f"{key}={text} in --space: each choice must be given once, and none may be empty")
         if check:
             _check(key, value, check)
     return Choice(tuple(values))
@@ -218,7 +218,7 @@ def _range(key: str, low: str, high: str, log: bool, check: Check | None) -> Ran
 def _check(key: str, value: str, check: Check) -> None:
     try:
         if value == "auto":
-            raise ValueError("a value; auto is found by trial as it is")
+            raise ValueError("a value; auto is found by trial anyway")
         check(value)
     except ValueError as expected:
         raise UserError(f"{key} must be {expected}, got {value!r} in --space") from None

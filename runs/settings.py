@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 
 class Kind(NamedTuple):
-    """What a setting means to those who compare, continue or search.
+    """What a setting means when runs are compared, continued or searched.
 
     Attributes:
-        parts: compare.py takes runs that differ in it for different runs.
+        parts: compare.py counts runs that differ in it as different.
         kept: A run that is continued must keep it: True, False, or "scheduled" if only a schedule depends on it.
-        recipe: It belongs into the recipe that a sweep writes, if it was given.
+        recipe: It belongs in the recipe that a sweep writes, if it was given.
         fixed: Why a sweep can't search it; empty if it can.
         left_open: The value that leaves it to the machine, in a tuple; empty if there is none.
     """
@@ -31,7 +31,7 @@ MACHINE = Kind(parts=False, kept=False, recipe=False)  # where
 SAME_IMAGES = "the trials are compared on the same validation images"
 # Settings by their dotted names without `init_args`. All others are of the kind of their group.
 SETTINGS = {
-    "seed_everything": Kind(parts=False, fixed="chance is nothing to choose; give --seed N for all trials"),
+    "seed_everything": Kind(parts=False, fixed="the seed is no setting to choose by; give --seed N for all trials"),
     "pretrained": SHAPING,
     "patience": FREE,
     "stop_at_chance": FREE,
@@ -39,7 +39,7 @@ SETTINGS = {
     "model.compile": EXECUTION,
     "model.checkpoint_activations": EXECUTION,
     "model.channels_last": EXECUTION,
-    "model.flip_test": FREE,  # changes nothing in training, but the record holds another accuracy more
+    "model.flip_test": FREE,  # changes nothing in training, but adds an accuracy to the record
     "data.data_dir": MACHINE._replace(fixed="the trials are compared on the same images"),
     "data.num_workers": MACHINE,
     "data.dataset_on_device": MACHINE,
@@ -60,7 +60,7 @@ SETTINGS = {
     "trainer.limit_train_batches": FREE,
     "trainer.limit_test_batches": FREE,
     "trainer.overfit_batches": FREE,
-    "trainer.callbacks": FREE,  # those of recipes are compared apart
+    "trainer.callbacks": FREE,  # those of recipes are compared separately
 }
 GROUPS = {"model": SHAPING, "data": SHAPING, "trainer": EXECUTION}
 
@@ -84,15 +84,15 @@ def is_kept(name: str, scheduled: bool) -> bool:
 
 
 def shaping(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a resolved configuration by which runs are told apart, seed left out, under dotted names.
+    """The part of a resolved configuration that tells runs apart, without the seed, under dotted names.
 
-    What is off (null, false, 0) is left out: a setting that came later says nothing about older runs.
+    What is off (null, false, 0) is left out, so that older runs still match when a setting is added.
     """
     return {name: value for name, value in flat(config).items() if kind(name).parts and value not in (None, False)}
 
 
 def flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted name and value of what nested mappings hold."""
+    """Dotted name and value of everything in nested mappings."""
     leaves: dict[str, Any] = {}
     for key, value in mapping.items():
         if isinstance(value, dict) and value:

@@ -41,7 +41,7 @@ def sweep(request: Request) -> int:
         The exit code.
 
     Raises:
-        UserError: If the space or a flag is not valid, or another sweep.py is at work.
+        UserError: If the space or a flag is not valid, or another sweep.py is running.
         RunError: If no trial was finished.
         Stopped: By SIGTERM.
     """
@@ -134,7 +134,7 @@ def _run_trial(study: "optuna.Study", trial: Trial, request: Request, folder: Pa
 
 
 def _train(trial: Trial, request: Request, folder: Path) -> int | None:
-    """Run train.py, or let it go on; returns its exit code, or None if the trial was pruned."""
+    """Run or continue train.py; returns its exit code, or None if the trial was pruned."""
     folder.mkdir(exist_ok=True)
     arguments = ["fit", "--model", request.recipe, f"--log_dir={folder}", *request.flags]
     arguments += trial.user_attrs["settings"]
@@ -164,7 +164,7 @@ def _stop(signum: int, frame: Any) -> None:
 
 
 def _fingerprint(request: Request, command: Command) -> str:
-    """Tells sweeps apart: the recipe's content, the space and the flags."""
+    """What identifies a sweep: the recipe's content, the space and the flags."""
     texts = [path.read_text(encoding="utf-8") for path in (*command.configs, *command.outer_configs)]
     whole = json.dumps([texts, sorted(request.spelled), request.flags])
     return hashlib.sha256(whole.encode()).hexdigest()[:8]
@@ -184,7 +184,7 @@ def _suggest(trial: Trial, name: str, values: Range | Choice) -> str:
 
 
 def _enqueue_interrupted(study: "optuna.Study") -> None:
-    """Let a trial that was running when the last sweep.py ended go on, as one that takes its folder over."""
+    """Continue a trial that was running when the last sweep.py ended, as a new trial that takes over its folder."""
     for trial in study.get_trials(states=[TrialState.RUNNING]):
         study.tell(trial.number, state=TrialState.FAIL)
         if "settings" in trial.user_attrs:
@@ -192,7 +192,7 @@ def _enqueue_interrupted(study: "optuna.Study") -> None:
 
 
 def _finished(study: "optuna.Study") -> list[FrozenTrial]:
-    """Those that ran to an end of their own."""
+    """Trials that ended, without those that another trial continued."""
     trials = study.get_trials(deepcopy=False)
     taken_over = {trial.user_attrs.get("continues") for trial in trials}
     begun = [trial for trial in trials if "settings" in trial.user_attrs and trial.number not in taken_over]
@@ -200,14 +200,14 @@ def _finished(study: "optuna.Study") -> list[FrozenTrial]:
 
 
 def _completed(study: "optuna.Study") -> list[FrozenTrial]:
-    """Finished trials, the best first, each of them once."""
+    """Finished trials, the best first, without repetitions."""
     trials = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
     each = {trial.user_attrs["folder"]: trial for trial in reversed(trials)}
     return sorted(each.values(), key=lambda trial: (-(trial.value or 0), trial.number))
 
 
 def _listed(study: "optuna.Study", folder: Path) -> list[dict[str, Any]]:
-    """Every trial that ended, in order: what it set, and how far it came."""
+    """Every trial that ended, in order: its settings, and how far it got."""
     listed = []
     for trial in _finished(study):
         own = trial.user_attrs["folder"]
@@ -231,7 +231,7 @@ def _epochs(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _accuracy(epochs: Iterable[dict[str, Any]]) -> float:
-    """That of the best epoch, whose checkpoint train.py keeps."""
+    """The accuracy of the best epoch, whose checkpoint train.py keeps."""
     return max((epoch["val/accuracy"] for epoch in epochs), default=0.0)
 
 
@@ -240,14 +240,14 @@ def _last_line(file: Path) -> str:
 
 
 def _remove_checkpoints(folder: Path, keep: str) -> None:
-    """Of all trials but the best: those of twenty VGGs fill a disk."""
+    """Remove the checkpoints of all trials but the best: those of twenty VGGs fill a disk."""
     for checkpoints in list(folder.glob("trial_*/**/checkpoints")):
         if checkpoints.relative_to(folder).parts[0] != keep:
             shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def _check_output(output: Path) -> None:
-    """Never write over a recipe that a person wrote."""
+    """Never overwrite a recipe that a person wrote."""
     if output.is_dir() or (output.exists() and MARK not in output.read_text(encoding="utf-8", errors="replace")):
         raise UserError(f"{output} exists and was not written by a sweep; give another --output")
 
@@ -255,7 +255,7 @@ def _check_output(output: Path) -> None:
 def _write_recipe(
     output: Path, record: dict[str, Any], best: FrozenTrial, request: Request, command: Command, space: Space
 ) -> None:
-    """Write the best trial's configuration, without what is a default or belongs to the machine."""
+    """Write the best trial's configuration, without defaults and settings of the machine."""
     files = [load_yaml(path) for path in command.configs]
     files += [load_yaml(path).get("fit") or {} for path in command.outer_configs]
     flags = {flag.lstrip("-").partition("=")[0].replace(".init_args", "") for flag in command.overrides} | set(space)
@@ -295,7 +295,7 @@ def _selected(config: dict[str, Any], wanted: Any, prefix: str = "") -> dict[str
 
 
 def _model_name(output: Path) -> str:
-    """What --model takes for a recipe's file."""
+    """The name of a recipe's file, as --model takes it."""
     names = {PROJECT / "configs" / f"{name}.yaml": name for name in (*recipes(), output.stem)}
     return names.get(output.resolve(), str(output))
 

@@ -1,4 +1,4 @@
-"""Training the runs that are missing, each in a process of its own, a plain `train.py`; one folder, one at a time."""
+"""Training the runs that are missing, each as a plain `train.py` in a process of its own; one at a time per folder."""
 
 import ctypes
 import os
@@ -27,7 +27,7 @@ except ImportError:  # on Windows
 
 # Signals that ask to stop.
 PASSED_ON = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
-# Exit codes of a training that was told to stop: before it could save a checkpoint, and after.
+# Exit codes of a training that was asked to stop: before it could save a checkpoint, and after.
 STOPPED = (*(-signum for signum in PASSED_ON), 128 + signal.SIGTERM, 128 + signal.SIGINT)
 LAST_SECONDS = 10.0  # that a training has to end when it was asked twice
 _HELD: list[int] = []  # file descriptors of the locks, which trainings inherit
@@ -111,17 +111,17 @@ def training_lock(log_dir: Path, name: str = ".compare.lock") -> Iterator[None]:
 
 
 def train_one(request: Request, recipe: str, seed: int, wanted: dict[str, Any], seconds: float | None = None) -> int:
-    """Make one run, or continue it; a finished one is not repeated.
+    """Start one run, or continue it; a finished one is not repeated.
 
     Args:
         request: Folder of the runs, and flags of train.py.
         recipe: Name of the recipe.
         seed: Its seed.
-        wanted: The settings by which its runs are known.
-        seconds: Stop it after so long; it leaves a checkpoint.
+        wanted: The settings that identify its runs.
+        seconds: Stop it after this time; it leaves a checkpoint.
 
     Returns:
-        The exit code of train.py; one of `STOPPED` if the training was told to stop.
+        The exit code of train.py; one of `STOPPED` if the training was asked to stop.
     """
     mine = [run for run in runs_of(request, recipe, wanted) if run.seed == seed]
     if done := [run for run in mine if run.finished]:
@@ -201,7 +201,7 @@ def runs_of(request: Request, recipe: str, wanted: dict[str, Any]) -> list[Run]:
 
 
 def _resolved(recipe: str, flags: list[str]) -> dict[str, Any]:
-    """The configuration of one of several recipes: a mistake is said to be that recipe's."""
+    """The configuration of one of several recipes; errors name the recipe."""
     try:
         return resolved(recipe, flags)
     except UserError as error:

@@ -1,1 +1,1 @@
-"""Small trained networks, ready for use: `--ckpt_path weights/lenet.ckpt`. What they score is in weights.json."""
+"""Small trained networks, ready for use: `--ckpt_path weights/lenet.ckpt`. Their scores are in weights.json."""

@@ -23,7 +23,7 @@ from weights.trained import load_trained
 
 CHECKED_IMAGES = 1000
 TOLERANCE = 1e-4  # of probabilities
-SINGLE = 20  # of them one by one
+SINGLE = 20  # of these images also one by one
 BATCH = 100
 Predict = Callable[[Tensor], Tensor]
 
@@ -62,7 +62,7 @@ def export(ckpt_path: Path, format: str, output: Path, data_dir: Path | None, tr
 
     Raises:
         UserError: If the checkpoint, the data set, an optional package or the target can't be used.
-        RunError: If the exported file computes something else than the checkpoint.
+        RunError: If the exported file computes something different from the checkpoint.
     """
     write, read = {"onnx": (_write_onnx, _read_onnx), "torch_export": (_write_torch_export, _read_torch_export)}[format]
     if format == "onnx":
@@ -72,14 +72,14 @@ def export(ckpt_path: Path, format: str, output: Path, data_dir: Path | None, tr
     metadata = _metadata(str(checkpoint.get("recipe", "")), classifier.temperature)
     images = _test_images(data, data_dir)
     module = Exported(classifier, data).eval()
-    # Weights in the usual order of dimensions: what another program does with them is its own affair.
+    # Weights in the usual order of dimensions, so that other programs can choose their own.
     module.to(memory_format=torch.contiguous_format)
 
     partial = output.with_name(f".{uuid.uuid4().hex}{output.suffix}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what PyTorch's exporters say of themselves
+            warnings.simplefilter("ignore")  # PyTorch's exporters warn about themselves
             write(module, images[:2].clone(), partial, metadata)  # a view would be stored with all images
             exported = read(partial)
         lines = _check(lambda batch: classifier.probabilities(data.preprocess(batch)), exported, images)
@@ -100,7 +100,7 @@ def _check_packages(*names: str) -> None:
 
 
 def _metadata(recipe: str, temperature: float) -> dict[str, str]:
-    """What the exported file says of itself."""
+    """The exported file's metadata."""
     return {
         "class_names": json.dumps(CLASS_NAMES),
         "recipe": recipe,
@@ -119,7 +119,7 @@ def _test_images(data: FashionMNISTDataModule, data_dir: Path | None) -> Tensor:
 
 
 def _check(checkpoint: Predict, exported: Predict, images: Tensor) -> list[str]:
-    """Hold one against the other, on single images and on batches; returns agreement and speed as lines.
+    """Compare the two on single images and on batches; returns agreement and speed as lines.
 
     Raises:
         RunError: If a class differs, or a probability by more than the tolerance.

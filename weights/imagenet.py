@@ -1,4 +1,4 @@
-"""Starts VGG from torchvision's ImageNet weights: fetched, verified, and fitted to grey images and other classes."""
+"""Starts VGG from torchvision's ImageNet weights: fetched, verified, and adapted to grey images and other classes."""
 
 import hashlib
 import http.client
@@ -24,24 +24,24 @@ def start_from_imagenet(net: nn.Module, mean: float, std: float) -> str:
     """Copy ImageNet weights into a VGG, plain or with batch normalisation, for images (N, 1 or 3, H, W).
 
     The weights know images as (RGB - ImageNet's mean) / ImageNet's deviation, each channel with its own; ours are
-    (grey - `mean`) / `std`. Where the three channels show the same grey, the first convolution can make up for that:
+    (grey - `mean`) / `std`. Where the three channels show the same grey, the first convolution can compensate for that:
     its filters are scaled (and, for one channel, summed over RGB), and its biases take the shift. That is exact except
     for the image's outermost pixels: there the zeros around the image stand for the mean, ours instead of ImageNet's.
     `mean` 0.449 and `std` 0.226, the averages over RGB, keep that difference small.
 
-    The hidden layers are taken over where they fit (images of 224x224), otherwise they stay as they are, and so does
-    the last layer.
+    The hidden layers are copied if they fit (images of 224x224), otherwise they stay as they are, and so does the
+    last layer.
 
     Args:
         net: The network, changed in place.
-        mean: Subtracted from the pixels in 0..1 of the images that it is given.
+        mean: Subtracted from the pixels, 0..1, of its images.
         std: Divides them afterwards.
 
     Returns:
-        One line: which weights, and what of them.
+        One line: which weights, and which of them were used.
 
     Raises:
-        UserError: If there are no weights for this network, or the file can't be had or is not the one wanted.
+        UserError: If there are no weights for this network, or the file can't be fetched or is the wrong one.
 
     Source: torchvision's `VGG*_Weights.IMAGENET1K_V1`, https://docs.pytorch.org/vision/stable/models/vgg.html
     """
@@ -78,7 +78,7 @@ def _weights_for(net: nn.Module) -> WeightsEnum:
             f"--pretrained has ImageNet weights for VGG-11, 13, 16 and 19, not for {type(net).__name__}; "
             "use --model pretrained/vgg16, or leave --pretrained out"
         )
-    with torch.device("meta"):  # for the shapes alone
+    with torch.device("meta"):  # only for the shapes
         expected = get_model(name).state_dict()
     own = {key: tuple(tensor.shape) for key, tensor in net.state_dict().items()}
     for key, tensor in expected.items():
@@ -106,10 +106,10 @@ def _state_dict(weights: WeightsEnum) -> dict[str, Tensor]:
     """Fetch the file into torch.hub's cache if it is not there, one process at a time, and read it."""
     path = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)  # torch.hub sets none, and would wait for ever
+    socket.setdefaulttimeout(TIMEOUT)  # torch.hub sets none, and would wait forever
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # What is there is whole, and may lie where nothing can be written: no lock.
+        # A file that is there is complete, and its folder may be read-only: no lock.
         with nullcontext() if path.exists() else FileLock(f"{path}.lock"):
             if path.exists():
                 _verify(path)  # torch.hub verifies only what it fetches
@@ -124,14 +124,14 @@ def _state_dict(weights: WeightsEnum) -> dict[str, Tensor]:
         reason = error.reason if isinstance(error, URLError) and not isinstance(error, HTTPError) else error
         raise UserError(
             f"--pretrained needs {path}, which can't be fetched from {weights.url}: {one_line(str(reason))}; "
-            "try again with a network, or put the file there yourself"
+            "try again when online, or put the file there yourself"
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
 
 
 def _verify(path: Path) -> None:
-    """Hold the file against the beginning of its SHA-256, which its name ends with."""
+    """Check the file against the beginning of its SHA-256, with which its name ends."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -139,6 +139,6 @@ def _verify(path: Path) -> None:
     wanted = path.stem.rpartition("-")[2]
     if not digest.hexdigest().startswith(wanted):
         raise UserError(
-            f"{path} is damaged or another file: its SHA-256 begins with {digest.hexdigest()[: len(wanted)]}, "
-            f"not {wanted}; delete it, and it is fetched again"
+            f"{path} is damaged or a different file: its SHA-256 begins with {digest.hexdigest()[: len(wanted)]}, "
+            f"not {wanted}; delete it, and it will be fetched again"
         )

@@ -1,7 +1,7 @@
 """A finished run's checkpoint as a small file of this folder: weights in half precision, without what training needs.
 
-The file is tested before it is kept, and `weights.json` tells what it scores, where it comes from and its SHA-256,
-which `read_checkpoint` holds it against.
+The file is tested before it is kept, and `weights.json` records its score, its origin and its SHA-256, which
+`read_checkpoint` checks it against.
 
 Command: python -m weights.pack logs/lenet/version_0/checkpoints/best.ckpt
 """
@@ -24,10 +24,10 @@ from runs.record import check, write_json
 from weights.trained import load_trained
 
 FOLDER = Path(__file__).parent
-# Share of the test images by which rounding may change the accuracy; a single image always may.
+# How much rounding may change the accuracy, as a share of the test images; at least one image.
 TOLERANCE = 0.0005
-MIXED_TOLERANCE = 0.002  # where the record was not measured in float32, as the small file is
-# What loads, tests and describes a network. The rest is there to go on training, and holds paths of the machine.
+MIXED_TOLERANCE = 0.002  # if the record was not measured in float32, as the small file is
+# What loads, tests and describes a network. The rest serves to continue training, and holds paths of the machine.
 KEPT = (
     "epoch",
     "global_step",
@@ -71,7 +71,7 @@ def pack(ckpt_path: Path, output: Path | None, record_path: Path | None, data_di
 
     Raises:
         UserError: If checkpoint, record or data set can't be used.
-        RunError: If the small file scores something else than the record says; nothing is written then.
+        RunError: If the small file's score differs from the record's; nothing is written then.
     """
     record = _read_record(record_path or ckpt_path.parents[1] / "record.json")
     _, data, checkpoint = load_trained(ckpt_path)
@@ -79,7 +79,7 @@ def pack(ckpt_path: Path, output: Path | None, record_path: Path | None, data_di
     if recipe != record["recipe"]:
         raise UserError(f"the record is of a run of {record['recipe']}, the checkpoint of {recipe}; give --record FILE")
     output = output or FOLDER / f"{recipe.replace('/', '-')}.ckpt"
-    listed(output)  # refuses a listing that is damaged before anything is measured
+    listed(output)  # refuses a damaged listing before anything is measured
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f"{output.stem}.partial")  # not listed, so that it can be loaded before it is
     try:
@@ -141,7 +141,7 @@ def _small(checkpoint: dict[str, Any]) -> dict[str, Any]:
     small = {key: checkpoint[key] for key in KEPT if key in checkpoint}
     small["config"] = yaml.safe_dump(config, sort_keys=False)
     small["datamodule_hyper_parameters"] = {**checkpoint.get("datamodule_hyper_parameters", {}), "data_dir": "data"}
-    # Copies, for a view would be saved with all that it is a view of.
+    # Copies, because a view would be saved with everything that it is a view of.
     small["state_dict"] = {
         name: tensor.half() if tensor.is_floating_point() and tensor.dim() > 1 else tensor.clone()
         for name, tensor in checkpoint["state_dict"].items()
@@ -164,7 +164,7 @@ def _measure(classifier: LitClassifier, data: FashionMNISTDataModule) -> tuple[d
 def accuracy(
     classifier: LitClassifier, data: FashionMNISTDataModule, images: torch.Tensor, labels: torch.Tensor
 ) -> float | None:
-    """Share of uint8 images (N, 1, 28, 28) that are given their label (N,); None without images."""
+    """Share of uint8 images (N, 1, 28, 28) that get their label (N,) as prediction; None without images."""
     right = 0
     for batch, truth in zip(images.split(data.eval_batch_size), labels.split(data.eval_batch_size), strict=True):
         probabilities = classifier.probabilities(data.preprocess(batch.to(classifier.device)))

@@ -17,7 +17,7 @@ from lit_modules import LitClassifier
 
 
 def load_trained(path: Path, trust: bool = False) -> tuple[LitClassifier, FashionMNISTDataModule, dict[str, Any]]:
-    """Rebuild what a training run has saved.
+    """Rebuild what a training run saved.
 
     Args:
         path: A checkpoint.
@@ -31,7 +31,7 @@ def load_trained(path: Path, trust: bool = False) -> tuple[LitClassifier, Fashio
         UserError: If the file can't be read, or does not fit the project's classes.
     """
     if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # where networks of the user's own lie
+        sys.path.append(str(Path.cwd()))  # where the user's own networks are
     checkpoint = read_checkpoint(path)
     config = stored_config(checkpoint, str(path))
     rules = Trusted(str(path), trust, "add --trust_checkpoint", checkpoint["state_dict"], whole_below)
