@@ -2,10 +2,10 @@
 
 Each run is `train.py` itself on smaller images: optimiser, learning rate, warm-up and batch size are the recipe's, as
 in the first batches of the whole training. After every `--batches` batches it is validated; one that has left chance
-(accuracy above 15 %) ends, one that has not goes on, up to `--rounds` times as long, and then counts as collapsed. What
-says why is recorded too: the first layer's gradient at the start, the channels of the last block that are zero and the
+(accuracy above 15 %) ends, any other continues, for at most `--rounds` rounds, and then counts as collapsed. The
+reasons are recorded too: the first layer's gradient at the start, the channels of the last block that are zero and the
 logits that are the same for all images, and layer by layer how much of the signal depends on the image, at the full and
-the reduced size. Finished seeds are kept in the record and skipped; runs with other settings than now are replaced.
+the reduced size. Finished seeds are kept in the record and skipped; runs with settings other than today's are replaced.
 
 Command: python -m benchmarks.collapse --data_dir DIR
 """
@@ -63,7 +63,7 @@ VARIANTS = {
 
 
 class Watch(Callback):
-    """Looks at one run, ends it when it has left chance, and writes what it saw.
+    """Watches one run, ends it when it has left chance, and writes down what it saw.
 
     Args:
         block: Name of the network's module whose ReLUs are watched.
@@ -120,12 +120,12 @@ class Watch(Callback):
 
 
 def flags(name: str, variant: str, image_size: int, options: argparse.Namespace) -> list[str]:
-    """What train.py is told, apart from seed and folders."""
+    """The arguments of train.py, apart from seed and folders."""
     recipe = load_yaml(recipes()[name])
     model = recipe["model"]
     asked = list(VARIANTS[variant])
     if variant.startswith("recipe") and model.get("scheduler"):
-        # The schedule is that of the whole training, of which a run is the beginning.
+        # The schedule is that of the whole training; a run is only its beginning.
         batches = math.ceil((60_000 - options.val_size) / recipe["data"]["batch_size"])
         steps = recipe["trainer"]["max_epochs"] * batches
         asked += ["--model.scheduler.total_steps", str(steps)]
@@ -142,7 +142,7 @@ def flags(name: str, variant: str, image_size: int, options: argparse.Namespace)
 
 
 def run(name: str, seed: int, arguments: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    """One run of train.py in this process; returns what became of it."""
+    """One run of train.py in this process; returns how it ended."""
     import train
 
     with run_folder() as folder:
@@ -213,8 +213,8 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["tutorial", "recipe"])
     parser.add_argument("--seeds", type=int, default=20, help="runs of each variant (default: %(default)s)")
-    parser.add_argument("--batches", type=int, default=100, help="of a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=4, help="at most (default: %(default)s)")
+    parser.add_argument("--batches", type=int, default=100, help="batches in a round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds at most (default: %(default)s)")
     parser.add_argument("--val_size", type=int, default=5000, help="images held out (default: %(default)s)")
     options = parser.parse_args()
     given, begun = sys.argv[1:], time.monotonic()
@@ -231,7 +231,7 @@ def main() -> None:
     ]
 
     def write() -> Path:
-        sys.argv[1:] = given  # which the record tells
+        sys.argv[1:] = given  # recorded as the command
         kept = [group | summary(group["runs"]) for group in groups if group["runs"]]
         return side_by_side.write_record("collapse", options, {"variants": kept, "signal": signals})
 
@@ -251,13 +251,13 @@ def main() -> None:
 
 
 def _recorded(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The groups of runs that an earlier call has left."""
+    """The groups of runs that an earlier call recorded."""
     path = side_by_side.record_path("collapse", options)
     return json.loads(path.read_text(encoding="utf-8"))["results"]["variants"] if path.is_file() else []
 
 
 def _group(groups: list[dict[str, Any]], name: str, variant: str, arguments: list[str]) -> dict[str, Any]:
-    """The group of runs with these settings; one with other settings goes."""
+    """The group of runs with these settings; one with other settings is dropped."""
     wanted = {"network": name, "variant": variant, "flags": " ".join(arguments), "recipe": load_yaml(recipes()[name])}
     for group in groups:
         if all(group[key] == value for key, value in wanted.items()):

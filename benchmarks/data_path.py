@@ -1,7 +1,7 @@
 """Speed of the data path alone, from the files' bytes to augmented and resized batches, against PIL with workers.
 
 Ours is the real data module: a shuffled batch of bytes at a time, then shift, flip and resize for the whole batch. The
-other side is torchvision's usual way, one PIL image at a time: RandomCrop, RandomHorizontalFlip, Resize and ToTensor in
+other side is torchvision as usual, one PIL image at a time: RandomCrop, RandomHorizontalFlip, Resize and ToTensor in
 as many workers as there are cores. On a GPU the share of AlexNet's step that the data path takes is measured too.
 
 Command: python -m benchmarks.data_path --data_dir DIR
@@ -74,7 +74,7 @@ def main() -> None:
     parser = side_by_side.Parser(__doc__, budget=60)
     parser.add_argument("--size", type=int, nargs="+", default=list(SIZES))
     parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--turn", type=float, default=2.0, help="seconds a turn (default: %(default)g)")
+    parser.add_argument("--turn", type=float, default=2.0, help="seconds per turn (default: %(default)g)")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     device = options.device

@@ -1,9 +1,9 @@
-"""What it brings on the CPU to keep freed memory (memory.py): train.py's speed with and without, each in turn.
+"""What keeping freed memory gains on the CPU (memory.py): train.py's speed with and without it, taking turns.
 
 PyTorch allocates and frees every tensor of a step. glibc returns those of more than 32 MiB to the kernel at once, which
-clears each page before it gives it out again; kept, the pages are used as they are. Everything else is the same, and so
-are the results. Networks without such tensors show only noise. On other C libraries than glibc there is nothing to
-measure.
+clears each page before handing it out again; pages that are kept are used as they are. Everything else is the same, and
+so are the results. Networks without such tensors show only noise. With C libraries other than glibc there is nothing
+to measure.
 
 Command: python -m benchmarks.freed_memory --data_dir DIR
 """
@@ -23,7 +23,7 @@ def main() -> None:
     """Run one contest for each recipe."""
     parser = side_by_side.Parser(__doc__, budget=180, flags=True)
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
-    parser.add_argument("--turn", type=float, default=1.5, help="seconds a turn, at least (default: %(default)g)")
+    parser.add_argument("--turn", type=float, default=1.5, help="seconds per turn, at least (default: %(default)g)")
     options = parser.parse_args()
     if options.accelerator != "cpu" or not keep_freed_memory():
         parser.error("only on the CPU, with glibc")

@@ -1,8 +1,8 @@
 """Peak memory of training, calculated for each network and batch size, with and without activation checkpointing.
 
 A training step is run on tensors without data, and every storage that its operations allocate is counted from its
-first use to its end: weights, gradients and Adam's moments in float32, what the forward pass keeps, what the backward
-pass needs for the moment. Workspaces of the convolutions and the CUDA context come on top. With `--accelerator gpu` (or
+first use to its last: weights, gradients and Adam's moments in float32, what the forward pass keeps, what the backward
+pass needs temporarily. Workspaces of the convolutions and the CUDA context come on top. With `--accelerator gpu` (or
 `--measure`) train.py trains a few batches of each, and its own peak stands beside it; on the CPU that is the peak of
 the process, with Python and the libraries.
 
@@ -30,7 +30,7 @@ from lit_modules.execution.activation_checkpointing import apply_activation_chec
 NETWORKS = ("lenet", "alexnet", "vgg11", "vgg19", "nin", "googlenet")
 BATCH_SIZES = (64, 256)
 PRECISIONS = ("32", "bf16-mixed")
-BATCHES = 3  # that are trained to measure the peak
+BATCHES = 3  # trained to measure the peak
 LIMIT = 24e9  # issue: bytes of the GPU memory that VGG-19 at 224, batch 256, must fit into
 
 
@@ -39,7 +39,7 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         now: Bytes of those that are still alive.
-        peak: The most that there were at one time.
+        peak: The highest value of `now` so far.
     """
 
     def __init__(self) -> None:
@@ -89,18 +89,18 @@ def training_bytes(model: str, batch_size: int, precision: str = "32", checkpoin
         images, labels = torch.empty(batch_size, 1, size, size), torch.zeros(batch_size, dtype=torch.long)
         moments = [torch.empty_like(parameter) for parameter in net.parameters() for _ in range(2)]
         for parameter in net.parameters():
-            parameter.grad = torch.empty_like(parameter)  # of the step before
+            parameter.grad = torch.empty_like(parameter)  # of the previous step
         live.peak = live.now
         with torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else nullcontext():
             loss = F.cross_entropy(net(images), labels)
-        net.zero_grad()  # as the Trainer: after the forward pass
+        net.zero_grad()  # as the Trainer does: after the forward pass
         loss.backward()
         del moments
     return live.peak
 
 
 def measured_bytes(model: str, batch_size: int, precision: str, checkpointing: bool, options: Any) -> int | str:
-    """Peak memory of train.py over a few batches; in words where there is not enough."""
+    """Peak memory of train.py over a few batches; in words if memory runs out."""
     arguments = ["fit", "--model", model, "--batch_size", str(batch_size), "--precision", precision]
     arguments += ["--accelerator", options.accelerator, "--devices", "1", "--data_dir", options.data_dir]
     arguments += ["--max_epochs", "1", "--val_size", "0", f"--trainer.limit_train_batches={BATCHES}"]

@@ -1,7 +1,7 @@
 """Whether training in bfloat16 reaches float32's test accuracy, and what it saves in time.
 
 Narrow networks are trained by train.py with `--precision 32` and `--precision bf16-mixed` in turn, each with the same
-seeds: the same initial weights, batches and draws. All training images are trained with and none is looked at in
+seeds: the same initial weights, batches and draws. All training images are used and there is no validation in
 between; the test accuracy is measured once, at the end. The two agree if their means differ by no more than twice the
 difference's standard error, which is the seeds' pooled deviation times the square root of 2 over their number.
 
@@ -50,7 +50,7 @@ def pooled_deviation(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def compared(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Means, deviations and ratios of one network's runs, as many in either precision."""
+    """Means, deviations and ratios of one network's runs, equally many in either precision."""
     plain, bf16 = ([run["accuracy"] for run in runs[precision]] for precision in PRECISIONS)
     difference = abs(statistics.mean(bf16) - statistics.mean(plain))
     deviation = pooled_deviation(plain, bf16)

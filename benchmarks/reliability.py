@@ -1,8 +1,8 @@
 """Counts for the README: kills while a checkpoint is written, kills and stops of training, and a long run.
 
-1. A process saves ever new checkpoints and is killed at random moments; after each kill the file must load and be one
+1. A process keeps saving checkpoints and is killed at random moments; after each kill the file must load and be one
    of those that were saved.
-2. Training is killed (SIGKILL), or asked to stop (SIGTERM), at random moments again and again, and continued each time
+2. Training is killed (SIGKILL), or asked to stop (SIGTERM), at random moments many times, and continued each time
    with `--ckpt_path last`; in the end its weights must equal those of the uninterrupted run, bit for bit.
 3. LeNet trains for many epochs; memory, open files and the size of the logs are read after each.
 
@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-import launch.run  # noqa: F401  # before the forks, which then need not import it
+import launch.run  # noqa: F401  # before forking, so that the children need not import it
 from checkpoints.reading import read_checkpoint
 from checkpoints.writing import AtomicCheckpointIO
 from errors import UserError
@@ -78,7 +78,7 @@ def interruptions(signum: signal.Signals, count: int, folder: Path) -> dict[str,
         os.kill(pid, signum)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if code == 0:
-            break  # training was over first
+            break  # training ended first
         if (parts / "logs").exists() and list(parts.glob("logs/lenet/version_*/checkpoints/last.ckpt")):
             more = ["--ckpt_path", "last"]
             done += 1

@@ -1,9 +1,9 @@
 """Trains what the READMEs' tables show, within a time budget, and writes tables and plot from the records.
 
-    python -m benchmarks.results --accelerator gpu --hours 8    # the same command goes on where it stopped
+    python -m benchmarks.results --accelerator gpu --hours 8    # the same command continues where it stopped
     python -m benchmarks.results --list                         # what would run, what is done, how long it may take
     python -m benchmarks.results --tables                       # only write tables and plot from the records
-    python -m benchmarks.results --check                        # exit 1 and name every file that they do not fit
+    python -m benchmarks.results --check                        # exit 1 and name every file that does not match them
 
 One seed of each entry (entries.yaml) comes first, then the second of each, the cheapest entry first. The record of each
 finished run is kept as OUT/runs/NAME-seedN-DEVICE.json; what has one is not repeated unless its recipe has changed.
@@ -51,11 +51,11 @@ class Job(NamedTuple):
 
     @property
     def wanted(self) -> dict[str, Any]:
-        """The settings by which its runs are known."""
+        """The settings that identify its runs."""
         return shaping(self.entry.config)
 
     def runs(self, options: argparse.Namespace) -> list[Run]:
-        """Those that were started, finished or not."""
+        """Its runs that were started, finished or not."""
         found = runs_of(Request(log_dir=options.log_dir), self.entry.recipe, self.wanted)
         return [run for run in found if run.seed == self.seed]
 
@@ -92,7 +92,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--hours", type=float, help="time budget (default: until all is done)")
     parser.add_argument("--families", nargs="+", default=[], metavar="NAME", help="only these: reproduction, best, ...")
     parser.add_argument("--recipes", nargs="+", default=[], metavar="NAME", help="only these, best/* for a folder")
-    parser.add_argument("--seeds", type=int, help="at most so many of each (default: as entries.yaml says)")
+    parser.add_argument("--seeds", type=int, help="at most this many of each (default: as entries.yaml says)")
     parser.add_argument("--background", action="store_true", help="lowest priority, one thread; gives no training time")
     parser.add_argument("--list", action="store_true", help="train nothing, show what would be trained")
     parser.add_argument("--tables", action="store_true", help="train nothing, write tables and plot")
@@ -102,7 +102,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     options, flags = parser.parse_known_args(arguments)
     options.flags, options.ours = tuple(flags), options.out.resolve() == RESULTS
     if flags and not flags[0].startswith("--"):
-        raise UserError(f"{flags[0]!r} is no flag (python -m benchmarks.results --help)")
+        raise UserError(f"{flags[0]!r} is not a flag (python -m benchmarks.results --help)")
     if flags and (options.check or options.tables) and options.ours:
         raise UserError(f"{flags[0]} is unknown, or a flag of train.py, which is not started here")
     if options.hours is not None and not options.hours > 0:
@@ -118,7 +118,7 @@ def _jobs(entries: list[Entry], options: argparse.Namespace) -> list[Job]:
     """What there is to train, in order, whether done or not.
 
     Raises:
-        UserError: If the flags would change what the records beside the READMEs' stand for.
+        UserError: If the flags would change what the READMEs' records stand for.
     """
     if options.flags and options.ours:
         for plain, entry in zip(read_entries(options.families, options.recipes), entries, strict=True):
@@ -128,9 +128,7 @@ def _jobs(entries: list[Entry], options: argparse.Namespace) -> list[Job]:
                 flags = " ".join(options.flags)
                 raise UserError(f"{flags} changes {changed[0]} of {entry.recipe}; name a folder with --out")
     if not entries:
-        raise UserError(
-            "none of these recipes belongs to these families; python -m benchmarks.results --list shows all"
-        )
+        raise UserError("none of these recipes belongs to the families; python -m benchmarks.results --list shows all")
     entries = sorted(entries, key=lambda entry: entry.cost)
     counts = {entry: min(entry.seeds, options.seeds or entry.seeds) for entry in entries}
     return [Job(entry, seed) for seed in range(max(counts.values())) for entry in entries if seed < counts[entry]]
@@ -142,7 +140,7 @@ def _train(jobs: list[Job], options: argparse.Namespace) -> int:
     failed = []
     if options.background:
         os.nice(19)
-        # Threads that wait by spinning would slow down the work beside this one many times over.
+        # Threads that wait by spinning would slow down the other work many times over.
         os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     with training_lock(options.log_dir):
         for job in _missing(jobs, options):
@@ -151,9 +149,9 @@ def _train(jobs: list[Job], options: argparse.Namespace) -> int:
             seconds = max(0.0, end - time.monotonic()) if end else None
             code = train_one(request, job.entry.recipe, job.seed, job.wanted, seconds) if seconds != 0 else STOPPED[0]
             if code in STOPPED and end and time.monotonic() >= end:
-                print("The time is over; the same command goes on from here.", flush=True)
+                print("Time is up; the same command continues from here.", flush=True)
                 break
-            if code in STOPPED:  # by someone else
+            if code in STOPPED:  # from outside
                 return 128 + signal.SIGTERM
             if code:
                 failed.append(f"{job.title} was not finished (exit code {code}); see above")
@@ -179,7 +177,7 @@ def _keep(job: Job, options: argparse.Namespace) -> bool:
     """Copy the record of the job's run, if that is finished.
 
     Raises:
-        UserError: If it is of other data than the READMEs speak of, and would lie beside theirs.
+        UserError: If it is of data other than the READMEs', and would lie beside their records.
     """
     finished = [run for run in job.runs(options) if run.finished]
     if not finished:
@@ -187,7 +185,7 @@ def _keep(job: Job, options: argparse.Namespace) -> bool:
     record = finished[-1].record
     whole = record["train_images"] + record["val_images"] == TRAINING_IMAGES and record["test"]["images"] == TEST_IMAGES
     if not whole and options.ours:
-        raise UserError(f"{job.title} was not trained on the whole data set; name a folder for its record with --out")
+        raise UserError(f"{job.title} was not trained on the whole data set; give its record another folder with --out")
     path = job.target(options)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, record | ({"background": True} if options.background else {}))
@@ -196,7 +194,7 @@ def _keep(job: Job, options: argparse.Namespace) -> bool:
 
 
 def _write(options: argparse.Namespace) -> int:
-    """Write tables and plot; beside records of one's own the tables are printed instead."""
+    """Write tables and plot; for records in another folder the tables are printed instead."""
     results = read_results(options.out, options.flags)
     _say_stale(results)
     if options.ours:
@@ -216,7 +214,7 @@ def _write(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    """Name every file that the records do not give; returns the exit code."""
+    """Name every file that does not match the records; returns the exit code."""
     results = read_results(options.out)
     _say_stale(results)
     stale = [path for path in pages() if written(path, results, options.out) != path.read_text(encoding="utf-8")]
@@ -259,7 +257,7 @@ def _list(jobs: list[Job], options: argparse.Namespace) -> None:
 
 
 def estimate(entry: Entry, results: Results, accelerator: str) -> float | None:
-    """Seconds of training, by the runs of the same recipe on the same kind of device; None without any."""
+    """Seconds of training, from runs of the same recipe on the same kind of device; None if there are none."""
     rates = [
         run.record["fit_seconds"] / (len(run.record["epochs"]) * run.record["train_images"])
         for (other, device), runs in results.runs.items()

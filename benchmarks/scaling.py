@@ -1,4 +1,4 @@
-"""Images/s on 1, 2, 4, ... devices, and what is to be expected beyond them.
+"""Images/s on 1, 2, 4, ... devices, and what to expect beyond them.
 
 Measured: train.py with `--devices N` on this machine, each process with the recipe's batch (weak scaling), in turn.
 On N CPU processes the cores are shared, so the efficiency is relative to one process with all of them. Under torchrun
@@ -7,7 +7,7 @@ images/s in record.json.
 
 Calculated: the gradient bytes of each network, and how long a ring all-reduce of them takes on 8 GPUs and beyond at
 stated link speeds, beside the step that throughput.py has measured. Lightning's DDP overlaps the all-reduce with the
-backward pass, so what is given is the worst case, without any overlap.
+backward pass, so these figures are the worst case, without any overlap.
 
 Command: python -m benchmarks.scaling --data_dir DIR
 """
@@ -31,7 +31,7 @@ NETWORKS = ("lenet", "alexnet", "vgg11", "vgg19", "nin", "googlenet")
 
 
 def all_reduce_seconds(size: int, devices: int, bytes_a_second: float) -> float:
-    """Of a ring: each device sends and receives 2 (N - 1) / N times the gradient."""
+    """Seconds of a ring: each device sends and receives 2 (N - 1) / N times the gradient."""
     return 2 * (devices - 1) / devices * size / bytes_a_second
 
 
@@ -63,9 +63,9 @@ def main() -> None:
     parser = side_by_side.Parser(__doc__, budget=75, flags=True)
     parser.add_argument("--model", default="lenet", help="recipe that is measured (default: lenet)")
     parser.add_argument(
-        "--devices", type=int, nargs="+", help="numbers of devices (default: 1, 2, 4, ... as many as are)"
+        "--devices", type=int, nargs="+", help="numbers of devices (default: 1, 2, 4, ... as many as there are)"
     )
-    parser.add_argument("--steps", type=int, default=200, help="steps an epoch (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="steps per epoch (default: %(default)s)")
     options = parser.parse_args()
     most = torch.cuda.device_count() if options.accelerator == "gpu" else min(2, os.cpu_count() or 1)
     counts = options.devices or [2**power for power in range(most.bit_length()) if 2**power <= most]

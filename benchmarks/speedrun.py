@@ -1,11 +1,11 @@
 """Seconds of training to a test accuracy, through train.py, as the CIFAR-10 speedruns count them.
 
 The clock runs from the first batch to the last, with everything the Trainer does between them; reading the files,
-building the network and the test are outside of it. With `--compile` the compilation is inside, and also given on its
+building the network and the test are not counted. With `--compile` the compilation is counted, and also given on its
 own (the first epoch's time over the median epoch's). A target is met if the mean test accuracy over the seeds reaches
 it; nothing is chosen by looking at the test images within a run. Further recipes: `--entry 94 best/vgg16`. With
 `--peer` airbench.py, a loop of plain PyTorch after the CIFAR-10 speedruns, takes part; its first step, without an
-update, is outside of its clock.
+update, is not counted.
 
 Command: python -m benchmarks.speedrun --data_dir DIR
 """
@@ -62,9 +62,9 @@ def run_peer(options: Any, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run each entry once a seed, all entries in turn."""
+    """Run each entry once per seed, all entries in turn."""
     parser = side_by_side.Parser(__doc__, budget=270, flags=True)
-    parser.add_argument("--seeds", type=int, default=3, help="runs an entry, at most (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs per entry, at most (default: %(default)s)")
     parser.add_argument("--entry", nargs=2, action="append", metavar=("PERCENT", "RECIPE"), help="instead of our own")
     parser.add_argument("--peer", action="store_true", help="with the airbench-style loop")
     parser.add_argument(

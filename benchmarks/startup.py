@@ -29,12 +29,12 @@ class EndAfterFirstStep(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The step is done."""
+        """End the process: the step is done."""
         os._exit(0)
 
 
 def main() -> None:
-    """Run each command in turn, again and again."""
+    """Run the commands in turn, repeatedly."""
     parser = side_by_side.Parser(__doc__, budget=75)
     options = parser.parse_args()
     data_dir = options.data_dir

@@ -1,7 +1,7 @@
 """Where a training step goes, by kind of operation, and how near its convolutions and linear layers come to the peak.
 
 Steps of each network at its tutorial size, as train.py computes them (channels-last, fused Adam, freed memory kept), on
-random images under torch.profiler, after others to warm up: the mean of those steps. In bfloat16 on a GPU, in float32
+random images under torch.profiler, after some to warm up; the mean of those steps. In bfloat16 on a GPU, in float32
 elsewhere. The peak is that of one large matrix product, as in throughput.py.
 
 Command: python -m benchmarks.step_profile
@@ -24,8 +24,8 @@ from benchmarks.throughput import NETWORKS, training_flops_by_operation
 from cli.recipes import load_yaml, recipes
 from launch.memory import keep_freed_memory
 
-WARM_UP = 6  # steps, until VGG has gathered the memory that is kept
-PROFILED = 5  # steps, in one go: reading the events in between would break up the memory that is kept
+WARM_UP = 6  # steps, until VGG has collected the memory that is kept
+PROFILED = 5  # steps, in one run: reading the events in between would break up the memory that is kept
 # Kind of operation, and what the names of PyTorch's operations of that kind contain.
 KINDS = {
     "convolution": ("convolution",),
@@ -54,7 +54,7 @@ def main() -> None:
             continue
         recipe = load_yaml(recipes()[model])["data"]
         batch_size, image_size = options.batch_size or recipe["batch_size"], recipe["image_size"]
-        with multiprocessing.get_context("spawn").Pool(1) as pool:  # whose memory no other network has shaped
+        with multiprocessing.get_context("spawn").Pool(1) as pool:  # whose memory no other network has used
             seconds = pool.apply(profiled, (model, batch_size, image_size, device))
         flops: dict[str, float] = defaultdict(float)
         for operation, count in training_flops_by_operation(model, image_size).items():

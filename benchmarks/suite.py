@@ -1,7 +1,7 @@
 """Every benchmark on this machine, one after the other, then the trainings of the READMEs' tables in the time left.
 
-For a machine that is there for a while, such as a rented GPU: one command, all records. With less than the usual time
-each gets its share. A benchmark that fails is named at the end, and the others go on; each record is written as soon as
+For a machine that is available for a while, such as a rented GPU: one command, all records. With less than the usual
+time, each gets its share. A benchmark that fails is named at the end, and the others go on; each record is written when
 it is measured. With `--results` the rest of the time goes into the trainings of `benchmarks.results`, which continue
 where they stopped when the command is given again.
 
@@ -15,7 +15,7 @@ import time
 from benchmarks.harness import side_by_side
 from benchmarks.harness.side_by_side import PROJECT, print_table
 
-# Budget in seconds of each, the most wanted first.
+# Budget of each in seconds, the most important first.
 SECONDS = {
     "throughput": 600,
     "step_profile": 150,

@@ -1,9 +1,9 @@
 """What TensorBoard's pictures cost: LeNet's epochs on the full data, with them and without.
 
 A turn is one epoch with validation, logging and checkpoints. "With" draws the pictures after every epoch, as a run of
-up to ten epochs does; a longer one draws them less often, and pays less. "Without" lacks everything that
-`TensorBoardPictures`, `MistakesExplained` and `Confusion` do; scalars are written by both. What is drawn once a run
-(graph, layout, training images) is timed apart.
+up to ten epochs does; a longer one draws them less often, and pays less. "Without" omits everything that
+`TensorBoardPictures`, `MistakesExplained` and `Confusion` do; scalars are written by both. What is drawn once per run
+(graph, layout, training images) is timed separately.
 
 Command: python -m benchmarks.tensorboard_cost --data_dir DIR
 """
@@ -31,7 +31,7 @@ BATCH_SIZE = 256
 
 
 def with_pictures(arguments: list[str]) -> int:
-    """train.py that draws after every epoch, however long the run."""
+    """train.py, drawing after every epoch, however long the run."""
     import train
     from callbacks.tensorboard import pictures as tensorboard_pictures
 
@@ -58,10 +58,10 @@ def without_pictures(arguments: list[str]) -> int:
 
 
 def once_seconds(data_dir: Path) -> float:
-    """Time of what is drawn once a run."""
+    """Seconds for what is drawn once per run."""
     images, labels = load(prepare(data_dir), "train")
     net = LeNet()
-    network_graph(net, (1, 28, 28))  # as in a run, where the table of the stages has loaded what this needs
+    network_graph(net, (1, 28, 28))  # as in a run, where the table of the stages has already loaded what this needs
     start = time.perf_counter()
     network_graph(net, (1, 28, 28))
     names = [CLASS_NAMES[label] for label in labels[:16].tolist()]
@@ -99,7 +99,7 @@ def main() -> int:
     rows = [("without", f"{seconds['without']:.3f}", "", "", "")]
     rows.append(("with", f"{seconds['with']:.3f}", f"{times['median']:.3f}", spread, f"{TARGET:.2f}"))
     print_table(("pictures", "s an epoch", "ratio", "range", "target"), rows)
-    print(f"Once a run: {once:.3f} s, {once / seconds['without']:.1%} of an epoch")
+    print(f"Once per run: {once:.3f} s, {once / seconds['without']:.1%} of an epoch")
     result = {"seconds": seconds, "ratio": times, "target": TARGET, "once_seconds": once, "turns": turns}
     side_by_side.write_record("tensorboard_cost", options, result)
     return 0

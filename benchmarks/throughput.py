@@ -5,10 +5,10 @@ plain_loops.py for the others. The same run measures the machine's peak in matri
 the peak memory of each process (on the CPU without its loader's workers), beside the one that memory.py calculates for
 ours, without and with activation checkpointing.
 
-Where the memory does not hold all at once, they take part in groups, ours in each. With `--update` only the networks
-that are measured are replaced in the record; each of its results tells when and how it was measured.
+If memory does not hold all at once, they take part in groups, with ours in each. With `--update` only the networks
+that are measured are replaced in the record; each of its results says when and how it was measured.
 
-`ours_bf16` is ours with `--precision bf16-mixed`, where the CPU has instructions for bfloat16; its share is that of the
+`ours_bf16` is ours with `--precision bf16-mixed`, where the CPU has instructions for bfloat16; its share is of the
 peak in bfloat16. On a GPU all of ours is in bfloat16 already.
 
 Command: python -m benchmarks.throughput --data_dir DIR
@@ -47,8 +47,8 @@ SHARES = {"lenet": 0.1, "alexnet": 0.22, "vgg11": 0.3, "nin": 0.22, "googlenet":
 BF16 = "ours_bf16"
 PEERS = (BF16, "tutorial", "references", "d2l", "timm")
 PEAK, BF16_PEAK = "matmul", "matmul_bf16"
-PROCESS_BYTES = 2**30  # what a contestant's process takes beside its tensors
-# Issue: how many times the tutorial's images/s, and which share of the peak.
+PROCESS_BYTES = 2**30  # what a contestant's process takes besides its tensors
+# Issue: how many times the tutorial's images/s, and what share of the peak.
 TARGETS: dict[str, dict[str, tuple[float, float | None]]] = {
     "cpu": {
         "alexnet": (1.6, 0.9),
@@ -69,7 +69,7 @@ def training_flops(model: str, image_size: int) -> int:
 def training_flops_by_operation(model: str, image_size: int) -> dict[Any, int]:
     """The same for each of PyTorch's operations, counted on tensors without data.
 
-    The gradient of the images themselves is not needed, and not counted.
+    The gradient of the images themselves is not needed and not counted.
     """
     net, _ = build(model)
     net = net.to("meta")
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument(
         "--batch_size", type=int, nargs="+", help="instead of each recipe's own; several are run in turn"
     )
-    parser.add_argument("--turn", type=float, default=2.0, help="seconds a turn, at least (default: %(default)g)")
+    parser.add_argument("--turn", type=float, default=2.0, help="seconds per turn, at least (default: %(default)g)")
     parser.add_argument("--compile", action="store_true", help="our network compiled")
     parser.add_argument("--update", action="store_true", help="leave other networks in the record as they are")
     options = parser.parse_args()
@@ -155,11 +155,11 @@ def main() -> None:
 
 
 def measure(model: str, batch_size: int, device: str, budget: float, options: Any) -> dict[str, Any]:
-    """One network's contests: ours against all the others, or as many at a time as fit into the memory."""
+    """One network's contests: ours against all the others, or as many at a time as fit in memory."""
     bf16 = BF16 in options.peers and device == "cpu" and cpu_has_bfloat16()
     groups = _groups(options.peers, training_bytes(model, batch_size), device)
     turns: dict[str, list[dict[str, Any]]] = {"ours": []}
-    first_rounds: dict[str, int] = {}  # of ours, in which each of the others took part
+    first_rounds: dict[str, int] = {}  # round of ours in which each of the others first took part
     missing: dict[str, str] = {}
     for number, peers in enumerate(groups):
         matrices = [PEAK, *([BF16_PEAK] if bf16 else [])] if number == 0 else []
@@ -194,11 +194,11 @@ def measure(model: str, batch_size: int, device: str, budget: float, options: An
 
 
 def _groups(peers: Sequence[str], size: int, device: str) -> list[list[str]]:
-    """The others in groups that, with ours, share the memory; one group on a GPU, where each has it to itself.
+    """The others in groups that, with ours, share the memory; one group on a GPU, where each has the memory to itself.
 
     Args:
         peers: All of them.
-        size: Bytes that one needs for its tensors.
+        size: Bytes that each needs for its tensors.
         device: "cpu" or "cuda".
     """
     if device != "cpu" or not hasattr(os, "sysconf"):

@@ -1,8 +1,8 @@
 """What the Trainer costs: LeNet's epochs with everything a user has by default against a bare loop.
 
 Both do the same optimiser steps on the same batches in the same order, and measure the same validation images after
-each epoch; ours also draws its bar, logs, keeps metrics and writes checkpoints. A turn is one epoch, all included.
-On the CPU ours keeps freed memory (memory.py), and a second bare loop does too: against that one, what is left is the
+each epoch; ours also draws its bar, logs, keeps metrics and writes checkpoints. A turn is one whole epoch.
+On the CPU ours keeps freed memory (memory.py), and a second bare loop does too: the difference from that one is the
 Trainer's own cost.
 
 Command: python -m benchmarks.trainer_overhead --data_dir DIR

@@ -1,10 +1,10 @@
-"""Trains a row of the READMEs' tables again, and says whether it comes out as recorded: PASS or FAIL.
+"""Trains a row of the READMEs' tables again, and says whether the result agrees with the records: PASS or FAIL.
 
     python -m benchmarks.verify lenet                 # a recipe, or an entry of entries.yaml: lenet_classic-all-max
-    python -m benchmarks.verify --all --minutes 60    # the cheapest first, as many as fit into the time
+    python -m benchmarks.verify --all --minutes 60    # the cheapest first, as many as fit in the time
 
 A row passes if its new test accuracy lies in the band of its records: their mean, give or take three standard
-deviations between seeds, widened because a single run is held against the mean of few. The seed is one that has no
+deviations between seeds, widened because a single run is compared with the mean of a few. The seed is one that has no
 record. Further flags, such as --data_dir, go to each `train.py`. Exit code 1 if a row fails.
 """
 
@@ -31,11 +31,11 @@ def main(arguments: list[str]) -> int:
 
 
 def band(accuracies: Sequence[float], usual: float) -> tuple[float, float]:
-    """Within which a new run's accuracy is expected.
+    """The range in which a new run's accuracy is expected.
 
     Args:
         accuracies: Those of the recorded runs.
-        usual: The deviation of all rows together, for a row of few seeds that happen to lie close.
+        usual: The deviation of all rows together, for a row of few seeds that happen to be close.
     """
     own = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
     half = WIDTH * max(own, usual) * math.sqrt(1 + 1 / len(accuracies))
@@ -44,14 +44,14 @@ def band(accuracies: Sequence[float], usual: float) -> tuple[float, float]:
 
 
 def usual_deviation(rows: Sequence[Sequence[float]]) -> float:
-    """The median deviation between seeds over rows of several.
+    """The median deviation between seeds over rows with several seeds.
 
     Raises:
         UserError: If there are none.
     """
     deviations = [statistics.stdev(row) for row in rows if len(row) > 1]
     if not deviations:
-        raise UserError("no row has records of two seeds or more to make a band of")
+        raise UserError("no row has records of two seeds or more to make a band from")
     return statistics.median(deviations)
 
 
@@ -64,7 +64,7 @@ def _run(arguments: list[str]) -> int:
     left, rows, failed = 60 * options.minutes, [], 0
     for entry in sorted(chosen, key=seconds.__getitem__):
         if seconds[entry] > left:
-            print(f"{entry.name}: left out, it would take {duration(seconds[entry])}", flush=True)
+            print(f"{entry.name}: left out, as it would take {duration(seconds[entry])}", flush=True)
             continue
         left -= seconds[entry]
         row, record = _verify(entry, results, options)
@@ -72,7 +72,7 @@ def _run(arguments: list[str]) -> int:
         print(f"{entry.name}: {row[-1]}", flush=True)
         rows.append(row)
     if not rows:
-        raise UserError("nothing fits into the time; give more --minutes")
+        raise UserError("nothing fits in the time; give more --minutes")
     print()
     print_table(COLUMNS, rows)
     print(f"\n{_place(record)}\n{'FAIL' if failed else 'PASS'}")
@@ -89,7 +89,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("names", nargs="*", metavar="RECIPE", help="recipes or entries; patterns such as best/* too")
     parser.add_argument("--all", action="store_true", help="every row that has records")
     parser.add_argument("--minutes", type=float, default=math.inf, help="time budget (default: none)")
-    parser.add_argument("--seed", type=int, help="instead of the first one without a record")
+    parser.add_argument("--seed", type=int, help="seed to train (default: the first one without a record)")
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
     options, flags = parser.parse_known_args(arguments)
     options.flags = flags
@@ -118,7 +118,7 @@ def _verify(entry: Entry, results: Results, options: argparse.Namespace) -> tupl
 
 
 def _seconds(entry: Entry, results: Results, device: str) -> float:
-    """How long its training may take; without end where that is not known."""
+    """How long its training may take; infinite if unknown."""
     known = estimate(entry, results, device)
     return math.inf if known is None else known
 

@@ -20,7 +20,7 @@ KINDS: dict[type, str] = {nn.Conv2d: "conv", nn.Linear: "linear"}  # names of co
 SHORT = {"Conv2d": ("conv",), "Linear": ("linear",), "MaxPool2d": ("pool", "max")}
 SHORT |= {"AvgPool2d": ("pool", "average"), "AdaptiveAvgPool2d": ("pool", "average")}
 
-# Recipe, and what stands beside its network in the picture of all five.
+# Recipe, and the text beside its network in the picture of all five.
 FAMILY = (
     ("lenet", "LeNet 1998"),
     ("alexnet", "AlexNet 2012"),
@@ -59,7 +59,7 @@ def build(recipe: str) -> tuple[nn.Module, tuple[int, int, int]]:
 
 
 def picture(recipe: str) -> str:
-    """SVG of a network's stages at the sizes that they really have, and each one's share of the cost.
+    """SVG of a network's stages at their real sizes, and each one's share of the cost.
 
     Raises:
         UserError: If there is no such recipe, or its network is not a plain sequence of layers and blocks.
@@ -120,7 +120,7 @@ def inception_picture(recipe: str = "googlenet", name: str = "features.stage3.0"
 
 
 def family_picture(rows: Sequence[tuple[str, str]] = FAMILY) -> str:
-    """SVG of several networks below each other, everything to one scale.
+    """SVG of several networks one below the other, everything to one scale.
 
     The side of a map is drawn to scale, its channels by their root, the units of a linear layer by their root; the
     areas of the squares on the right are to scale too.
@@ -180,7 +180,7 @@ def _blocks(modules: Iterable[nn.Module], input_shape: Shape) -> list[Block]:
 
 
 def _lines(block: Block) -> list[str]:
-    """What is written over a block, in a column that may be narrow."""
+    """The text over a block, in a column that may be narrow."""
     lines: list[str] = []
     for (name, *details), run in groupby(block.layers):
         count = len(list(run))

@@ -35,7 +35,7 @@ PICTURE = re.compile(r"images/stages-([\w-]+)\.svg")
 SPECIAL: dict[str, Callable[[], str]] = {
     "inception": inception_picture,
     "all": family_picture,
-}  # pictures that show something else than a recipe
+}  # pictures that show something other than a recipe
 # The words of the tables, in English and Chinese.
 STAGES = (
     ("stage", "module", "output shape", "receptive field", "parameters", "FLOPs"),
@@ -92,7 +92,7 @@ def _markdown(lines: Sequence[tuple[str, ...]], right: tuple[int, ...]) -> str:
 
 
 def _call(value: Any) -> str:
-    """A class and its arguments from a recipe, as one would write them."""
+    """A class and its arguments from a recipe, as you would write them."""
     if value is None:
         return ""
     class_path, arguments = class_and_arguments(value)
@@ -104,7 +104,7 @@ MAKE = {"table": stage_table, "recipes": recipes_table}
 
 
 def updates(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Every page and picture of a folder of pages with the content that it should have.
+    """Every page and picture of a folder of pages with the content that they should have.
 
     Raises:
         UserError: If a page names a recipe that does not exist, or leaves a section open.

@@ -94,7 +94,7 @@ def short_table(net: nn.Module, input_shape: tuple[int, int, int]) -> str:
     parts = {stage.name.partition(".")[0]: stage.shape for stage in found}
     way = " -> ".join(["image " + by(input_shape), *(f"{name} {by(shape)}" for name, shape in parts.items())])
     return _plain(
-        f"{total.kind}: {total.parameters:,} parameters, {_millions(total.flops)} FLOPs an image\n"
+        f"{total.kind}: {total.parameters:,} parameters, {_millions(total.flops)} FLOPs per image\n"
         f"{way if len(parts) < 6 else f'image {by(input_shape)} -> {len(parts)} parts -> {by(total.shape)}'}\n"
         "--print_model shows all stages"
     )

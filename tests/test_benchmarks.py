@@ -80,7 +80,7 @@ def test_a_contestant_that_can_not_take_part_is_named(tmp_path):
 
 
 def test_a_contestant_that_fails_is_an_error():
-    with pytest.raises(RuntimeError, match="has ended early"):
+    with pytest.raises(RuntimeError, match="ended early"):
         Contestant(["-c", "raise SystemExit(1)"])
     with pytest.raises(Missing, match="why"):
         Contestant(["-c", "from benchmarks.harness.side_by_side import Turns; Turns().missing('why')"])
@@ -474,7 +474,7 @@ def test_each_recorded_run_lies_in_the_band_of_the_others(results: Results) -> N
         (["lenett"], "no entry of entries.yaml is called 'lenett'"),
         (["vgg19"], "there are no records of vgg19 on a cpu"),
         (["lenet", "--minutes", "0"], "--minutes must be above 0"),
-        (["lenet", "--minutes", "0.001"], "nothing fits into the time"),
+        (["lenet", "--minutes", "0.001"], "nothing fits in the time"),
         (["lenet", "--seed", "x"], "invalid int value"),
     ],
 )
@@ -545,7 +545,7 @@ def test_what_was_stopped_goes_on(
     (tmp_path / "stop.py").write_text(STOP, encoding="utf-8")
 
     assert main([*SAMPLE, "--hours", "0.0001"]) == 0  # less than any import takes
-    assert capfd.readouterr().out.endswith("The time is over; the same command goes on from here.\n")
+    assert capfd.readouterr().out.endswith("Time is up; the same command continues from here.\n")
     assert find_runs([tmp_path / "logs"]) == []
 
     assert main(SAMPLE) == 143

@@ -12,7 +12,7 @@ RETURN_MEMORY = "--return_memory"
 
 
 class StepTurns(Callback):
-    """Takes turns between steps; the rate is images a second, everything between two steps included."""
+    """Takes turns between steps; the rate is images per second, with everything between two steps included."""
 
     def __init__(self) -> None:
         self._turns: Turns | None = None
@@ -36,7 +36,7 @@ class EpochTurns(Callback):
         self._turns: Turns | None = None
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The epoch before, and all that followed it, is over."""
+        """The previous epoch, and everything that followed it, is over."""
         if self._turns is None:
             self._turns = _take_part(trainer)
         else:

@@ -1,6 +1,6 @@
 """Contestants side by side: each in a process of its own, taking turns (A B A B ...) until the time is used up.
 
-A contestant is a command that calls `Turns.step` after each step of its work. In a process of its own it has its own
+A contestant is a command that calls `Turns.step` after each step of its work. Its own process gives it its own
 settings, caches and peak memory, and it sleeps while another one is measured.
 """
 
@@ -35,15 +35,15 @@ class Missing(Exception):
 
 
 class Ended(RuntimeError):
-    """A contestant's process has ended before its time."""
+    """A contestant's process ended early."""
 
 
 class Turns:
-    """The contestant's end: tells when to work, and measures the work.
+    """The contestant's side: says when to work, and measures the work.
 
     Args:
-        device: "cpu" or "cuda"; work on the latter is waited for at the beginning and the end of a turn.
-        warm_up: Seconds of unmeasured steps at the beginning of a turn. Where one step takes longer than that, only
+        device: "cpu" or "cuda"; a turn waits for the latter at its beginning and its end.
+        warm_up: Seconds of unmeasured steps at the beginning of a turn. If one step takes longer than that, only
             the very first is not measured.
     """
 
@@ -120,11 +120,11 @@ class Turns:
 
 
 class Contestant:
-    """The contest's end of one contestant.
+    """The contest's side of one contestant.
 
     Args:
         command: Arguments for Python.
-        terminal: Let the contestant's standard output be a terminal, as where somebody watches it.
+        terminal: Let the contestant's standard output be a terminal, as if somebody were watching.
     """
 
     def __init__(self, command: Sequence[str], terminal: bool = False) -> None:
@@ -185,7 +185,7 @@ class Contestant:
             watchdog.cancel()
         if not line:
             command = " ".join(map(str, self.process.args[1:]))  # type: ignore[index]
-            raise Ended(f"a contestant has ended early; set CONTEST_LOG=FILE to see why: {command}")
+            raise Ended(f"a contestant ended early; set CONTEST_LOG=FILE to see why: {command}")
         values = json.loads(line)
         if "missing" in values:
             raise Missing(values["missing"])
@@ -198,7 +198,7 @@ def contest(
     """Let all contestants take turns.
 
     Args:
-        contestants: Name to what starts it; they take turns in this order.
+        contestants: Name to command; they take turns in this order.
         budget: Seconds for the whole contest, start included.
         turn: Seconds for each turn, at least; a turn holds at least one step.
         least_rounds: Number of rounds that are run even if the budget is used up.
@@ -228,7 +228,7 @@ def contest(
                 time.sleep(SETTLE)
                 try:
                     turns[name].append(contestant.turn(turn))
-                except Ended as reason:  # often for want of memory; the others go on
+                except Ended as reason:  # often out of memory; the others go on
                     if name == next(iter(contestants)):
                         raise
                     running.pop(name).stop()
@@ -245,7 +245,7 @@ def trained(arguments: Sequence[str], folder: str, timeout: float | None = None)
     """Run train.py to its end, its logs within the folder; returns the record that it leaves.
 
     Raises:
-        RuntimeError: If it fails; with the end of what it said.
+        RuntimeError: If it fails, with the end of its output.
     """
     import tempfile
 
@@ -259,7 +259,7 @@ def checked(arguments: Sequence[str], timeout: float | None = None) -> str:
     """Run Python with these arguments; returns what it printed.
 
     Raises:
-        RuntimeError: If it fails; with the end of what it said.
+        RuntimeError: If it fails, with the end of its output.
     """
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=PROJECT, timeout=timeout)
     if done.returncode:
@@ -281,12 +281,12 @@ def ratios(turns: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], ke
 class Parser(argparse.ArgumentParser):
     """The flags that all benchmarks share.
 
-    What it parses also tells the device (cpu, cuda) and, as it was at the start, the place.
+    The result also holds the device (cpu, cuda) and the place, as it was at the start.
 
     Args:
         description: For `--help`.
         budget: Seconds that the benchmark takes.
-        flags: Whether it hands further flags to train.py.
+        flags: Whether it passes further flags to train.py.
     """
 
     def __init__(self, description: str | None, budget: float, flags: bool = False) -> None:
@@ -317,7 +317,7 @@ def place(accelerator: str) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter, as far as they are installed."""
+    """Versions of Python and of those relevant packages that are installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -338,7 +338,7 @@ def write_record(name: str, options: argparse.Namespace, results: Any) -> Path:
 
 
 def record_path(name: str, options: argparse.Namespace) -> Path:
-    """Where a benchmark's record lies."""
+    """The path of a benchmark's record."""
     return options.out / f"{name}-{options.accelerator}.json"
 
 
@@ -368,7 +368,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
 
 def python_path() -> str:
-    """The value of PYTHONPATH with which a process finds this project, and the peers wherever they are installed."""
+    """The value of PYTHONPATH with which a process finds this project, and the peers, wherever they are installed."""
     return os.pathsep.join(filter(None, (str(PROJECT), os.environ.get("PYTHONPATH"))))
 
 

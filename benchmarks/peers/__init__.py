@@ -1,1 +1,1 @@
-"""What this project is measured against."""
+"""The loops that this project is measured against."""

@@ -2,8 +2,8 @@
 
 K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024, https://arxiv.org/abs/2404.00498
 
-Written afresh from the paper: whitening first layer that stays as it is, identity initialisation, batch normalisation
-with biases alone that learn 64 times as fast, GELU, scaled logits; Nesterov SGD with a triangular learning rate, label
+Written from scratch after the paper: a fixed whitening first layer, identity initialisation, batch normalisation
+with only biases, which learn 64 times as fast, GELU, scaled logits; Nesterov SGD with a triangular learning rate, label
 smoothing, flips that alternate from epoch to epoch, shifts by up to two pixels; the data set as one tensor, batches by
 indexing, channels-last, bfloat16 on GPUs. Left out: averaging of the weights and test-time augmentation. The numbers
 are the paper's for CIFAR-10; none was tuned to Fashion-MNIST.
@@ -98,7 +98,7 @@ def _activation(channels: int) -> list[nn.Module]:
 
 
 def augmented(images: Tensor, flipped: Tensor) -> Tensor:
-    """Each of the images (N, 1, 28, 28) moved by its own draw, and mirrored where `flipped` (N,) says so."""
+    """Each of the images (N, 1, 28, 28) shifted by its own random amount, and mirrored where `flipped` (N,) says so."""
     count, device, side = len(images), images.device, images.shape[-1]
     padded = F.pad(images, (SHIFT,) * 4, mode="reflect")[:, 0]
     rows, columns = torch.randint(0, 2 * SHIFT + 1, (2, count, 1, 1), device=device)
@@ -109,7 +109,7 @@ def augmented(images: Tensor, flipped: Tensor) -> Tensor:
 
 
 def triangle(step: int, steps: int) -> float:
-    """The learning rate's share: from 0.2 up to 1 at 23 % of the steps, then down to 0.07."""
+    """The learning rate as a share of its peak: from 0.2 up to 1 at 23 % of the steps, then down to 0.07."""
     peak = max(1.0, 0.23 * steps)
     if step < peak:
         return 0.2 + 0.8 * step / peak
@@ -133,7 +133,7 @@ def train(data_dir: Path, device: str, settings: Settings, seed: int) -> dict[st
     batch_size = min(settings.batch_size, len(labels))
     steps = settings.epochs * (len(labels) // batch_size)
     momentum = 0.85
-    # The paper states rate and decay for 1,024 images and before momentum adds steps up.
+    # The paper states rate and decay for 1,024 images and before momentum sums steps.
     rate, decay = 11.5 / (1 + 1 / (1 - momentum)) * batch_size / 1024, 0.0153 / 11.5
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in net.named_parameters():
@@ -192,7 +192,7 @@ def _precision(device: str) -> AbstractContextManager:
 
 
 def _warm_up(net: AirNet, images: Tensor, labels: Tensor, device: str) -> None:
-    """One step without an update: kernels are chosen and loaded outside of the measured time."""
+    """One step without an update: kernels are chosen and loaded outside the measured time."""
     statistics = {name: buffer.clone() for name, buffer in net.named_buffers()}
     with _precision(device):
         F.cross_entropy(net(images.contiguous(memory_format=torch.channels_last)), labels).backward()

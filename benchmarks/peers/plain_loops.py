@@ -1,4 +1,4 @@
-"""The loops that train.py is compared with, each written afresh; every one is a contestant (see side_by_side.py).
+"""The loops that train.py is compared with, each written from scratch; each is a contestant (see side_by_side.py).
 
 Run by throughput.py: `python -m benchmarks.peers.plain_loops LOOP --model RECIPE ...`.
 """
@@ -53,7 +53,7 @@ def build(model: str) -> tuple[nn.Module, dict[str, Any]]:
     network, recipe = ours(model)
     for layer in network.modules():
         if isinstance(layer, nn.ReLU):
-            layer.inplace = False  # the tutorials' layers, and everyone's default
+            layer.inplace = False  # as in the tutorials' layers, and PyTorch's default
     return network, recipe
 
 
@@ -128,7 +128,7 @@ def references(options: argparse.Namespace, turns: Turns) -> None:
 
 
 def timm(options: argparse.Namespace, turns: Turns) -> None:
-    """With timm's own network, loader and optimiser, in the way of its train.py with its fastest flags.
+    """With timm's own network, loader and optimiser, as in its train.py with its fastest flags.
 
     On a GPU: --amp --amp-dtype bfloat16 --channels-last, its prefetcher, and a fused optimiser; on the CPU
     --channels-last.
@@ -220,7 +220,7 @@ def d2l(options: argparse.Namespace, turns: Turns) -> None:
 
 
 class _Counted:
-    """A loader that tells, before it gives the next batch, that the step with the one before is done."""
+    """A loader that reports, before it gives the next batch, that the step with the previous one is done."""
 
     def __init__(self, loader: DataLoader, turns: Turns) -> None:
         self._loader = loader
@@ -251,8 +251,8 @@ def matmul(options: argparse.Namespace, turns: Turns) -> None:
 def matrix_product(device: str, dtype: torch.dtype) -> tuple[Callable[[], Any], int]:
     """A large matrix product, ready to be called, and its floating-point operations.
 
-    On the CPU by whichever of PyTorch's two libraries is faster here: torch.mm's reaches half of what the convolutions'
-    one does on some processors.
+    On the CPU with whichever of PyTorch's two libraries is faster here: on some processors torch.mm's is half as
+    fast as the convolutions' one.
     """
     size = 8192 if device == "cuda" else 2048
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))

@@ -16,7 +16,7 @@ from errors import MissingPackage
 from runs.plots import COLOURS
 
 PICTURE = PROJECT / "docs" / "images" / "accuracy-time.png"
-DIGEST = "points-sha256"  # a text in the PNG: of what it was drawn from
+DIGEST = "points-sha256"  # a text in the PNG: the digest of what it was drawn from
 FAMILIES = {"reproduction": "tutorial's recipe", "best": "most accuracy", "fast": "most accuracy in little time"}
 UNITS = {"s": 1, "min": 60, "h": 3600}
 TIMES = {count * size: f"{count} {unit}" for unit, size in UNITS.items() for count in (1, 2, 5, 10, 30)}
@@ -34,7 +34,7 @@ class Point(NamedTuple):
 
 
 def points(results: Results) -> list[Point]:
-    """All entries that have records, but for the recipes as they stand where they are trained in another way too."""
+    """All entries that have records, without plain recipes that are also trained in another way."""
     found = []
     for (entry, device), runs in results.runs.items():
         runs = [run for run in runs if "background" not in run.record]
@@ -58,12 +58,12 @@ def draw(found: Sequence[Point], path: Path) -> None:
     except ImportError:
         raise MissingPackage("the plot needs", "matplotlib") from None
     figure = Figure(figsize=(8.6, 5.2), layout="constrained")
-    FigureCanvasAgg(figure)  # which tells how wide a text is
+    FigureCanvasAgg(figure)  # needed to measure how wide a text is
     axes: Any = figure.subplots()
     colours = dict(zip(FAMILIES, COLOURS, strict=False))
     for point in found:
         (y, low, high), (x, least, most) = point.accuracy, point.seconds
-        # As errors, on a logarithmic axis: from 95 to 96 % is a longer way than from 75 to 76 %.
+        # As errors, on a logarithmic axis: from 95 to 96 % is further than from 75 to 76 %.
         fill = colours[point.family] if point.device == "gpu" else "white"
         style: Any = {
             "color": colours[point.family],
@@ -116,7 +116,7 @@ def _spread(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _label(figure: Any, axes: Any, found: Sequence[Point]) -> None:
-    """Write each name beside its point, where it covers neither points nor other names."""
+    """Write each name beside its point, where it hides neither points nor other names."""
     from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
@@ -143,7 +143,7 @@ def _label(figure: Any, axes: Any, found: Sequence[Point]) -> None:
             )
             text.set_in_layout(False)
             text.update_positions(renderer)
-            words = Text.get_window_extent(text, renderer)  # without the line
+            words = Text.get_window_extent(text, renderer)  # without the connecting line
             inside = axes.bbox.x0 < words.x0 and words.x1 < axes.bbox.x1 and axes.bbox.y0 < words.y0
             if inside and not words.count_overlaps(taken):
                 break
@@ -151,7 +151,7 @@ def _label(figure: Any, axes: Any, found: Sequence[Point]) -> None:
 
 
 def _offsets() -> Iterator[tuple[bool, tuple[float, float], dict[str, Any]]]:
-    """Whether a line leads to the name, and where it stands, in points from its mark; the best place first."""
+    """Whether a line leads to the name, and where the name goes, in points from its mark; the best place first."""
     for distance in (8, 20, 34, 50, 70):
         for x, y in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)):
             sides = {"ha": ("right", "center", "left")[x + 1], "va": ("top", "center", "bottom")[y + 1]}

@@ -1,4 +1,4 @@
-"""The runs that the READMEs' tables show: what is trained (entries.yaml), and the records there are of it."""
+"""The runs that the READMEs' tables show: what is trained (entries.yaml), and the records of it."""
 
 import contextlib
 import importlib
@@ -24,7 +24,7 @@ from train import main as train
 
 TABLE = Path(__file__).with_name("entries.yaml")
 RECORD = re.compile(r"(.+)-seed(\d+)-(cpu|gpu)\.json")
-# What the whole data set holds; a record of other data is none of the READMEs'.
+# Images in the whole data set; a record of other data is not for the READMEs.
 TRAINING_IMAGES, TEST_IMAGES = 60_000, 10_000
 
 
@@ -35,11 +35,11 @@ class Entry:
     Attributes:
         family: reproduction, best, fast or default.
         recipe: Its name.
-        flags: Flags of train.py beside it.
-        suffix: What its records' names have after that of the recipe.
+        flags: Flags of train.py besides it.
+        suffix: What follows the recipe in its records' names.
         seeds: How many seeds are trained.
         line: The same for entries that share a line of the table.
-        network: Its name in English and in Chinese; empty: that of the class.
+        network: Its name in English and in Chinese; if empty, the class's.
         published: Published test accuracy, or None.
     """
 
@@ -54,7 +54,7 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """With what the names of its records begin."""
+        """The beginning of its records' names."""
         return self.recipe.replace("/", "-") + self.suffix
 
     @property
@@ -74,18 +74,18 @@ class Entry:
 
     @property
     def cost(self) -> int:
-        """Floating-point operations of all its forward passes: only good for an order."""
+        """Floating-point operations of all its forward passes: only used to order entries."""
         return self.size[1] * self.images * self.config["trainer"]["max_epochs"]
 
 
 @dataclass
 class Results:
-    """Records beside the entries.
+    """The entries and their records.
 
     Attributes:
         entries: All of them.
-        runs: By entry and device (cpu, gpu), in the order of the seeds.
-        stale: Records that no entry stands for, or whose recipe has changed since.
+        runs: By entry and device (cpu, gpu), ordered by seed.
+        stale: Records that belong to no entry, or whose recipe has changed since.
     """
 
     entries: list[Entry]
@@ -98,12 +98,12 @@ class Results:
 
     @cached_property
     def devices(self) -> list[str]:
-        """Those that have records."""
+        """The entries that have records."""
         return sorted({device for _, device in self.runs})
 
 
 def read_entries(families: Iterable[str] = (), wanted: Iterable[str] = (), more: tuple[str, ...] = ()) -> list[Entry]:
-    """The entries, patterns of recipes filled in.
+    """The entries, with patterns of recipes expanded.
 
     Args:
         families: Only these.
@@ -127,11 +127,11 @@ def read_entries(families: Iterable[str] = (), wanted: Iterable[str] = (), more:
 
 
 def read_results(folder: Path, more: tuple[str, ...] = ()) -> Results:
-    """The records in a folder's `runs/`, beside all entries.
+    """All entries, with the records in a folder's `runs/`.
 
     Args:
         folder: Where the records are kept.
-        more: Flags of train.py that the runs had beside their entries' own.
+        more: Flags of train.py that the runs had besides their entries' own.
 
     Raises:
         UserError: If a record is damaged, or unfinished.

@@ -11,17 +11,17 @@ Number = int | float | Fraction
 
 
 def down(value: Number, digits: int = 0) -> str:
-    """Rounded down to so many digits behind the point: for what is good when it is large."""
+    """Rounded down to this many decimals: for numbers that are better when larger."""
     return _written(math.floor(_exact(value) * 10**digits), digits)
 
 
 def up(value: Number, digits: int = 0) -> str:
-    """Rounded up: for what is good when it is small."""
+    """Rounded up: for numbers that are better when smaller."""
     return _written(math.ceil(_exact(value) * 10**digits), digits)
 
 
 def span(values: Sequence[str], to: str = " to ") -> str:
-    """The one value, or the first and the last of several."""
+    """The single value, or the first and the last of several."""
     return values[0] if len(set(values)) == 1 else f"{values[0]}{to}{values[-1]}"
 
 
@@ -39,7 +39,7 @@ def duration(seconds: float) -> str:
 
 
 def accuracies(runs: Sequence[Run], key: str = "accuracy") -> list[Fraction]:
-    """Each run's share of rightly classified test images, exact, where the record holds a 32-bit number."""
+    """Each run's share of correctly classified test images, exact although the record holds 32-bit numbers."""
     tests = [run.record["test"] for run in runs]
     return [Fraction(round(test[key] * test["images"]), test["images"]) for test in tests if key in test]
 
@@ -54,7 +54,7 @@ def mean_and_range(values: Sequence[Fraction], to: str = " to ") -> str:
 
 
 def _exact(value: Number) -> Fraction:
-    return value if isinstance(value, Fraction) else Fraction(str(value))  # the decimals that are written, not the bits
+    return value if isinstance(value, Fraction) else Fraction(str(value))  # the decimals as written, not the bits
 
 
 def _written(scaled: int, digits: int) -> str:

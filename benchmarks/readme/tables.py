@@ -35,7 +35,7 @@ PEERS, NETWORKS = TEXTS["peers"], TEXTS["networks"]
 
 
 class Language(NamedTuple):
-    """Which of several texts is meant, and what stands between the ends of a range."""
+    """Which of several texts to use, and the word between the ends of a range."""
 
     number: int
     to: str
@@ -53,7 +53,7 @@ def pages() -> list[Path]:
 
 
 def written(path: Path, results: Results, folder: Path) -> str:
-    """A page's text with its tables as the records have it.
+    """A page's text with its tables filled in from the records.
 
     Args:
         path: The page.
@@ -131,7 +131,7 @@ def _best(entries: Sequence[Entry], results: Results, language: Language) -> str
 
 
 def throughput_table(record: dict[str, Any] | None, language: Language) -> str:
-    """Images a second of training, and how many times those of the others.
+    """Images per second in training, and the ratio to each of the others.
 
     Args:
         record: What benchmarks.throughput wrote, or None.
@@ -161,11 +161,11 @@ def throughput_table(record: dict[str, Any] | None, language: Language) -> str:
 
 
 def measured_table(folder: Path, device: str, language: Language) -> str:
-    """What the other benchmarks have measured: a line for each whose record is there."""
+    """What the other benchmarks measured: a line for each that has a record."""
     rows = []
     for line in TEXTS["lines"]:
         if "{}" not in line["record"] and device != "cpu":
-            continue  # where it ran makes no difference
+            continue  # the place makes no difference
         if record := _read(folder, line["record"].format(device)):
             result = JINJA.from_string(line["result"][language.number]).render(record, names=NETWORKS)
             name = line["record"].partition("-")[0]
@@ -204,7 +204,7 @@ def _published(entries: Sequence[Entry]) -> str:
 
 
 def _score(runs: Sequence[Run], language: Language) -> tuple[str, str]:
-    """Test accuracy, and how many seeds have how many collapsed among them."""
+    """Test accuracy, the number of seeds, and how many of them collapsed."""
     if not runs:
         return "", ""
     values = accuracies(runs)

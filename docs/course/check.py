@@ -5,7 +5,7 @@
     python -m docs.course.check lenet-2 my_answer.py       # or a file elsewhere
 
 The first check of an exercise puts its starting point into docs/course/answers/; edit that file and check again. It
-takes a minute at most. Exit code 0: all right; 1: not yet; 2: a mistake in the command or an error in the answer.
+takes a minute at most. Exit code 0: solved; 1: not yet; 2: a mistake in the command or an error in the answer.
 """
 
 import importlib.util
@@ -38,7 +38,7 @@ def findings(name: str, path: Path) -> list[Finding]:
         return list(exercise.check(path))
     spec = importlib.util.spec_from_file_location("answer", path)
     assert spec is not None and spec.loader is not None
-    answer = sys.modules["answer"] = importlib.util.module_from_spec(spec)  # there, so that its classes can be pickled
+    answer = sys.modules["answer"] = importlib.util.module_from_spec(spec)  # so that its classes can be pickled
     try:
         spec.loader.exec_module(answer)
         return list(exercise.check(answer))
@@ -83,7 +83,7 @@ def _run(arguments: list[str]) -> int:
     path = _file(options.exercise, options.answer)
     if path.suffix == ".py":
         _stop_in_time(path)
-    warnings.filterwarnings("ignore")  # of Lightning's, about settings that are meant as they are
+    warnings.filterwarnings("ignore")  # Lightning's, about settings that are intended
     found = findings(options.exercise, path)
     print(f"{options.exercise}: {os.path.relpath(path)}\n{report(options.exercise, found, language)}")
     return int(not all(finding.right for finding in found))

@@ -20,7 +20,7 @@ LIMIT = 60  # seconds, of a training by a recipe
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at: whether it is right, the name of its text in texts.yaml, and what it mentions."""
+    """One finding: whether it is right, the name of its text in texts.yaml, and the values that the text mentions."""
 
     right: bool
     text: str
@@ -28,7 +28,7 @@ class Finding(NamedTuple):
 
 
 def numbers(**expected: float) -> Callable[[Any], Iterator[Finding]]:
-    """The check of an answer that consists of numbers, which must be right to half a per cent."""
+    """The check of an answer that consists of numbers, which must be within half a per cent."""
 
     def check(answer: Any) -> Iterator[Finding]:
         for name, value in expected.items():
@@ -55,7 +55,7 @@ def lenet_2(answer: Any) -> Iterator[Finding]:
 
 
 def lenet_3(answer: Any) -> Iterator[Finding]:
-    """The network ends in a softmax, and cross entropy takes another."""
+    """The network ends in a softmax, and cross entropy applies another."""
     import torch
 
     net = answer.Answer()
@@ -98,7 +98,7 @@ def vgg_2(answer: Any) -> Iterator[Finding]:
 
 
 def vgg_3(answer: Any) -> Iterator[Finding]:
-    """The test images are shuffled in among the training images."""
+    """The test images are mixed with the training images."""
     import torch
 
     given = *images("train"), *images("test")
@@ -121,7 +121,7 @@ def vgg_3(answer: Any) -> Iterator[Finding]:
 
 
 def nin_1(answer: Any) -> Iterator[Finding]:
-    """LeNet with NiN's end in place of its linear layers."""
+    """LeNet with NiN's ending instead of its linear layers."""
     import torch
     from torch import nn
 
