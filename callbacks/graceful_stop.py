@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -28,8 +29,9 @@ class GracefulStop(Callback):
     So it does not matter which processes get the signal. Batches that are still being accumulated are finished first.
     Outside of training there is nothing to save: testing ends at once.
 
-    Under SLURM, Lightning's own handler then saves and requeues the job on SIGUSR1 (or the signal that the
-    `SLURMEnvironment` was made with).
+    Under SLURM, SIGUSR1 (or the signal that the `SLURMEnvironment` was made with) then also requeues the job, which
+    launch/start.py lets continue from `last.ckpt`. (Lightning's own handler would save a second checkpoint, where a job
+    that was requeued does not look for it.)
 
     Args:
         processes: The callback that lets the processes agree.
@@ -44,7 +46,6 @@ class GracefulStop(Callback):
         self._last = last
         self._how_to_continue = how_to_continue
         self._handlers_before: dict[int, Any] = {}
-        self._requeue: Any = None  # Lightning's handler, and its signal
         self._requeue_signal: int | None = None
         self._signal = 0
         self._tell = True
@@ -64,8 +65,6 @@ class GracefulStop(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the signals over again from Lightning, which has set its own handlers for SLURM."""
         self._processes.watch.patience = FIRST_BATCH
-        if self._requeue_signal:
-            self._requeue = signal.getsignal(self._requeue_signal)
         self._handle(self._take_note)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -117,8 +116,6 @@ class GracefulStop(Callback):
         if threading.current_thread() is not threading.main_thread():
             return
         for signum in {*SIGNALS, *([self._requeue_signal] if self._requeue_signal else [])}:
-            if signum == self._requeue_signal and self._requeue is None:
-                continue  # Lightning sets its handler only where there is none
             if signum == getattr(signal, "SIGHUP", None) and signal.getsignal(signum) == signal.SIG_IGN:
                 continue  # under nohup
             before: Any = signal.signal(signum, handler)
@@ -142,11 +139,22 @@ class GracefulStop(Callback):
         self._stop(trainer, signum, f"Stopped by {signal_name(signum)} in {where}. {saved}", path)
 
     def _stop(self, trainer: pl.Trainer, signum: int, message: str, path: Path | None) -> None:
-        if signum == self._requeue_signal and callable(self._requeue):
-            self._requeue(signum, None)
-            message += " The job was requeued."
+        if signum == self._requeue_signal and path:
+            message += f" {_requeued() if trainer.is_global_zero else ''}"
         elif path:
             message += f"\nContinue with: {self._how_to_continue(path)}"
         self._processes.watch.patience = math.inf  # it has answered
         self._processes.end_with_parent()
         raise Stopped(message if trainer.is_global_zero else "", stopped_code(signum))
+
+
+def _requeued() -> str:
+    """Have SLURM start this job again; says whether it does."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}" if array else os.environ.get("SLURM_JOB_ID", "")
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
+        fault = done.stderr.strip() or f"exit code {done.returncode}" if done.returncode else ""
+    except (OSError, subprocess.SubprocessError) as error:
+        fault = str(error)
+    return f"The job could not be requeued: {fault}" if fault else "The job was requeued."

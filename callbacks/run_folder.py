@@ -1,5 +1,6 @@
 """A folder for each run, and the run's own checkpoints in it."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+
+SLURM_JOB = "slurm_job"  # file in the run's folder that names the job; launch/start.py finds a requeued job's run by it
 
 
 class RunFolder(Callback):
@@ -40,6 +43,8 @@ class RunFolder(Callback):
             else:
                 parent.mkdir(parents=True, exist_ok=True)
                 self.path = _make_next(parent)
+            if job := os.environ.get("SLURM_JOB_ID"):
+                (self.path / SLURM_JOB).write_text(job, encoding="utf-8")
         return self.path
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from callbacks.run_folder import SLURM_JOB
 from checkpoints.plain import recipe_name
 from checkpoints.reading import read_checkpoint, stored_config
 from checkpoints.trust import Trusted
@@ -43,6 +44,7 @@ class Start:
         Raises:
             UserError: If it can't be used.
         """
+        requeued = _requeued(command)
         if not command.ckpt_path:
             return cls(command, command.recipe or "unnamed")
         checkpoint = _newest_valid(command)
@@ -58,6 +60,8 @@ class Start:
             how = "add --trust_checkpoint"
             rules = Trusted(path, command.trust_checkpoint, how, checkpoint["state_dict"], whole_below)
             settings = rules.to_train(settings) if command.subcommand == "fit" else rules.to_use(settings)
+        if requeued:
+            _keep_what_was_found(command, checkpoint, path)
         shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
         processes = checkpoint.get("processes")
         recipe = command.recipe or recipe_name(checkpoint)
@@ -118,6 +122,30 @@ def how_to_continue(command: Command, config: Any, path: Path) -> str:
         _replace(arguments, "--lr", config.model.optimizer.init_args.lr)
     named = any(token.split("=")[0] == "--model" for token in arguments)
     return shlex.join(["python", "train.py", *arguments, "--ckpt_path", "last" if named else shown(path)])
+
+
+def _requeued(command: Command) -> bool:
+    """Whether SLURM starts a job again; it then continues its own run, if that has left a checkpoint."""
+    job, log_dir = os.environ.get("SLURM_JOB_ID"), Path(command.log_dir) / (command.recipe or "unnamed")
+    if command.subcommand != "fit" or command.ckpt_path or os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+        return False
+    for marker in log_dir.glob(f"version_*/{SLURM_JOB}"):
+        checkpoint = marker.parent / "checkpoints" / "last.ckpt"
+        if marker.read_text(encoding="utf-8") == job and checkpoint.is_file():
+            command.ckpt_path = str(checkpoint)
+    return command.ckpt_path is not None
+
+
+def _keep_what_was_found(command: Command, checkpoint: dict[str, Any], path: str) -> None:
+    """Train with the batch size and the learning rate that the job found when it first ran."""
+    settings = stored_config(checkpoint, path)
+    if command.find_batch_size:
+        command.overrides.append(f"--data.batch_size={int(settings['data']['batch_size'])}")
+    if command.find_lr:
+        command.overrides.append(
+            f"--model.optimizer.init_args.lr={float(settings['model']['optimizer']['init_args']['lr'])}"
+        )
+    command.find_batch_size = command.find_lr = False
 
 
 def _newest_valid(command: Command) -> dict[str, Any]:

@@ -1065,7 +1065,18 @@ def test_slurm_job_is_saved_and_requeued(tmp_path: Path) -> None:
     assert "requeued" in answer.err and "Traceback" not in answer.err
     assert (tmp_path / "requeued").read_text().split() == ["requeue", "17"]
     assert checkpoint(folder)["global_step"] > 5
-    assert (folder / SAVED.parent / "hpc_ckpt_1.ckpt").is_file()  # from which Lightning continues the job by itself
+    whole = write(tmp_path / "whole")
+    assert train(whole).code == 0
+    # SLURM starts the same command again, and says so; another job's run is not taken for this one's.
+    (folder / "command.json").write_text("{}")
+    again = {**ENVIRONMENT, **job, "SLURM_RESTART_COUNT": "1"}
+    command = [sys.executable, str(REPO / "train.py"), *flags()]
+    for number, environment in enumerate((again, again | {"SLURM_JOB_ID": "18"})):
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=2 * MINUTE)
+        assert done.returncode == 0, done.stderr
+        assert len(list((folder / SAVED.parents[1]).iterdir())) == 1 + number
+    expected, found = checkpoint(whole), checkpoint(folder)
+    assert not [d for key in COMPUTED for d in differences(expected[key], found[key], key)]
 
 
 def _children(pid: int) -> list[str]:
