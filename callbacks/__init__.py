@@ -1,1 +1,1 @@
-"""What a run shows, records or guards, one callback a file."""
+"""What a run shows, records or watches for, one callback per file."""

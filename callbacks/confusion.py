@@ -1,4 +1,4 @@
-"""Which classes are taken for which, and the most confident mistakes, of each evaluation."""
+"""Which classes are mistaken for which in each evaluation, and the most confident mistakes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +20,7 @@ class Confusion(Callback):
         mistakes: How many mistakes to keep.
 
     Attributes:
-        matrix: Images (C, C) of the last evaluation, of all processes; rows are true classes, columns guesses.
+        matrix: Images (C, C) of the last evaluation, of all processes; rows are true classes, columns predictions.
         mistakes: The most confident ones of the last evaluation, the worst first.
         right: Whether the last test got each image right, in their order.
     """
@@ -35,7 +35,7 @@ class Confusion(Callback):
 
     @property
     def class_accuracy(self) -> dict[str, float]:
-        """Share of each class's images that the last evaluation got right; without the classes that had no image."""
+        """Share of each class's images that the last evaluation got right; without classes that had no image."""
         counts = zip(self.class_names, self.matrix.diagonal().tolist(), self.matrix.sum(dim=1).tolist(), strict=True)
         return {name: right / images for name, right, images in counts if images}
 
@@ -76,14 +76,14 @@ class Confusion(Callback):
         indices, right = self._count_up(pl_module)
         images = int(self.matrix.sum())
         everyones = torch.zeros(images, dtype=torch.uint8, device=right.device)
-        everyones[indices[right]] = 1  # each process knows of its own
+        everyones[indices[right]] = 1  # each process knows its own
         gathered: Any = pl_module.all_gather(everyones)
         self.right = gathered.reshape(-1, images).any(dim=0).tolist()
 
     def _keep(self, trainer: pl.Trainer, logits: Tensor, labels: Tensor, batch_idx: int) -> None:
         if batch_idx == 0:
-            self._batches.clear()  # of an evaluation that was broken off
-        # Batches are dealt out in turn: this one is the (batch_idx * world_size + rank)-th of the whole set.
+            self._batches.clear()  # of an evaluation that was interrupted
+        # Batches are distributed in turn: this one is the (batch_idx * world_size + rank)-th of the whole set.
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         first = (batch_idx * trainer.world_size + trainer.global_rank) * data.eval_batch_size
         self._batches.append((first, logits.detach(), labels))

@@ -18,18 +18,18 @@ CHANCE = (0.98, 1.1)
 
 
 def is_overflow(error: BaseException) -> bool:
-    """Whether PyTorch's optimisers say that a step's factor does not fit into the weights' type."""
+    """Whether PyTorch's optimisers report that a step's factor does not fit in the weights' type."""
     return isinstance(error, RuntimeError) and "cannot be converted to type" in str(error) and "overflow" in str(error)
 
 
 class DivergenceGuard(Callback):
     """Raises `Diverged` at a loss that is not finite, and reports a network that is stuck at chance.
 
-    On the CPU each batch's loss is looked at before its optimiser step, so the weights stay those of the last good
-    batch. On other devices a look at every step would make the CPU wait for the device, so the guard looks every
+    On the CPU each batch's loss is checked before its optimiser step, so the weights stay those of the last good
+    batch. On other devices a check at every step would make the CPU wait for the device, so the guard looks every
     `log_every_n_steps` batches and before each checkpoint: the weights in memory may be lost by then (they were before
     the step that made the loss infinite or NaN, as a rule), but no checkpoint is ever written with them, and the last
-    good one stays. The last step of an epoch shows in no training loss: the validation loss is looked at too, and each
+    good one stays. The last step of an epoch shows in no training loss: the validation loss is checked too, and each
     checkpoint's weights.
 
     A network is stuck at chance if its mean loss over `chance_steps` batches is that of guessing, ln(`num_classes`).
@@ -38,8 +38,8 @@ class DivergenceGuard(Callback):
     Args:
         processes: The callback that lets the processes agree.
         num_classes: Number of classes.
-        chance_steps: Number of batches, from the first of the run, after which the mean loss is looked at.
-        stop_at_chance: Raise instead of only saying so.
+        chance_steps: Number of batches, from the first of the run, after which the mean loss is checked.
+        stop_at_chance: Raise instead of only reporting it.
     """
 
     def __init__(
@@ -53,14 +53,14 @@ class DivergenceGuard(Callback):
         self._sum: Tensor | None = None  # of the losses of all steps, on the device
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Look at the loss where that is free."""
+        """Check the loss where that costs nothing."""
         if _is_free(trainer):
             self._end_unless_finite(trainer, loss)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add up the losses, which makes nothing wait for the device; look at the sum now and then."""
+        """Add up the losses, which does not wait for the device; check the sum now and then."""
         loss = outputs["loss"].detach().float()
         self._sum = loss if self._sum is None else self._sum + loss
         self._steps += 1
@@ -71,13 +71,13 @@ class DivergenceGuard(Callback):
             self._check_chance(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look at the loss, before the checkpoint of the best epoch is written."""
+        """Check the loss before the checkpoint of the best epoch is written."""
         loss = trainer.callback_metrics.get("val/loss")
         if loss is not None and not trainer.sanity_checking:
             self._end_unless_finite(trainer, loss, "validation loss is")
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        """No checkpoint with spoilt weights."""
+        """Refuse to write a checkpoint with ruined weights."""
         if self._sum is not None:
             self._end_unless_finite(trainer, self._sum)
             weights = [weight for weight in checkpoint["state_dict"].values() if weight.is_floating_point()]
@@ -97,7 +97,7 @@ class DivergenceGuard(Callback):
 
     def _check_chance(self, trainer: pl.Trainer) -> None:
         assert self._sum is not None
-        mean = self._sum.item() * trainer.accumulate_grad_batches / self._steps  # by which Lightning divides the loss
+        mean = self._sum.item() * trainer.accumulate_grad_batches / self._steps  # Lightning divides the loss by it
         stuck = CHANCE[0] * self._chance <= mean <= CHANCE[1] * self._chance
         if not self._processes.largest(int(stuck)):
             return

@@ -14,17 +14,17 @@ class EMA(WeightAveraging):
     https://doi.org/10.1137/0330046).
 
     A recipe switches it on under `trainer.callbacks`. The `state_dict` of a checkpoint is then the averaged network;
-    what training goes on from lies beside it.
+    what training continues from is stored beside it.
 
     Differs from Lightning's `EMAWeightAveraging` (2.6) in that the decay warms up, so that the first weights are soon
-    forgotten; in that the average lies on the training device (Lightning's is made before the network moves there);
+    forgotten; in that the average is on the training device (Lightning's is made before the network moves there);
     and in that testing after training in the same process measures the average, not the last weights.
 
     Args:
         decay: Share of the old average in the new one. After t updates min(decay, (1 + t) / (10 + t)) is used.
 
     Raises:
-        ValueError: If the decay does not lie in [0, 1).
+        ValueError: If the decay is not in [0, 1).
     """
 
     def __init__(self, decay: float = 0.999) -> None:
@@ -39,13 +39,13 @@ class EMA(WeightAveraging):
         super().setup(trainer, pl_module, stage)
         if stage == TrainerFn.FITTING:
             assert self._average_model is not None
-            # Counted on the CPU: each step reads it, which would wait for the device.
+            # Counted on the CPU: each step reads it, and on the device it would have to wait.
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take up average and weights to go on training; elsewhere the network has the average already."""
+        """Restore average and weights to continue training; otherwise the network has the average already."""
         if trainer.state.fn == TrainerFn.FITTING:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 

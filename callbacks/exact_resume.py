@@ -17,21 +17,21 @@ GRADIENTS = "summed_gradients"  # in a checkpoint that was saved between two opt
 
 
 class ExactResume(Callback):
-    """Mends where Lightning (2.6) loses its place when a checkpoint was not saved at an epoch's end.
+    """Corrects where Lightning (2.6) resumes when a checkpoint was not saved at an epoch's end.
 
-    The random draws and the order of the images need nothing stored: they derive from seed, epoch and batch. What is
-    left is to say in the checkpoint where training stood, in terms that Lightning's loops continue from properly:
+    The random draws and the order of the images need nothing stored: they derive from seed, epoch and batch. The
+    checkpoint only has to say where training was, in a form from which Lightning's loops continue properly:
 
-    - after an epoch's last batch, or during validation: the validation is done again, whole (Lightning would skip it,
-      or do its second half alone);
+    - after an epoch's last batch, or during validation: the whole validation is repeated (Lightning would skip it,
+      or do only its second half);
     - after an epoch: at the start of the next (with `max_steps`, Lightning would end the same epoch twice), with
       `ReduceLROnPlateau` having seen it;
     - between two optimiser steps, in a validation within an epoch: the gradients that were summed so far are saved.
 
-    Of more than two processes on the CPU, each gradient is summed in the order of the processes: DDP's own order
-    depends on where the gradient lies in a bucket, and the buckets change after the first step of each process.
+    With more than two processes on the CPU, each gradient is summed in the order of the processes: DDP's own order
+    depends on the gradient's place in a bucket, and the buckets change after the first step of each process.
 
-    Only metrics of a resumed epoch's training may differ: they cover the part that was left.
+    Only the training metrics of a resumed epoch may differ: they cover the rest of the epoch.
     """
 
     def __init__(self) -> None:
@@ -40,11 +40,11 @@ class ExactResume(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the gradients until the parameters lie where they are trained."""
+        """Keep the gradients until the parameters are on the training device."""
         self._gradients = checkpoint.get(GRADIENTS)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Fetch from where the checkpoint stood: with workers, batches were fetched before it was loaded."""
+        """Fetch from where the checkpoint was: with workers, batches were fetched before it was loaded."""
         if trainer.fit_loop.is_resuming:
             assert trainer.fit_loop._data_fetcher is not None
             iter(trainer.fit_loop._data_fetcher)
@@ -64,12 +64,12 @@ class ExactResume(Callback):
         fit_loop = trainer.fit_loop
         if fit_loop.epoch_loop._num_ready_batches_reached():
             fit_loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
-        fit_loop._restarting = True  # until this epoch is over: not to be stepped again
+        fit_loop._restarting = True  # until this epoch is over, so that it is not stepped again
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Say where training stands."""
+        """Store where training is."""
         checkpoint["processes"] = trainer.world_size
         if trainer.state.fn == TrainerFn.FITTING and trainer.fit_loop._should_accumulate():
             checkpoint[GRADIENTS] = {
@@ -95,7 +95,7 @@ class ExactResume(Callback):
                 batches[name] = _at(batches[name], batches[name]["processed"])
             validation["current"] = _at(validation["current"], 0)
             validation["total"] = _at(validation["total"], 0)
-            if not validated:  # one batch begun and not ended is how the loop tells that it was interrupted
+            if not validated:  # a batch begun and not ended tells the loop that it was interrupted
                 validation["total"] |= {"ready": 1, "started": 1}
 
     def _restore_gradients(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -117,9 +117,9 @@ class ExactResume(Callback):
 
 
 class SavedPrecision(Callback):
-    """Makes float64 weights float64 before a checkpoint is loaded, which would else be rounded to float32.
+    """Makes float64 weights float64 before a checkpoint is loaded, which would otherwise round to float32.
 
-    (Lightning 2.6 converts the module afterwards.) It must stand before callbacks that copy the module.
+    (Lightning 2.6 converts the module afterwards.) It must come before callbacks that copy the module.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -129,7 +129,7 @@ class SavedPrecision(Callback):
 
 
 def ordered_mean(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """A communication hook of DDP's: the mean over the processes, always summed in the order of their numbers."""
+    """A communication hook for DDP: the mean over the processes, always summed in rank order."""
     mine = bucket.buffer()
     parts = [torch.empty_like(mine) for _ in range(group.size())]
     work = dist.all_gather(parts, mine, group=group, async_op=True)
@@ -144,7 +144,7 @@ def ordered_mean(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.fut
 
 
 def _of_all_processes(trainer: pl.Trainer, gradient: Tensor) -> Tensor:
-    """Each process's own, (processes, *shape), on the CPU."""
+    """The tensors of all processes, (processes, *shape), on the CPU."""
     if trainer.world_size == 1:
         return gradient.detach().cpu()[None]
     return trainer.strategy.all_gather(gradient.detach()).cpu()

@@ -1,4 +1,4 @@
-"""Fine-tuning: the convolutions wait until the new layers have settled, then train at a lower rate."""
+"""Fine-tuning: the convolutions stay frozen until the new layers have settled, then train at a lower rate."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -21,7 +21,7 @@ class FreezeFeatures(Callback):
     Unlike Lightning's `BaseFinetuning`, the optimiser has both groups of parameters from the start (it passes over
     those without a gradient). So the schedule scales both rates, and a checkpoint looks the same in both phases: a
     continued run needs only the epoch to know what trains. And the processes of a DDP group average the gradients of
-    what was unfrozen: DDP ignores for good what is frozen when it wraps a network, so the network is wrapped anew.
+    what was unfrozen: DDP permanently ignores what is frozen when it wraps a network, so the network is wrapped again.
 
     Args:
         epochs: Number of epochs, from the first, in which the features are frozen; 0 freezes nothing.
@@ -30,7 +30,7 @@ class FreezeFeatures(Callback):
     Raises:
         ValueError: If an argument is out of range.
         UserError: When training begins, if the network has no part called `features`, or the processes share the
-            network in another way than DDP.
+            network in some way other than DDP.
 
     Source: the layer-wise rates of Yosinski et al. 2014 (arXiv:1411.1792) and Howard & Ruder 2018 (arXiv:1801.06146).
     """
@@ -67,7 +67,7 @@ class FreezeFeatures(Callback):
         self._freeze_or_unfreeze(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """See whether it is time."""
+        """Unfreeze the features when it is time."""
         self._freeze_or_unfreeze(trainer, pl_module)
 
     def _freeze_or_unfreeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -19,13 +19,13 @@ from callbacks.run_folder import RunCheckpoint
 from callbacks.signal_watch import BEFORE_TRAINING, SIGNALS
 from errors import Stopped
 
-FIRST_BATCH = 30.0  # seconds to wait for a first batch, of which it is not known how long it takes
+FIRST_BATCH = 30.0  # seconds to wait for the first batch, as nobody knows yet how long one takes
 
 
 class GracefulStop(Callback):
-    """Saves `last.ckpt` after the batch in work and raises `Stopped`; a second Ctrl-C ends the process at once.
+    """Saves `last.ckpt` after the current batch and raises `Stopped`; a second Ctrl-C ends the process at once.
 
-    The handlers only take a note, and after each batch the processes agree on whether one of them was told to stop.
+    The handlers only note the signal; after each batch the processes agree on whether one of them was asked to stop.
     So it does not matter which processes get the signal. Batches that are still being accumulated are finished first.
     Outside of training there is nothing to save: testing ends at once.
 
@@ -35,7 +35,7 @@ class GracefulStop(Callback):
 
     Args:
         processes: The callback that lets the processes agree.
-        last: The callback that saves `last.ckpt`; None where nothing is saved.
+        last: The callback that saves `last.ckpt`; None if nothing is saved.
         how_to_continue: From the path of the checkpoint to the command that continues from it.
     """
 
@@ -51,24 +51,24 @@ class GracefulStop(Callback):
         self._tell = True
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Take the signals over; outside of training there is nothing to save, and they end the process at once."""
+        """Handle the signals; outside of training there is nothing to save, and they end the process at once."""
         self._tell = trainer.is_global_zero
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeue_signal = environment.requeue_signal
         handler = self._take_note if stage == TrainerFn.FITTING else self._processes.raise_at_once
         self._handle(handler)
-        # Lightning's own handler talks to the other processes, which may be anywhere: that hangs.
+        # Lightning's own handler talks to the other processes, which may be busy elsewhere: that hangs.
         connector: Any = trainer._signal_connector
         connector._sigterm_notifier_fn = handler
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the signals over again from Lightning, which has set its own handlers for SLURM."""
+        """Take the signals back from Lightning, which has set its own handlers for SLURM."""
         self._processes.watch.patience = FIRST_BATCH
         self._handle(self._take_note)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the signals back."""
+        """Restore the former handlers."""
         self._processes.watch.patience = BEFORE_TRAINING
         for signum, handler in self._handlers_before.items():
             signal.signal(signum, handler)
@@ -77,7 +77,7 @@ class GracefulStop(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop if asked to; last of the callbacks, so that what they keep is saved as of this batch."""
+        """Stop if asked to; as the last callback, so that the others' state is saved as of this batch."""
         self._processes.watch.progress()
         if not trainer.fit_loop._should_accumulate():
             self._stop_if_asked(trainer, f"epoch {trainer.current_epoch + 1}, batch {batch_idx + 1}")
@@ -91,7 +91,7 @@ class GracefulStop(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Stop if asked to; the validation is then done again, whole."""
+        """Stop if asked to; the whole validation is then repeated."""
         self._processes.watch.progress()
         if (
             trainer.state.fn != TrainerFn.FITTING
@@ -105,7 +105,7 @@ class GracefulStop(Callback):
         self._stop_if_asked(trainer, f"the validation of epoch {trainer.current_epoch + 1}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A signal after the last check is not lost."""
+        """Stop if a signal came after the last check."""
         if signum := self._processes.largest(self._signal):
             self._stop(trainer, signum, "Training is complete, and was stopped before testing.", self._file())
 
@@ -122,7 +122,7 @@ class GracefulStop(Callback):
             self._handlers_before.setdefault(signum, before)
 
     def _take_note(self, signum: int, frame: Any) -> None:
-        if not self._signal:  # a second one is for the watch
+        if not self._signal:  # the watch handles a second one
             self._signal = signum
             if self._tell and signum == signal.SIGINT:
                 os.write(2, b"\nSaving a checkpoint after this batch; press Ctrl-C again to stop at once.\n")

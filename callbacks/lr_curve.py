@@ -29,7 +29,7 @@ class LearningRateCurve(Callback):
     """Writes `lr_finder.json` and `lr_finder.png` into the run's folder when training begins.
 
     Args:
-        curve: What was measured; None on the processes that were only told the rate.
+        curve: What was measured; None on processes that only received the rate.
         folder: The run's folder.
     """
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 
 class PredictionWriter(Callback):
-    """Writes one line an image: index, label, predicted class, and the probability of every class.
+    """Writes one line per image: index, label, predicted class, and the probability of every class.
 
-    With several processes each writes the batches it saw, the images' indices included, into a file of its own.
+    With several processes, each writes its own batches, with the images' indices, into its own file.
 
     Args:
         path: The CSV file.
@@ -38,7 +38,7 @@ class PredictionWriter(Callback):
     ) -> None:
         """Keep the rows of one batch."""
         labels = batch[1].tolist()
-        # Batches are dealt out in turn: this one is the (batch_idx * world_size + rank)-th of the whole set.
+        # Batches are distributed in turn: this one is the (batch_idx * world_size + rank)-th of the whole set.
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         first = (batch_idx * trainer.world_size + trainer.global_rank) * data.eval_batch_size
         best = torch.argmax(outputs, dim=1).tolist()

@@ -1,4 +1,4 @@
-"""The processes of one run: what they agree on, and what happens when one of them is gone."""
+"""The processes of one run: what they agree on, and what happens when one of them dies."""
 
 import ctypes
 import os
@@ -23,12 +23,12 @@ from errors import Stopped, print_error
 POLL_SECONDS = 0.5
 STARTED_BY = "CLASSIC_CNNS_STARTED_BY"  # where the first process leaves its number for those that it starts
 SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
-# How long a process whose connection broke waits to be told, or to see, which process was lost.
+# How long a process whose connection broke waits to learn which process was lost.
 GRACE_SECONDS = 20.0
 
 
 class Processes(Callback):
-    """Watches the other processes that `--devices` started on this machine, and ends this one when they are gone.
+    """Watches the other processes that `--devices` started on this machine, and ends this one when they die.
 
     Lightning's own observer ends them without a word. (Processes that torchrun or SLURM started are watched by them.)
     """
@@ -44,10 +44,10 @@ class Processes(Callback):
         self._group: Any = None
 
     def begin(self) -> None:
-        """Watch the parent, if this process was started by one of this run; take the signals over."""
+        """Watch the parent, if a process of this run started this one; handle the signals."""
         if _is_child():
             self._parent = int(os.environ[STARTED_BY])
-            if sys.platform == "linux":  # lets a process that was halted see it, too
+            if sys.platform == "linux":  # reaches a process that was suspended, too
                 ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGCONT)
             self._start(self._watch_parent, self._parent, int(os.environ["LOCAL_RANK"]))
         else:
@@ -59,7 +59,7 @@ class Processes(Callback):
         self.watch.start()
 
     def raise_at_once(self, signum: int, frame: Any) -> None:
-        """The handler where there is nothing to save.
+        """The handler when there is nothing to save.
 
         Raises:
             Stopped: Always.
@@ -92,7 +92,7 @@ class Processes(Callback):
         self.ignore_ends()
 
     def end_with_parent(self) -> None:
-        """Stop watching, for the processes end in any order now; but none outlives the one that started it."""
+        """Stop watching, as the processes end in any order now; but none outlives the one that started it."""
         self.ignore_ends()
         if self._parent and sys.platform == "linux":
             ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
@@ -101,11 +101,11 @@ class Processes(Callback):
         """Stop watching."""
         self._stop_watching.set()
         if self._watch and self._watch is not threading.current_thread():
-            self._watch.join()  # a thread that is alive when Python ends may bring it down
+            self._watch.join()  # a thread that is alive when Python ends may crash it
         self._watch = None
 
     def largest(self, value: int) -> int:
-        """The largest of the processes' values; all must ask at the same moment."""
+        """The largest of the processes' values; all must call this at the same moment."""
         if self._group is None:
             return value
         tensor = torch.tensor(value)
@@ -151,24 +151,24 @@ class Processes(Callback):
             os.write(2, f"\nStopped {why}: nothing was saved since the last checkpoint.\n".encode())
         self.kill_children()
         if self._parent:
-            time.sleep(2)  # the parent ends us, unless it is the one that hangs
+            time.sleep(2)  # the parent ends this process, unless it is the one that hangs
             if os.getppid() == self._parent:
                 os.kill(self._parent, signal.SIGKILL)
         os._exit(stopped_code(signum))
 
 
 def is_first() -> bool:
-    """Whether this process tells the user what all of a machine do."""
+    """Whether this process speaks for all processes of its machine."""
     return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def signal_name(signum: int) -> str:
-    """As the user knows it."""
+    """The signal's name as the user knows it."""
     return "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
 
 
 def stopped_code(signum: int) -> int:
-    """The exit code of a process that was told to stop."""
+    """The exit code of a process that was asked to stop."""
     return 130 if signum == signal.SIGINT else 143
 
 
@@ -179,10 +179,10 @@ def _is_child() -> bool:
 
 
 def end_process(exit_code: int) -> None:
-    """End one of several processes without Python's own clean-up; return where there is only one.
+    """End one of several processes without Python's own clean-up; return if there is only one.
 
-    During that clean-up a process that had done its work was now and then brought down with "terminate called without
-    an active exception", as C++ says when a thread is still running: most likely one of the connection's.
+    During that clean-up a process that had finished sometimes crashed with "terminate called without
+    an active exception", as C++ says when a thread is still running: most likely a thread of the connection.
     """
     if dist.is_available() and dist.is_initialized():
         sys.stdout.flush()

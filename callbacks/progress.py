@@ -17,12 +17,12 @@ _LEAST_IMPORTANT = ("lr", "images/s", "train accuracy", "seconds", "train loss",
 
 
 class EpochProgress(ProgressBar):
-    """Shows epoch, bar, loss, speed and time left in one line, which gives way to a line of the epoch's results.
+    """Shows epoch, bar, loss, speed and time left in one line, which is replaced by a line with the epoch's results.
 
-    Where standard output is no terminal (pipes, files, CI) only the epochs' lines are printed.
+    If standard output is not a terminal (pipes, files, CI), only the epochs' lines are printed.
 
     Args:
-        speed: The callback that measures the epoch; it must stand before this one.
+        speed: The callback that measures the epoch; it must come before this one.
     """
 
     def __init__(self, speed: Speed) -> None:
@@ -56,7 +56,7 @@ class EpochProgress(ProgressBar):
             self._begin("validation", sum(trainer.num_val_batches))
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        """Say that it is validating; move a bar of its own."""
+        """Show that it is validating, or move the bar of a validation alone."""
         self._evaluated("validating" if trainer.state.fn == "fit" else "")
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -95,11 +95,11 @@ class EpochProgress(ProgressBar):
         print("".join(fields.values()), flush=True)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Remove the bar, so that what is said next has a line of its own."""
+        """Remove the bar, so that what is printed next has its own line."""
         self._end()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Remove the bar of what is over."""
+        """Remove the bar of a finished stage."""
         self._end()
 
     def _begin(self, what: str, total: float) -> None:
@@ -108,7 +108,7 @@ class EpochProgress(ProgressBar):
             return
         text, left = TextColumn("{task.fields[text]}"), (TimeRemainingColumn(compact=True), TextColumn("left"))
         columns = (TextColumn("{task.description}"), BarColumn(None), text, *left)
-        # Drawn by hand, without a thread that would take time from the training.
+        # Drawn without Rich's own thread, which would take time from the training.
         self._bar = Progress(*columns, console=self._console, transient=True, expand=True, auto_refresh=False)
         self._bar.add_task(what, total=total if total != float("inf") else None, text="")
         self._bar.start()

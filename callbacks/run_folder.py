@@ -16,7 +16,7 @@ SLURM_JOB = "slurm_job"  # file in the run's folder that names the job; launch/s
 class RunFolder(Callback):
     """The run's own folder, `LOG_DIR/RECIPE/version_N`, whatever logger it has; it must be the first callback.
 
-    The first process claims it by making it, which succeeds for one of several runs that start at the same moment.
+    The first process claims it by making it, which succeeds for one of several runs that start at once.
 
     Args:
         recipe: Name of the recipe.
@@ -24,7 +24,7 @@ class RunFolder(Callback):
 
     Attributes:
         log_dir: Folder of all runs.
-        path: The run's folder; None before training starts, and where nothing is to be kept (`fast_dev_run`).
+        path: The run's folder; None before training starts, and if nothing is to be kept (`fast_dev_run`).
     """
 
     def __init__(self, recipe: str, start: Path) -> None:
@@ -34,9 +34,9 @@ class RunFolder(Callback):
         self._start = start
 
     def claim(self) -> Path:
-        """The folder, made if it was not there; for the first process alone."""
+        """The folder, created if needed; only for the first process."""
         if self.path is None:
-            # Absolute, else a run that is continued from another working folder forgets its best epoch.
+            # Absolute, or a run that is continued from another working folder would forget its best epoch.
             parent, start = self.log_dir.resolve() / self._recipe, self._start.resolve()
             if start.parent == parent and _number(start) is not None:
                 self.path = start
@@ -53,7 +53,7 @@ class RunFolder(Callback):
             return
         folder = str(self.claim()) if trainer.is_global_zero else ""
         self.path = Path(trainer.strategy.broadcast(folder))
-        trainer._default_root_dir = str(self.path)  # type: ignore[attr-defined]  # where callbacks of the user's own put what they write
+        trainer._default_root_dir = str(self.path)  # type: ignore[attr-defined]  # where the user's own callbacks write
 
 
 class RunLogger(TensorBoardLogger):
@@ -72,7 +72,7 @@ class RunLogger(TensorBoardLogger):
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """One checkpoint of fixed name in the run's folder, which does not collide with `ModelCheckpoint`s of the user's.
+    """One checkpoint of fixed name in the run's folder, which does not collide with the user's `ModelCheckpoint`s.
 
     Args:
         folder: The run's folder.
@@ -87,16 +87,16 @@ class RunCheckpoint(ModelCheckpoint):
 
     @property
     def file(self) -> Path | None:
-        """The checkpoint; None before training starts, and where nothing is saved."""
+        """The checkpoint; None before training starts, and if nothing is saved."""
         return self._folder.path and self._folder.path / "checkpoints" / f"{self.filename}.ckpt"
 
     @property
     def _legacy_state_key(self) -> Any:
-        """How checkpoints of earlier versions name this callback."""
+        """The name of this callback in checkpoints of earlier versions."""
         return self.state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Take the folder over."""
+        """Use the run's folder."""
         if self.file:
             self.dirpath = str(self.file.parent)
             self._is_there = trainer.strategy.broadcast(self.file.exists())

@@ -1,4 +1,4 @@
-"""One JSON a run: what was trained, where, how fast and how well; also fills TensorBoard's HParams tab."""
+"""One JSON per run: what was trained, where, how fast and how well; also fills TensorBoard's HParams tab."""
 
 import hashlib
 import json
@@ -27,21 +27,21 @@ from runs.settings import leaves
 
 # What TensorBoard's HParams tab shows without a click.
 FIRST_HPARAMS = ("recipe", "model.optimizer.lr", "data.batch_size", "max_epochs", "seed")
-# What a record holds of a run that is over, and no longer of one that goes on.
+# What a record holds only when the run is over; removed when it continues.
 OF_THE_END = ("test", "fit_seconds", "stopped_after_seconds", "best_val_accuracy", "images_per_second")
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics")
 
 
 class RunRecord(Callback):
-    """Writes `record.json` into the run's folder, anew after each epoch and after testing.
+    """Writes `record.json` into the run's folder, again after each epoch and after testing.
 
     Args:
         recipe: Name of the recipe.
         config: The resolved configuration, as nested mappings.
         config_text: The same as YAML, for its hash.
         folder: The run's folder.
-        speed: The callback that measures the epochs; it must stand before this one.
-        confusion: The callback that counts what is taken for what.
+        speed: The callback that measures the epochs; it must come before this one.
+        confusion: The callback that counts which class is taken for which.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class RunRecord(Callback):
                 writer.add_summary(summary)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep what an earlier part of the run recorded; only here is the epoch restored at which it goes on."""
+        """Keep what an earlier part of the run recorded; only here is the epoch known at which it continues."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         an_epoch = int(trainer.num_training_batches) * trainer.world_size * data.batch_size
         self.record["train_images"] = min(len(data.train_set), an_epoch)
@@ -124,7 +124,7 @@ class RunRecord(Callback):
         self._write(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Of a run that was told to stop, note how long it took; even in its first epoch, so that it is found again."""
+        """Note how long a stopped run took, even one in its first epoch, so that it is found again."""
         if isinstance(exception, Stopped) and trainer.state.fn == TrainerFn.FITTING:
             self.record |= {"stopped_after_seconds": time.perf_counter() - self._start} | self._peak(trainer)
             self._write(trainer)
@@ -172,7 +172,7 @@ class RunRecord(Callback):
         if not (earlier := self._earlier(trainer)):
             return
         epochs = [epoch for epoch in earlier["epochs"] if epoch["epoch"] <= trainer.current_epoch]
-        # Times go on where they stood; what a stopped epoch had taken counts, unless the run goes on from before it.
+        # Times continue; what a stopped epoch had taken counts, unless the run continues from before it.
         elapsed = [epochs[-1]["elapsed_seconds"]] if epochs else []
         if len(epochs) == len(earlier["epochs"]):
             elapsed += [earlier[key] for key in ("stopped_after_seconds", "fit_seconds") if key in earlier]
@@ -180,7 +180,7 @@ class RunRecord(Callback):
         self._peak_before = earlier.get("peak_memory_bytes")
         self.record["epochs"] = epochs
         self.record |= {name: value for name, value in earlier.items() if name not in {*self.record, *OF_THE_END}}
-        if test := earlier.get("test"):  # that of the checkpoint which was the best until then
+        if test := earlier.get("test"):  # that of the checkpoint that was the best until then
             tested = {"epochs": len(earlier["epochs"]), **test}
             self.record["earlier_tests"] = [*earlier.get("earlier_tests", []), tested]
 
@@ -213,7 +213,7 @@ def images_measured(trainer: pl.Trainer, images: Sized, batches: Sequence[int | 
 
 
 def _hyperparameters(mapping: dict[str, Any]) -> dict[str, str | int | float | bool]:
-    """As TensorBoard takes them; a class reads as its name, its arguments as its own settings."""
+    """The hyperparameters as TensorBoard takes them; a class becomes its name, its arguments become settings."""
     found = {}
     for name, value in leaves(mapping).items():
         if name.endswith(".class_path"):
@@ -232,7 +232,7 @@ def _put_first(experiment: Any, names: tuple[str, ...]) -> None:
 
 
 def _flops(net: Any, input_shape: tuple[int, int, int]) -> int | None:
-    """Floating-point operations of one image's forward pass; None where they can't be counted without data."""
+    """Floating-point operations of one image's forward pass; None if they can't be counted without data."""
     try:
         return stages(net, input_shape)[1].flops
     except NotImplementedError:

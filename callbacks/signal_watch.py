@@ -12,15 +12,15 @@ from collections.abc import Callable
 SAME_CTRL_C_SECONDS = 0.5
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # the last two are not on Windows
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
-BEFORE_TRAINING = 5.0  # seconds that a process may take to end where there is nothing to save
+BEFORE_TRAINING = 5.0  # seconds that a process may take to end when there is nothing to save
 
 
 class SignalWatch:
-    """Waits for the main thread to answer the signals of `SIGNALS`, and calls `end` if it does not, or is asked again.
+    """Waits for the main thread to answer the signals of `SIGNALS`; calls `end` if it does not or is asked again.
 
-    Python runs a signal's handler in the main thread, between two steps of Python's; in a collective call that waits
-    for a process which hangs, never. But the signal's number is also written into a pipe at once, whatever the main
-    thread does, and a thread reads it there. (POSIX systems only.)
+    Python runs a signal's handler in the main thread, between two of its instructions, and so never during a collective
+    call that waits for a process that hangs. But the signal's number is also written into a pipe at once, whatever the
+    main thread is doing, and a thread reads it there. (POSIX systems only.)
 
     Args:
         end: Called with the signal, and whether it is a second Ctrl-C; ends the process.
@@ -42,7 +42,7 @@ class SignalWatch:
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)
         signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=_forget)  # a loader's worker that is ended is no reason to stop
+        os.register_at_fork(after_in_child=_forget)  # ending a loader's worker is no reason to stop
         self._thread = threading.Thread(target=self._watch, daemon=True, name="signal-watch")
         self._thread.start()
 
@@ -57,7 +57,7 @@ class SignalWatch:
                 os.close(descriptor)
 
     def progress(self) -> None:
-        """Called after each batch: how long batches take says how long to wait for one."""
+        """Called after each batch: the duration of a batch says how long to wait for one."""
         now = time.monotonic()
         if self._progress:
             self._longest = max(self._longest, now - self._progress)
@@ -79,7 +79,7 @@ class SignalWatch:
                 if asked and number == signal.SIGINT and now - asked[0][0] > SAME_CTRL_C_SECONDS:
                     self._end(number, True)
                 asked.append((now, number))
-            # Whoever asks twice waits no longer than that.
+            # After a second request it waits no longer than this.
             late = asked and (
                 now - asked[0][0] > self.patience
                 or (len(asked) > 1 and now - asked[-1][0] > min(self.patience, BEFORE_TRAINING))

@@ -1,4 +1,4 @@
-"""Training speed and epoch time, measured around the training batches alone."""
+"""Training speed and epoch time, measured around the training batches only."""
 
 import time
 from typing import Any
@@ -26,11 +26,11 @@ class Speed(Callback):
         self._pause = 0.0
 
     def so_far(self) -> float:
-        """Images a second since the epoch began."""
+        """Images per second since the epoch began."""
         return self._images / max(time.perf_counter() - self._start, 1e-9)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock, for an epoch that is continued has no start."""
+        """Start the clock, as a continued epoch has no start."""
         self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -42,7 +42,7 @@ class Speed(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the images and read the clock: any batch may be the epoch's last, with `max_time` for one."""
+        """Count the images and read the clock: any batch may be the epoch's last, for instance with `max_time`."""
         self._images += len(batch[1]) * trainer.world_size
         if trainer.strategy.root_device.type == "cuda" and (trainer.is_last_batch or trainer.fit_loop.epoch_loop.done):
             torch.cuda.synchronize()
@@ -53,7 +53,7 @@ class Speed(Callback):
         self._pause = time.perf_counter()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let the clock go on."""
+        """Resume the clock."""
         self.validated = not trainer.sanity_checking
         self._start += time.perf_counter() - self._pause
 
@@ -65,7 +65,7 @@ class Speed(Callback):
             logger.log_metrics(values, step=trainer.global_step - 1)
 
     def measured(self, trainer: pl.Trainer) -> dict[str, torch.Tensor]:
-        """The metrics of the epoch that ends, by name; to be asked on all processes."""
+        """The metrics of the epoch that ends, by name; to be called on all processes."""
         return {
             name: value
             for name, value in trainer.callback_metrics.items()

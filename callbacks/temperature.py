@@ -1,7 +1,7 @@
 """Temperature scaling: probabilities that mean what they say.
 
 C. Guo, G. Pleiss, Y. Sun, K. Q. Weinberger, "On Calibration of Modern Neural Networks", 2017 (arXiv:1706.04599): the
-logits are divided by the one number that makes the validation images likeliest. It changes no prediction.
+logits are divided by the one number that makes the validation labels most likely. It changes no prediction.
 """
 
 import math
@@ -17,7 +17,7 @@ GRID = torch.linspace(math.log(0.2), math.log(20), 47)
 
 
 class Temperature(Callback):
-    """Fits `LitClassifier.temperature` anew after each validation, before the checkpoint of that epoch is saved.
+    """Fits `LitClassifier.temperature` again after each validation, before the checkpoint of that epoch is saved.
 
     So each checkpoint holds the temperature of its own weights. Only sums over images are kept, a loss for each
     temperature, which makes several processes simple. Without validation images the temperature stays 1.

@@ -1,4 +1,4 @@
-"""What LitClassifier and the data modules share: they load themselves from checkpoint files, which are not trusted."""
+"""What LitClassifier and the data modules share: loading themselves from checkpoint files, which are not trusted."""
 
 import io
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ from checkpoints.trust import NAMEABLE, Trusted
 from errors import UserError
 
 Loaded = TypeVar("Loaded", bound="CheckedLoading")
-# What LightningCLI has load_from_checkpoint call.
+# LightningCLI makes load_from_checkpoint call this.
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 
 
 class CheckedLoading:
-    """Stands before Lightning's class among the bases, and gives Lightning only what a file may say."""
+    """Comes before Lightning's class among the bases, and gives Lightning only what a file may say."""
 
     CHECKPOINT_HYPER_PARAMS_KEY: str
 
@@ -32,7 +32,7 @@ class CheckedLoading:
     def load_from_checkpoint(
         cls: type[Loaded], checkpoint_path: Any, *args: Any, trust_checkpoint: bool = False, **kwargs: Any
     ) -> Loaded:
-        """Build the object anew from a checkpoint file, whose content is not trusted; arguments as for Lightning's.
+        """Rebuild the object from a checkpoint file, whose content is not trusted; arguments as for Lightning's.
 
         With `trust_checkpoint` the file may name classes from outside this project, torch and torchvision. Even then
         nothing is unpickled but tensors and plain values, whatever `weights_only` says. Without it, an optimiser or a
@@ -48,7 +48,7 @@ class CheckedLoading:
         load = super().load_from_checkpoint  # type: ignore[misc]
         kwargs = kwargs | {"weights_only": True}
         if trust_checkpoint:
-            return load(str(Path(path).resolve()), *args, **kwargs)  # absolute, it can't be taken for an address
+            return load(str(Path(path).resolve()), *args, **kwargs)  # an absolute path can't be taken for an address
         settings, left_out = cls._checked(checkpoint, str(path), kwargs)
         kept = {cls.CHECKPOINT_HYPER_PARAMS_KEY: settings, "pytorch-lightning_version": lightning.__version__}
         kept |= {name: checkpoint[name] for name in ("state_dict", "temperature") if name in checkpoint}
@@ -87,11 +87,11 @@ class CheckedLoading:
 
 
 class _LeftOut:
-    """Stands for an optimiser or a schedule that was not taken over from a file."""
+    """Stands in for an optimiser or a schedule that was not taken from a file."""
 
     def __init__(self, part: str, path: str) -> None:
         self._message = (
-            f"the {part} that {path} names was not loaded, for this project and torch do not have it; "
+            f"the {part} that {path} names was not loaded, as it is not part of this project or torch; "
             "pass trust_checkpoint=True to load_from_checkpoint if you know where the file comes from"
         )
 

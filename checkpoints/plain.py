@@ -1,4 +1,4 @@
-"""What the values in a file from elsewhere may be: plain, and no more, larger or deeper than a run's own are."""
+"""What values a file from elsewhere may hold: plain ones, not more, larger or deeper than a run's own."""
 
 import re
 from collections.abc import Mapping
@@ -16,10 +16,10 @@ MOST = 200_000  # values in a file
 
 
 def check_plain(content: Any, path: str) -> None:
-    """Refuse what is no tensor and no plain value, and what is too large, too deep or nested in itself.
+    """Refuse what is neither a tensor nor a plain value, and what is too large, too deep or nested in itself.
 
     Raises:
-        UserError: If there is such a thing.
+        UserError: If the file holds any of these.
     """
     left = MOST
     stack = [(content, 0)]
@@ -38,7 +38,7 @@ def check_plain(content: Any, path: str) -> None:
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, Tensor):
-        # What it says of its size must be there: a view may show one number a billion times.
+        # Its data must be as large as it claims: a view may show one number a billion times.
         return (
             value.layout is torch.strided
             and value.device.type == "cpu"
@@ -56,7 +56,7 @@ def read_settings(text: Any, path: str) -> dict[str, Any]:
     """The configuration that a checkpoint holds as YAML.
 
     Raises:
-        UserError: If it is none. Aliases are refused, for ten lines of them stand for a billion.
+        UserError: If it holds none. Aliases are refused, as ten lines of them can stand for a billion values.
     """
     try:
         if not isinstance(text, str) or len(text) > LONGEST:
@@ -78,7 +78,7 @@ def read_settings(text: Any, path: str) -> dict[str, Any]:
 
 
 def recipe_name(checkpoint: Mapping[str, Any]) -> str:
-    """The recipe's name that a checkpoint holds, as a relative path without steps upwards; "unnamed" without one."""
+    """The recipe's name that a checkpoint holds, as a relative path that never goes up; "unnamed" without one."""
     text = checkpoint.get("recipe")
     parts = re.split(r"[/\\]", text) if isinstance(text, str) else []
     safe = ["".join(c if c.isprintable() and c not in '<>:"|?*[]$`' else "_" for c in part)[:100] for part in parts]

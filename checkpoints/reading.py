@@ -15,9 +15,9 @@ import torch
 from checkpoints.plain import check_plain, read_settings
 from errors import UserError
 
-# What lies where in a checkpoint, if it is there.
+# The type of each part of a checkpoint, if present.
 PLACES = {"epoch": int, "global_step": int, "hyper_parameters": dict, "datamodule_hyper_parameters": dict}
-# Beside checkpoints that are handed out: each one's SHA-256. `python -m weights.pack` writes it.
+# Beside checkpoints that are distributed: each one's SHA-256. `python -m weights.pack` writes it.
 LISTING = "weights.json"
 
 
@@ -25,7 +25,7 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     """The content of a checkpoint file, tensors memory-mapped; nothing in it is executed.
 
     Raises:
-        UserError: If the file is missing, is not a whole checkpoint of Lightning's, or is not the one that a
+        UserError: If the file is missing, is not a complete Lightning checkpoint, or is not the one that a
             `weights.json` beside it lists; the message says which.
     """
     if re.match(r"[a-z0-9]+://", str(path), re.IGNORECASE) or ":/" in str(path)[:8]:
@@ -42,7 +42,7 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError  # torch never compresses; a few bytes could become any number
-            damaged = archive.testzip()  # torch does not hold the content against its checksums
+            damaged = archive.testzip()  # torch does not check the content against its checksums
         if damaged:
             raise UserError(f"{path} is damaged: {damaged} in it does not match its checksum")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -64,7 +64,7 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
 
 
 def listed(path: Path) -> dict[str, Any]:
-    """What the `weights.json` beside a checkpoint says of it; empty if it is not listed, or there is no such file.
+    """What the `weights.json` beside a checkpoint says about it; empty if it is not listed, or there is no such file.
 
     Raises:
         UserError: If the `weights.json` is damaged.
@@ -91,7 +91,7 @@ def _check_listed(path: Path) -> None:
 
 
 def stored_config(checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
-    """The configuration that a run left in its checkpoint; what of it may be used, `Trusted` tells.
+    """The configuration that a run left in its checkpoint; `Trusted` decides what of it may be used.
 
     Raises:
         UserError: If there is none.

@@ -1,7 +1,7 @@
-"""What training goes on from: the state in a checkpoint, held against the objects that are to take it over.
+"""What training continues from: the state in a checkpoint, checked against the objects that will take it over.
 
-A state is not trusted either. Lightning and torch write it over attributes of callbacks, schedules and optimisers as it
-stands, follow the paths in it, and torch's fused optimisers read past the end of tensors that are too small.
+A state is not trusted either. Lightning and torch write it unchecked over attributes of callbacks, schedules and
+optimisers, follow the paths in it, and torch's fused optimisers read past the end of tensors that are too small.
 """
 
 import math
@@ -18,16 +18,16 @@ from torch.optim import Optimizer
 from checkpoints.plain import check_plain
 from errors import UserError
 
-SCHEDULES = ("torch.optim.", "lit_modules.", "lightning.")  # homes of schedules whose state is known
+SCHEDULES = ("torch.optim.", "lit_modules.", "lightning.")  # modules of schedules whose state is known
 # What changes in the state of a schedule of torch's; the rest are its settings.
 PROGRESS = {"last_epoch", "_step_count", "_last_lr", "T_cur", "T_i", "best", "num_bad_epochs", "cooldown_counter"}
-# What loading such a state asks for in any case.
+# What loading such a state always needs.
 NEEDED = ("lr_lambdas", "_scale_fn_custom")
 PROBE = (2, 3, 5, 7, 11)  # sizes of a stand-in parameter, all different
 
 
 class _MisfitError(Exception):
-    """State that is not of the kind that the object has; the message names the place."""
+    """State of a kind that the object does not have; the message names the place."""
 
 
 def check_state(checkpoint: dict[str, Any], trainer: Any, module: Any) -> None:
@@ -46,7 +46,7 @@ def check_state(checkpoint: dict[str, Any], trainer: Any, module: Any) -> None:
     training = trainer.state.fn == TrainerFn.FITTING
     try:
         checkpoint["callbacks"] = _callbacks(checkpoint.get("callbacks") or {}, trainer, training)
-        if not training:  # what is measured depends on the weights alone
+        if not training:  # measuring depends only on the weights
             checkpoint.pop("loops", None)
             return
         checkpoint["loops"] = {"fit_loop": _loops(checkpoint["loops"]["fit_loop"], trainer.fit_loop.state_dict())}
@@ -59,7 +59,7 @@ def check_state(checkpoint: dict[str, Any], trainer: Any, module: Any) -> None:
         if module.scheduler:
             done = checkpoint["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]
             steps = done["optimizer"]["step"]["total"]["completed"]
-            given = getattr(module.scheduler, "keywords", {})  # a length left open is any: only its state is looked at
+            given = getattr(module.scheduler, "keywords", {})  # an open length may be any: only its state is checked
             lengths = {
                 name: 1000 for name in ("total_steps", "T_max", "total_iters") if given.get(name, 0) in (None, -1)
             }
@@ -80,7 +80,7 @@ def _like(own: Any, stored: Any, place: str) -> Any:
     """The numbers of a stored state in the shape of an object's own; its texts, flags and functions stay.
 
     Raises:
-        _MisfitError: If a number or a tensor stands where the other has none, or makes no sense.
+        _MisfitError: If a number or a tensor is where the other has none, or makes no sense.
     """
     if isinstance(own, Mapping):
         if not isinstance(stored, Mapping):
@@ -124,7 +124,7 @@ def _loops(stored: Any, own: dict[str, Any]) -> dict[str, Any]:
 
 
 def _callbacks(stored: Any, trainer: Any, training: bool) -> dict[str, Any]:
-    """The states of the Trainer's callbacks; those of the user's own are their affair."""
+    """The states of the Trainer's callbacks; the user's own callbacks handle their own."""
     kept = {}
     for callback in trainer.callbacks:
         state = stored.get(callback.state_key, stored.get(callback._legacy_state_key))
@@ -224,14 +224,14 @@ def _optimizer(stored: dict[str, Any], optimizer: Optimizer, module: Any) -> dic
 
 
 def _state_of_stand_in(module: Any, dimensions: int, dtype: torch.dtype) -> dict[str, Any] | None:
-    """What the optimiser keeps of a small parameter after one step; None where that can't be tried."""
+    """What the optimiser keeps of a small parameter after one step; None if that can't be tried."""
     parameter = nn.Parameter(torch.ones(PROBE[:dimensions], dtype=dtype))
     parameter.grad = torch.ones_like(parameter)
     try:
         optimizer = module.optimizer([parameter])
         with torch.enable_grad():
             optimizer.step(lambda: torch.zeros(()))
-    except Exception:  # for one, it needs sparse gradients
+    except Exception:  # for example, it needs sparse gradients
         return None
     return dict(optimizer.state[parameter])
 
@@ -272,7 +272,7 @@ def _entry(place: str, value: Any, parameter: Tensor, kind: Any, sizes: list[tup
     if isinstance(kind, Tensor):
         value = value.to(kind.dtype)
     if value.numel() == 1 and parameter.dim() and not (0 <= value.item() < math.inf or parameter.numel() == 1):
-        raise _MisfitError(place)  # a count of steps, for one
+        raise _MisfitError(place)  # a count of steps, for example
     if value.shape == parameter.shape and value.stride() != parameter.stride():
         # A fused optimiser goes through memory in its parameter's order.
         value = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
@@ -280,7 +280,7 @@ def _entry(place: str, value: Any, parameter: Tensor, kind: Any, sizes: list[tup
 
 
 def _schedule(stored: Any, scheduler: Any, steps: int) -> dict[str, Any]:
-    """How far a schedule of torch's or ours has come; its settings are those of the run."""
+    """How far a schedule of torch's or ours has got; its settings are those of the run."""
     if not type(scheduler).__module__.startswith(SCHEDULES):
         return stored
     own = scheduler.state_dict()

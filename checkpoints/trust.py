@@ -1,8 +1,8 @@
 """What a file from elsewhere may do: name a network, an optimiser and a schedule of known packages, and nothing else.
 
-Whoever reads a checkpoint (train.py, export, demo, packing, Python) asks here what of its settings may be used. Here
-nothing is imported but modules of the packages named below. What a file names there is looked at as an object, by its
-base class and its home, for a name proves nothing: trusted modules import others, and have functions that run commands.
+Everything that reads a checkpoint (train.py, export, demo, packing, Python) asks here which settings may be used. Only
+modules of the packages named below are imported. What a file names there is judged as an object, by its base class and
+its module, because a name proves nothing: trusted modules import others, and have functions that run commands.
 """
 
 import importlib
@@ -67,7 +67,7 @@ TRAINER = [
     "plugins",
 ]
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
-# Settings that say how training runs, not what was trained: nothing but training needs them.
+# Settings that say how training runs, not what was trained: only training needs them.
 EXECUTION = ("compile", "checkpoint_activations")
 
 SIZES = ("image_size", "batch_size", "eval_batch_size", "crop_padding", "num_workers")
@@ -238,7 +238,7 @@ class Trusted:
             self.refuse(value, part)
 
     def _check_size(self, net: dict[str, Any], side: Any) -> None:
-        """Build the network without memory for it, and break off where it gets larger than the file's own."""
+        """Build the network without memory for it, and stop when it gets larger than the file's own."""
         nets = [net]
         if side is not None and "image_size" in inspect.signature(find("net", net["class_path"])).parameters:
             nets.append(
@@ -250,7 +250,7 @@ class Trusted:
     def _check_numbers(self, net: dict[str, Any]) -> None:
         from lightning.pytorch.cli import instantiate_module  # here, not above: only this needs it
 
-        # What goes wrong here is said by whoever builds it in earnest.
+        # Other errors are reported when the network is really built.
         limited = _counted(self.numbers + SPARE)
         with limited as left, suppress(Exception), torch.device("meta"), torch.random.fork_rng(devices=[]):
             instantiate_module(_Holder, {"net": net})
@@ -264,7 +264,7 @@ class Trusted:
         return value
 
     def refuse(self, named: Any, part: str) -> None:
-        """Say that the file may not name this."""
+        """Report that the file may not name this."""
         shown = str(named.get("class_path") if isinstance(named, dict) and "class_path" in named else named)[:80]
         raise UserError(
             f"{self.path} names the class {shown}, which this project, torch and torchvision do not have for {part}; "
@@ -299,7 +299,7 @@ def find(part: str, name: Any) -> Any:
 
 
 def _is_word(text: str) -> bool:
-    """Whether the parser takes a text for nothing but itself: no class's name, no number, no file of settings."""
+    """Whether the parser takes a text only as itself: no class's name, no number, no file of settings."""
     return WORD.fullmatch(text) is not None and not re.match(r"[\s+-]*\d", text) and not Path(text).is_file()
 
 
@@ -316,10 +316,10 @@ class _Holder:
 
 @contextmanager
 def _counted(numbers: int) -> Iterator[dict[str, int]]:
-    """Break off the building of networks with more numbers than this, or more than `MODULES` parts.
+    """Stop the building of networks with more numbers than this, or more than `MODULES` parts.
 
     Yields:
-        What is left of each: below 0 where it was broken off, which the parser may hide.
+        What is left of each: below 0 if it was stopped, which the parser may hide.
     """
     left = {"numbers": numbers, "parts": MODULES}
 

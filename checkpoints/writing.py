@@ -18,7 +18,7 @@ from errors import RunError, UserError
 
 try:
     import fcntl
-except ImportError:  # on Windows, where a file that is open can't be deleted in any case
+except ImportError:  # on Windows, where an open file can't be deleted anyway
     fcntl = None  # type: ignore[assignment]
 
 
@@ -55,20 +55,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             _sync_folder(path.parent)
         except (OSError, RuntimeError) as error:
             cause: BaseException | None = error
-            while cause and not isinstance(cause, OSError):  # which torch.save hides behind its own
+            while cause and not isinstance(cause, OSError):  # torch.save hides it behind its own
                 cause = cause.__context__
             if not isinstance(cause, OSError):
                 raise
             kept = "the checkpoint saved before it is untouched" if path.exists() else "nothing was saved before"
             raise RunError(f"the checkpoint {path} can't be written: {cause.strerror}; {kept}") from None
         finally:
-            with suppress(OSError):  # renamed, or never there
+            with suppress(OSError):  # already renamed, or never written
                 partial.unlink()
 
     def load_checkpoint(
         self, path: str | Path, map_location: Callable | None = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """Read one checkpoint, whatever `weights_only` says as tensors and plain types alone."""
+        """Read one checkpoint, only as tensors and plain types, whatever `weights_only` says."""
         return torch.load(path, map_location=map_location or "cpu", weights_only=True)
 
 
@@ -81,7 +81,7 @@ def _plain(value: Any) -> Any:
     if value is None or type(value) in (bool, int, float, str, bytes):
         return value
     for kind in (int, float, str, bytes):
-        if isinstance(value, kind):  # an instance of jsonargparse's PositiveInt, for one, or NumPy's float64
+        if isinstance(value, kind):  # such as an instance of jsonargparse's PositiveInt or NumPy's float64
             return kind(value)  # type: ignore[arg-type]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
@@ -117,12 +117,12 @@ def _remove_stale(folder: Path) -> None:
     for partial in folder.glob("*.ckpt.*.partial"):
         with suppress(OSError), partial.open("rb") as file:
             if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where a living process writes
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if a living process is writing
             partial.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the renaming last through a power failure."""
+    """Make the renaming survive a power failure."""
     with suppress(OSError, AttributeError):  # where folders can't be opened
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

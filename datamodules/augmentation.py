@@ -1,4 +1,4 @@
-"""Augmentation of whole batches on the device; each image by a draw of its own."""
+"""Augmentation of whole batches on the device; each image by its own random draw."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ def shift_and_flip(images: Tensor, padding: int, flip: bool) -> Tensor:
     count, _, height, width = images.shape
     device = images.device
     shifts = torch.randint(0, 2 * padding + 1, (2, count, 1), device=device)
-    # A view of every place where an image's window may lie; one gather picks each image's own.
+    # A view of every possible window of an image; one gather picks each image's own.
     windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # (N, C, rows, columns, H, W)
     moved = windows[torch.arange(count, device=device), :, shifts[0, :, 0], shifts[1, :, 0]]
     if flip:
@@ -29,7 +29,7 @@ def erase(images: Tensor, probability: float) -> Tensor:
     device = images.device
     chosen, area, aspect, y, x = torch.rand(5, count, 1, 1, device=device)
     area = (0.02 + 0.31 * area) * height * width
-    aspect = 0.3 * 11**aspect  # 0.3 to 3.3; drawn evenly in its logarithm: as often high as wide
+    aspect = 0.3 * 11**aspect  # 0.3 to 3.3; drawn evenly in its logarithm: as often tall as wide
     # The largest and longest rectangles would be 4 % longer than the image.
     rows = (area * aspect).sqrt().round().clamp(max=height)
     columns = (area / aspect).sqrt().round().clamp(max=width)

@@ -40,22 +40,22 @@ class ImageTensors(Dataset):
 
 
 class _DealtOut(DistributedSampler, SequentialSampler):
-    """Deals out batches to the processes itself: Lightning, in a Trainer of the user's own too, replaces neither a
-    `DistributedSampler` where there are several processes nor, for `overfit_batches`, a `SequentialSampler`."""
+    """Distributes batches to the processes itself: Lightning, also in a user's own Trainer, replaces neither a
+    `DistributedSampler` if there are several processes nor, for `overfit_batches`, a `SequentialSampler`."""
 
     def __init__(self, count: int, rank: int, world_size: int) -> None:
         super().__init__(range(count), world_size, rank)  # type: ignore[arg-type]
 
 
 class TrainBatches(_DealtOut):
-    """Indices of one process's training batches, in an order that depends on seed and epoch alone.
+    """Indices of one process's training batches, in an order that depends only on seed and epoch.
 
-    Each pass begins where `position` says that training stands (epoch, batch), so a continued run sees the rest of its
+    Each pass begins where `position` says that training is (epoch, batch), so a continued run sees the rest of its
     epoch and no image twice. (Lightning's `set_epoch` comes too late for workers, which fetch ahead.)
 
     A global batch is `batch_size * world_size` images long; process r takes every world_size-th of them from r on, so
-    all processes make the same number of steps and each image is seen once an epoch. (Only where the last global
-    batch has fewer images than there are processes does one image stand in for the missing ones.)
+    all processes make the same number of steps and each image is seen once per epoch. (Only if the last global
+    batch has fewer images than there are processes, one image stands in for the missing ones.)
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class TrainBatches(_DealtOut):
 
 
 class EvalBatches(_DealtOut):
-    """Indices of one process's evaluation batches: the batches of a single process, dealt out in turn.
+    """Indices of one process's evaluation batches: the batches of a single process, distributed in turn.
 
     Nothing is padded with duplicates, which would count twice. All processes make the same number of steps, so a
     process that would have none left gets an empty batch.
@@ -109,5 +109,5 @@ def leave_signals_to_main(worker: int) -> None:
 
 
 def as_is(batch: Any) -> Any:
-    """The batch, which was fetched whole: there is nothing to collate. (A function, so that workers can pickle it.)"""
+    """The batch, which was fetched as a whole: nothing to collate. (A function, so that workers can pickle it.)"""
     return batch

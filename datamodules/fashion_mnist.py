@@ -25,12 +25,12 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
     by `test` and `predict`. Source of the data: Xiao et al. 2017, arXiv:1708.07747.
 
     Args:
-        data_dir: Folder of the four files, raw or .gz; where they are missing they are found or downloaded.
-        batch_size: Training images a step on each device.
+        data_dir: Folder of the four files, raw or .gz; if missing, they are found or downloaded.
+        batch_size: Training images per step on each device.
         image_size: Height and width of the images that the network sees, in pixels.
         val_size: Number of training images held out for validation; 0 trains on all.
         split_seed: Seed of the split into training and validation images.
-        eval_batch_size: Images a step in validation, test and prediction; None takes `batch_size`.
+        eval_batch_size: Images per step in validation, test and prediction; None takes `batch_size`.
         channels: 1, or 3 to repeat the grey channel for networks made for colour.
         mean: Subtracted from the pixels, which lie in 0..1 (0.2860 centres the training images).
         std: The pixels are divided by it afterwards (0.3530 scales the training images).
@@ -46,7 +46,7 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
 
     Raises:
         ValueError: If a number is out of its range.
-        DatasetError: From `prepare_data` and `setup`, if the files can't be had or `val_size` leaves no training image.
+        DatasetError: From `prepare_data` and `setup`, if files can't be had or `val_size` leaves no training image.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
         if dataset_on_device and num_workers:
             raise ValueError("data.dataset_on_device needs data.num_workers=0: workers can't reach the device's memory")
         self.data_dir = Path(data_dir)
-        self._folder: Path | None = None  # where the verified files lie
+        self._folder: Path | None = None  # where the verified files are
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.image_size = image_size
@@ -132,7 +132,7 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
         return self._loader(self.train_set, TrainBatches(len(self.train_set), size, rank, processes, self._position))
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        """Validation batches in order; no loader where nothing is held out."""
+        """Validation batches in order; no loader if nothing is held out."""
         return self._eval_loader(self.val_set) if len(self.val_set) else []
 
     def test_dataloader(self) -> DataLoader:
@@ -140,7 +140,7 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
         return self._eval_loader(self.test_set)
 
     def predict_dataloader(self) -> DataLoader:
-        """The official test images in order; Lightning tells writers the indices of a `batch_sampler` alone."""
+        """The official test images in order; Lightning gives writers indices only from a `batch_sampler`."""
         return self._eval_loader(self.test_set, "batch_sampler")
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
@@ -169,7 +169,7 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
     def _as_seen(self, pixels: Tensor) -> Tensor:
         if self.image_size != pixels.shape[-1]:
             size = (self.image_size, self.image_size)
-            # Antialiasing is what PIL does when it shrinks an image; when it enlarges one there is nothing to do.
+            # Antialiasing, as PIL does when it shrinks an image; enlarging one needs none.
             pixels = F.interpolate(pixels, size, mode="bilinear", antialias=self.image_size < pixels.shape[-1])
         mean, std = self.hparams["mean"], self.hparams["std"]
         if mean != 0 or std != 1:
@@ -178,7 +178,7 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
         return pixels.expand(-1, channels, -1, -1) if channels > 1 else pixels
 
     def _position(self) -> tuple[int, int]:
-        """Epoch and batch at which training goes on; not batch 0 where a checkpoint was saved within an epoch."""
+        """Epoch and batch at which training continues; not batch 0 if a checkpoint was saved within an epoch."""
         assert self.trainer is not None
         epoch: Any = self.trainer.fit_loop.epoch_progress.current
         batch: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
@@ -198,7 +198,7 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
             images = images.to(device)
         return DataLoader(
             images,
-            batch_size=None if kind == "sampler" else 1,  # what a sampler yields is a batch already
+            batch_size=None if kind == "sampler" else 1,  # a sampler yields whole batches already
             **{kind: batches},  # type: ignore[arg-type]
             collate_fn=as_is,
             num_workers=self.num_workers,

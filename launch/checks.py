@@ -22,7 +22,7 @@ from runs.settings import is_kept
 
 
 def check_configuration(config: Namespace, command: Command) -> None:
-    """Refuse what contradicts itself, or this machine.
+    """Refuse settings that contradict each other or this machine.
 
     Args:
         config: The parsed configuration.
@@ -62,7 +62,7 @@ def check_learning_rate(scheduler: Any, flags: Sequence[str]) -> None:
 
 
 def check_nulls(settings: Any, owner: Any, name: str) -> None:
-    """Refuse null where the parameter of `owner` does not take it, which the parser lets pass for any."""
+    """Refuse null where the parameter of `owner` does not take it; the parser accepts it anywhere."""
     parameters = inspect.signature(owner).parameters
     for key, value in settings.items(branches=True) if settings else ():
         if "." in key or key not in parameters:
@@ -75,7 +75,7 @@ def check_nulls(settings: Any, owner: Any, name: str) -> None:
 
 
 def check_accumulation(compile: Any, batches: Any) -> None:
-    """Refuse to sum gradients over batches where CUDA graphs overwrite them at each."""
+    """Refuse to sum gradients over batches if CUDA graphs overwrite them at each batch."""
     if compile in MODES and batches != 1:
         raise UserError(
             f"--model.compile {compile} can't go with accumulate_grad_batches={batches}: its CUDA graphs overwrite the "
@@ -110,7 +110,7 @@ def check_input(net: nn.Module, shape: tuple[int, int, int], num_classes: int) -
         if isinstance(output, torch.Tensor):
             _, total = stages(net, shape)
     except NotImplementedError:
-        return  # an operation that can't run without data: training will tell
+        return  # an operation that can't run without data: training will show
     except (RuntimeError, ValueError) as error:
         size = "x".join(map(str, shape))
         raise UserError(
@@ -126,22 +126,22 @@ def check_input(net: nn.Module, shape: tuple[int, int, int], num_classes: int) -
 
 
 def _output_in_training(net: nn.Module, shape: tuple[int, int, int]) -> Any:
-    """What the network makes of two images without data (batch normalisation needs two) in training."""
+    """The network's output for two images without data (batch normalisation needs two), in training mode."""
     was_training = net.training
     try:
-        with torch.no_grad(), FlopCounterMode(display=False):  # under which nothing is compiled
+        with torch.no_grad(), FlopCounterMode(display=False):  # which disables compilation
             return torch.func.functional_call(net.train(), without_data(net), torch.empty(2, *shape, device="meta"))
     finally:
         net.train(was_training)
 
 
 def check_settings(stored: dict[str, Any], wanted: dict[str, Any], *, resume: bool) -> None:
-    """Refuse what the checkpoint would override in silence.
+    """Refuse settings that the checkpoint would silently override.
 
     Args:
         stored: The configuration in the checkpoint.
         wanted: The configuration of this run.
-        resume: Whether training goes on; otherwise only the network must be the same.
+        resume: Whether training continues; otherwise only the network must be the same.
     """
     scheduled = bool(wanted["model"]["scheduler"])
     for name, (then, now) in _differences(stored, wanted).items():
@@ -152,7 +152,7 @@ def check_settings(stored: dict[str, Any], wanted: dict[str, Any], *, resume: bo
         if then != now:
             raise UserError(
                 f"the checkpoint was made with {name}={then}, not {now}; "
-                "a checkpoint keeps its settings: leave that setting as it was, or start anew without --ckpt_path"
+                "a checkpoint keeps its settings: leave that setting as it was, or start again without --ckpt_path"
             )
 
 
@@ -161,7 +161,7 @@ def check_weights(path: str | None, stored: dict[str, tuple[int, ...]], model: n
 
     Args:
         path: The checkpoint, for the message.
-        stored: Name and shape of its tensors; empty where there is no checkpoint.
+        stored: Name and shape of its tensors; empty without a checkpoint.
         model: The LightningModule.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -175,7 +175,7 @@ def check_weights(path: str | None, stored: dict[str, tuple[int, ...]], model: n
 
 
 def _own_callbacks(callbacks: Any) -> list[Any]:
-    """Those that recipes name from this project, which change what training computes."""
+    """The callbacks of this project that recipes name, which change what training computes."""
     listed = callbacks if isinstance(callbacks, list) else [callbacks]
     named = [entry for entry in listed if isinstance(entry, dict)]
     return [entry for entry in named if str(entry.get("class_path")).startswith("callbacks.")]

@@ -35,7 +35,7 @@ from launch.start import Start
 from launch.trainer import RunCallbacks, precision
 from lit_modules import LitClassifier
 
-LARGEST_SEED = 2**32 - 1  # that NumPy accepts
+LARGEST_SEED = 2**32 - 1  # the largest that NumPy accepts
 
 
 class OneLineParser(LightningArgumentParser):
@@ -64,12 +64,12 @@ class SaveConfig(SaveConfigCallback):
         self.folder = folder
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save it; called on the first process alone."""
+        """Save it; called on the first process only."""
         target = self.folder.claim() / self.config_filename
         self.parser.save(self.config, str(target), skip_none=False, overwrite=True, multifile=False)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Make the checkpoint tell how it was trained."""
+        """Store in the checkpoint how it was trained."""
         checkpoint["recipe"] = self.recipe
         checkpoint["config"] = self._text
 
@@ -116,7 +116,7 @@ class ClassifierCLI(LightningCLI):
         )
 
     def __deepcopy__(self, memo: dict) -> "ClassifierCLI":
-        """Weight averaging copies the model, whose optimiser's factory refers to this object: that is no part of it."""
+        """Weight averaging copies the model, whose optimiser's factory refers to this object: it is not copied."""
         return self
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -146,7 +146,7 @@ class ClassifierCLI(LightningCLI):
             raise UserError(f"seed_everything={seed} must lie between 0 and {LARGEST_SEED}")
 
     def before_instantiate_classes(self) -> None:
-        """Fill in what depends on other settings, then hold the result against machine and checkpoint."""
+        """Fill in what depends on other settings, then check the result against machine and checkpoint."""
         config, command = self.config, self.command
         check_configuration(config, command)
         take_over_processes(config.trainer)
@@ -167,7 +167,7 @@ class ClassifierCLI(LightningCLI):
         """Build network, data module and Trainer; try the network on the shape of one image."""
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError, AttributeError, AssertionError) as error:  # of a network's own making
+        except (ValueError, TypeError, AttributeError, AssertionError) as error:  # raised by the network itself
             raise UserError(one_line(str(error) or type(error).__name__)) from None
         except RuntimeError as error:
             if is_out_of_memory(error):
@@ -202,7 +202,7 @@ class ClassifierCLI(LightningCLI):
 
     @property
     def validates(self) -> bool:
-        """Whether the run has validation images and looks at them."""
+        """Whether the run has validation images and uses them."""
         return self.config.data.val_size > 0 and self.config.trainer.limit_val_batches != 0
 
     def _text(self) -> str:

@@ -16,12 +16,12 @@ from launch.lightning_flags import try_optimizer
 from launch.memory import largest_batch_size
 from weights.imagenet import start_from_imagenet
 
-STEPS_AN_EPOCH = 100  # what fits into memory is not what trains well: fewer steps learn less in the same epochs
-FOUND = "CLASSIC_CNNS_FOUND"  # where the first process leaves what it found by trial for those that it starts
+STEPS_AN_EPOCH = 100  # what fits in memory need not train well: fewer steps learn less in the same epochs
+FOUND = "CLASSIC_CNNS_FOUND"  # where the first process leaves what it found for the processes that it starts
 
 
 class Trials:
-    """Trials on networks and data of their own.
+    """Trials on separate networks and data.
 
     Args:
         parser: Builds them.
@@ -51,7 +51,7 @@ class Trials:
         return found
 
     def _bare_trainer(self, config: Namespace) -> Trainer:
-        """Knows the run's processes, and nothing else of it."""
+        """Knows the run's processes and nothing else about the run."""
         settings = {name: config.trainer[name] for name in ("accelerator", "devices", "num_nodes", "strategy")}
         if not isinstance(settings["strategy"], str):
             settings["strategy"] = self._throwaway(config).trainer.strategy
@@ -61,7 +61,7 @@ class Trials:
             raise UserError(one_line(str(error))) from None
 
     def _throwaway(self, config: Namespace) -> Namespace:
-        """A network and data for a trial, so that the run's own are initialised as without one."""
+        """A network and data for a trial, so that the run's own are initialised as if there had been none."""
         try:
             with torch.random.fork_rng():
                 own = self._parser.instantiate_classes(config)

@@ -1,4 +1,4 @@
-"""What torchrun and SLURM say of the processes: taken over where the flags leave it open, else held against them."""
+"""What torchrun and SLURM say about the processes: adopted if the flags leave it open, else checked against them."""
 
 import os
 import re
@@ -14,7 +14,7 @@ def take_over_processes(trainer: Namespace) -> None:
     """Set `devices` and `num_nodes` of the Trainer's settings to what the launcher started.
 
     Raises:
-        UserError: If the settings or the launcher's variables contradict it; without a text on all processes but one.
+        UserError: If the settings or the launcher's variables contradict it; empty on all processes but one.
     """
     try:
         started = _torchrun() or _slurm()
@@ -39,7 +39,7 @@ def take_over_processes(trainer: Namespace) -> None:
 
 
 def _torchrun() -> tuple[str, int, int] | None:
-    """Launcher, processes on this machine, machines; None where torchrun is not at work."""
+    """Launcher, processes on this machine, machines; None without torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     here, all_of_them = _number("LOCAL_WORLD_SIZE"), _number("WORLD_SIZE")
@@ -49,7 +49,7 @@ def _torchrun() -> tuple[str, int, int] | None:
 
 
 def _slurm() -> tuple[str, int, int] | None:
-    """The same of SLURM; within `salloc` (a job named bash or interactive) Lightning starts the processes itself."""
+    """The same for SLURM; within `salloc` (a job named bash or interactive) Lightning starts the processes itself."""
     if "SLURM_NTASKS" not in os.environ or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
         return None
     tasks = _number("SLURM_NTASKS")
@@ -67,7 +67,7 @@ def _slurm() -> tuple[str, int, int] | None:
         os.environ.setdefault(name, "0")
         if _number(name, least=0) >= most:
             raise UserError(f"{name} is {os.environ[name]}, but SLURM started {tasks} tasks on {machines} machines")
-    os.environ["SLURM_NTASKS_PER_NODE"] = str(tasks // machines)  # which --ntasks alone leaves out, and Lightning reads
+    os.environ["SLURM_NTASKS_PER_NODE"] = str(tasks // machines)  # not set by --ntasks alone, but read by Lightning
     os.environ["SLURM_NNODES"] = str(machines)
     return "SLURM", tasks // machines, machines
 
@@ -80,7 +80,7 @@ def _number(name: str, least: int = 1) -> int:
 
 
 def _count(devices: Any) -> int | None:
-    """How many devices the setting names; None where it leaves that open."""
+    """How many devices the setting names; None if it leaves that open."""
     if isinstance(devices, list | tuple):
         return len(devices)
     text = str(devices)

@@ -1,4 +1,4 @@
-"""A learning rate found by trial: a short training, on a network and data of its own, whose rate rises each step."""
+"""A learning rate found by trial: a short training, on a separate network and data, whose rate rises each step."""
 
 import math
 from collections.abc import Callable
@@ -48,9 +48,9 @@ class RisingRate(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note the mean loss of the step's batches, in a mean that forgets; stop where it explodes."""
+        """Record a moving average of the step's mean loss; stop when it explodes."""
         self._loss += float(outputs["loss"])  # Lightning has divided it by the number of batches
-        step = trainer.global_step  # the one that is over, counted from 1
+        step = trainer.global_step  # the one that just ended, counted from 1
         if step != len(self.rates):
             return  # batches of this step are still to come
         self._average = SMOOTHING * self._average + (1 - SMOOTHING) * self._loss
@@ -67,7 +67,7 @@ def find_learning_rate(
     (The rate where the loss falls fastest, which Lightning suggests, is decided by noise at tiny rates where the curve
     is flat: other seeds gave rates 1,000 times apart.)
 
-    The schedule, the callbacks and the validation of the run take no part. The global random generators are left as
+    The schedule, callbacks and validation of the run are not used. The global random generators are left as
     they were.
 
     Args:
@@ -93,7 +93,7 @@ def find_learning_rate(
     found = RisingRate()
     with isolate_rng():
         trainer = Trainer(
-            # Named, because under torchrun or SLURM one device would mean one of a group.
+            # Named explicitly, because under torchrun or SLURM one device would mean one of a group.
             strategy=SingleDeviceStrategy(device),
             max_epochs=-1,
             max_steps=STEPS,
@@ -117,10 +117,10 @@ def find_learning_rate(
 
 
 def from_first_process(find: Callable[[], Found], trainer: Trainer) -> Found:
-    """What the first process finds, on all of those that torchrun or SLURM started.
+    """What the first process finds, on all processes that torchrun or SLURM started.
 
     Args:
-        find: Called on the first process alone.
+        find: Called on the first process only.
         trainer: With the run's accelerator, devices, strategy and machines. (The run's own Trainer can't be built
             before the setting is found; it takes over the process group.)
 

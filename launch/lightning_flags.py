@@ -1,4 +1,4 @@
-"""What Lightning and PyTorch accept and yet can't do here, found before anything runs and refused in one line."""
+"""What Lightning and PyTorch accept but can't do here, refused in one line before anything runs."""
 
 import importlib.util
 import math
@@ -25,7 +25,7 @@ from errors import UserError, one_line
 from lit_modules import LitClassifier
 from lit_modules.schedules import of_length, open_lengths
 
-LEAST = {  # Lightning checks the others
+LEAST = {  # Lightning checks other settings
     "accumulate_grad_batches": 1,
     "check_val_every_n_epoch": 1,
     "log_every_n_steps": 1,
@@ -36,12 +36,12 @@ INSTEAD: dict[type, str] = {
     BatchSizeFinder: "--batch_size auto, which searches before the run",
     BackboneFinetuning: "callbacks.fine_tuning.FreezeFeatures, which knows these networks' parts",
 }
-OWN = ("callbacks.", "launch.", "lightning")  # modules whose callbacks log no metrics that one could watch
+OWN = ("callbacks.", "launch.", "lightning")  # modules whose callbacks log no metrics to watch
 METRICS = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")
 
 
 def check_trainer_settings(settings: Namespace, subcommand: str) -> None:
-    """Refuse values of the Trainer's that would fail late or change nothing."""
+    """Refuse Trainer settings that would fail late or change nothing."""
     measured = {"validate": "limit_val_batches", "test": "limit_test_batches", "predict": "limit_predict_batches"}
     if (name := measured.get(subcommand)) and settings[name] == 0:
         raise UserError(f"trainer.{name}=0 leaves nothing to {subcommand}; raise it, or leave it out")
@@ -65,12 +65,12 @@ def check_trainer_settings(settings: Namespace, subcommand: str) -> None:
 
 
 def check_trainer(trainer: Trainer, settings: Namespace, net: nn.Module) -> None:
-    """Refuse what only the built Trainer shows."""
+    """Refuse what only shows once the Trainer is built."""
     if type(trainer.strategy.launcher) is _MultiProcessingLauncher:
         strategy = getattr(settings.strategy, "class_path", settings.strategy)
         raise UserError(
             f"trainer.strategy={strategy} starts the other processes as copies of this one, which is not supported: "
-            "set --trainer.strategy ddp, which starts each anew"
+            "set --trainer.strategy ddp, which starts each from scratch"
         )
     several_without_gpu = trainer.world_size > 1 and trainer.strategy.root_device.type != "cuda"
     if settings.sync_batchnorm and several_without_gpu and any(isinstance(part, _BatchNorm) for part in net.modules()):
@@ -98,7 +98,7 @@ def try_optimizer(model: LitClassifier, names: Namespace, device: torch.device) 
 
 
 def check_training(trainer: Trainer, model: LitClassifier, names: Namespace, validates: bool) -> None:
-    """Try optimiser and schedule on stand-ins for the weights; refuse metrics to watch that nobody measures.
+    """Try optimiser and schedule on stand-ins for the weights; refuse to watch metrics that are not measured.
 
     An optimiser whose fused kernel can't be combined with gradient clipping gets its plain one.
 
@@ -127,7 +127,7 @@ def check_training(trainer: Trainer, model: LitClassifier, names: Namespace, val
 
 
 def check_length(trainer: Trainer, model: LitClassifier, batches: int) -> None:
-    """Refuse what does not fit the number of training batches that an epoch has.
+    """Refuse what does not fit the number of training batches in an epoch.
 
     Args:
         trainer: The run's Trainer.
@@ -148,7 +148,7 @@ def check_length(trainer: Trainer, model: LitClassifier, batches: int) -> None:
     given = getattr(model.scheduler, "keywords", {})
     if (
         model.scheduler and "max_lr" in given and (given.get("total_steps") or 0) > 0
-    ):  # OneCycleLR, which can't go on after its end
+    ):  # OneCycleLR can't continue after its end
         by_step = model.hparams["scheduler_interval"] == "step"
         an_epoch = math.ceil(limited / trainer.accumulate_grad_batches) if by_step else 1
         steps = an_epoch * trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
@@ -220,13 +220,13 @@ def _check_monitor(monitor: str, owner: str, trainer: Trainer, validates: bool) 
     known = [*METRICS, "train/loss_step"]
     if monitor not in known and not strangers:  # which may log anything
         hint = did_you_mean(monitor, known) or f"; there are {', '.join(METRICS)}"
-        raise UserError(f"{owner} watches {monitor}, which nobody measures{hint}")
+        raise UserError(f"{owner} watches {monitor}, which is not measured{hint}")
 
 
 def _tried(setting: str, names: Namespace, trial: Callable[[], Any]) -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the order of steps, which is not that of a training
+            warnings.simplefilter("ignore")  # about the order of steps, which differs from training
             return trial()
     except UserError:
         raise

@@ -1,4 +1,4 @@
-"""Main memory kept for the next step; what to do when a batch does not fit into memory, and the largest that does."""
+"""Main memory kept for the next step; what to do when a batch does not fit in memory, and the largest that does."""
 
 import ctypes
 import re
@@ -19,7 +19,7 @@ SHARE = {"cuda": 0.9, "cpu": 0.5}
 def keep_freed_memory() -> bool:
     """Have the C library keep what PyTorch frees, for the next step's tensors, until the process ends.
 
-    Left alone, glibc gives each tensor of more than 32 MiB back to the kernel as soon as it is freed, and the kernel
+    By default, glibc gives each tensor of more than 32 MiB back to the kernel as soon as it is freed, and the kernel
     clears every page of the next one: on the CPU an eighth to two fifths of the time of the tutorial's larger networks
     (benchmarks/freed_memory.py).
 
@@ -43,7 +43,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def advice(batch_size: int, image_size: int, flag: str = "--batch_size") -> str:
-    """One line that names what did not fit and the next smaller things to try."""
+    """One line that names what did not fit and the next smaller sizes to try."""
     tries = [f"{flag} {batch_size // 2}"] if batch_size > 1 else []
     if image_size > 28:
         # Three quarters, in steps that the networks' pooling divides.
@@ -66,7 +66,7 @@ def largest_batch_size(
     size before: a system that runs out of memory ends programs instead of refusing.
 
     Args:
-        net: A network to spend: it is trained on noise.
+        net: A network that is not needed afterwards: it is trained on noise.
         make_optimizer: From its parameters to the optimiser.
         input_shape: Shape (C, H, W) of one image.
         device: Where to try.
@@ -78,7 +78,7 @@ def largest_batch_size(
     """
     net = net.to(device).train()
     optimizer = make_optimizer(net.parameters())
-    fits, size = 0, 2  # two: batch normalisation can't do with one
+    fits, size = 0, 2  # two: batch normalisation can't use one
     while True:
         before = peak_memory(device) or 0
         try:
@@ -108,11 +108,11 @@ def largest_batch_size(
 
 
 def _free(device: torch.device) -> int:
-    """Memory that this process may use, in bytes; on the GPU with what it uses already."""
+    """Memory that this process may use, in bytes; including, on the GPU, what it uses already."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     try:
         text = Path("/proc/meminfo").read_text(encoding="utf-8")
         return int(re.search(r"MemAvailable:\s+(\d+)", text)[1]) * 1024  # type: ignore[index]
     except (OSError, TypeError):
-        return 4 << 30  # not known: as if there were 4 GiB
+        return 4 << 30  # unknown: assume 4 GiB

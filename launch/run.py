@@ -26,7 +26,7 @@ from launch.classifier_cli import ClassifierCLI
 from launch.memory import advice, is_out_of_memory, keep_freed_memory
 from launch.start import Start
 
-# Errors that lie with the disk, not with the program.
+# Errors caused by the disk, not by the program.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
 LOST_CONNECTION = r"(?i)gloo|nccl|connection (closed|reset|refused)|broken pipe"
 
@@ -55,7 +55,7 @@ def _prepare_process() -> None:
         # Lightning has PyTorch ask NVIDIA's library for GPUs; where there is none, each optimiser step looks for it.
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
     keep_freed_memory()
-    sys.path.append(str(Path.cwd()))  # where networks of the user's own lie
+    sys.path.append(str(Path.cwd()))  # where the user's own networks are
 
 
 @contextmanager
@@ -71,8 +71,8 @@ def _no_process_left(processes: Processes) -> Iterator[None]:
         processes.ignore_ends()
         processes.watch.stop()
         if workers := multiprocessing.active_children():
-            # Of the loaders of a run that was broken off: they ignore the signals that stop a run.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else PyTorch reports their end as an error
+            # Loaders of an interrupted run: they ignore the signals that stop a run.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch would report their end as an error
             for worker in workers:
                 worker.kill()
 
@@ -118,7 +118,7 @@ def _quiet() -> None:
         "The number of training batches .* is smaller than the logging interval",
         "You have overridden `on_before_batch_transfer`",  # LitClassifier seeds the step there, for any data module
         "Be aware that when using `ckpt_path`, callbacks",  # a test needs no checkpoint callback
-        "Checkpoint directory .* exists and is not empty",  # a continued run goes on in its own folder
+        "Checkpoint directory .* exists and is not empty",  # a continued run uses its own folder
         "You are using a custom batch sampler `EvalBatches`",  # which returns every image
         r"\s*Unable to serialize instance",  # of a callback's default device: it is not needed again
         ".*LeafSpec.* is deprecated",  # inside Lightning

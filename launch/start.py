@@ -1,4 +1,4 @@
-"""Where a run starts: anew, or from a checkpoint, whose settings it then takes over."""
+"""Where a run starts: from scratch, or from a checkpoint, whose settings it then takes over."""
 
 import os
 import shlex
@@ -21,7 +21,7 @@ from errors import UserError, shown
 
 @dataclass
 class Start:
-    """What a checkpoint says of the run that goes on from it; empty without one.
+    """What a checkpoint says about the run that continues from it; empty without one.
 
     Attributes:
         command: The checked command line.
@@ -56,7 +56,7 @@ class Start:
         settings: dict[str, Any] = {}
         if "config" in checkpoint or not command.configs:
             settings = stored_config(checkpoint, path)
-        if settings and not command.configs:  # which say themselves what is built
+        if settings and not command.configs:  # which say what to build
             how = "add --trust_checkpoint"
             rules = Trusted(path, command.trust_checkpoint, how, checkpoint["state_dict"], whole_below)
             settings = rules.to_train(settings) if command.subcommand == "fit" else rules.to_use(settings)
@@ -68,10 +68,10 @@ class Start:
         return cls(command, recipe, settings, shapes, processes if type(processes) is int else None)
 
     def check_processes(self, number: int) -> None:
-        """Refuse to continue with another number of processes, each of which would see other images.
+        """Refuse to continue with a different number of processes, as each would see other images.
 
         Raises:
-            UserError: If it is another.
+            UserError: If the number differs.
         """
         if self.processes not in (None, number):
             before = "one process" if self.processes == 1 else f"{self.processes} processes"
@@ -100,7 +100,7 @@ class Start:
             arguments.append(f"--config={yaml.safe_dump(base)}")
         for path in command.outer_configs:
             arguments.append(f"--config={yaml.safe_dump(load_yaml(path).get(command.subcommand) or {})}")
-        # Not by their paths: the parser would read them in the encoding of the locale.
+        # Not as paths: the parser would read the files in the locale's encoding.
         arguments += [f"--config={yaml.safe_dump(load_yaml(path))}" for path in command.configs]
         if command.ckpt_path:
             arguments.append(f"--ckpt_path={command.ckpt_path}")
@@ -165,7 +165,7 @@ def _newest_valid(command: Command) -> dict[str, Any]:
 
 
 def _replace(arguments: list[str], flag: str, value: float) -> None:
-    """Give the flag's value in place of what stands there."""
+    """Replace the flag's value."""
     _remove(arguments, flag)
     arguments.append(f"{flag}={value}")
 

@@ -1,4 +1,4 @@
-"""What a run prints when it is over: results, where its files lie, and the next command to type."""
+"""What a run prints when it is over: results, where its files are, and the next command to type."""
 
 import shlex
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ def summary(record: dict[str, Any], trainer: Trainer, checkpoint: Path | None) -
     Args:
         record: What `RunRecord` wrote.
         trainer: The run's Trainer.
-        checkpoint: The best checkpoint; None where nothing was saved.
+        checkpoint: The best checkpoint; None if nothing was saved.
     """
     lines = [""]
     if test := record.get("test"):
@@ -39,7 +39,7 @@ def summary(record: dict[str, Any], trainer: Trainer, checkpoint: Path | None) -
 
 
 def scores(measured: Mapping[str, Any]) -> str:
-    """Accuracy and loss in words; with those of `--model.flip_test`, where they were measured.
+    """Accuracy and loss in words; with those of `--model.flip_test`, if they were measured.
 
     Args:
         measured: Values under the names `accuracy`, `loss`, and with flip-averaging `accuracy_flip` and `loss_flip`.

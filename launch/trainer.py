@@ -1,4 +1,4 @@
-"""The Trainer's logger, callbacks and plugins: this project's beside the user's own."""
+"""The Trainer's logger, callbacks and plugins: this project's and the user's own."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from launch.start import Start, how_to_continue
 
 
 class RunCallbacks:
-    """The callbacks that a run is made with, by the names under which it asks them afterwards.
+    """The callbacks of a run, by the names under which it uses them afterwards.
 
     Args:
         start: Where the run starts.
@@ -53,7 +53,7 @@ class RunCallbacks:
     def trainer_arguments(
         self, config: Namespace, built: Namespace, text: str, model: Any, data: Any, curve: Curve | None
     ) -> dict[str, Any]:
-        """What the Trainer is given beside the user's settings.
+        """What the Trainer is given besides the user's settings.
 
         Args:
             config: The resolved configuration.
@@ -81,7 +81,7 @@ class RunCallbacks:
             callbacks.append(EpochProgress(self.speed))
         last = self.last if self.last in callbacks else None
         stop = GracefulStop(self.processes, last, lambda path: how_to_continue(command, config, path))
-        callbacks += [self.processes, ExactResume(), stop]  # last, so that they see what the others have done
+        callbacks += [self.processes, ExactResume(), stop]  # last, so that they see what the others did
         plugins = _listed(built.trainer.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
@@ -117,7 +117,7 @@ class RunCallbacks:
         return callbacks
 
     def best_checkpoint(self) -> Path | None:
-        """The best checkpoint of a run that was trained: its own, or if nothing was left to train, that beside which it
+        """The best checkpoint of a trained run: its own, or if nothing was left to train, the one beside which it
         started."""
         folders = [folder / "checkpoints" for folder in (self.folder.path, self.start.folder) if folder]
         files = [folder / name for folder in folders for name in ("best.ckpt", "last.ckpt")]

@@ -1,4 +1,4 @@
-"""What fit, validate, test and predict do with a network, data and a Trainer that are built."""
+"""What fit, validate, test and predict do once network, data and Trainer are built."""
 
 import math
 from collections.abc import Sequence, Sized
@@ -18,7 +18,7 @@ def run(cli: ClassifierCLI) -> None:
 
 
 def fit(cli: ClassifierCLI) -> None:
-    """Train; where no subcommand was given, test the best checkpoint; print the summary."""
+    """Train; without a subcommand, also test the best checkpoint; print the summary."""
     trainer, model, data, config = cli.trainer, cli.model, cli.datamodule, cli.config
     cli.start.check_processes(trainer.world_size)
     if config.pretrained and not cli.command.ckpt_path:

@@ -16,7 +16,7 @@ COUNT = 8  # mistakes
 
 
 class MistakesExplained(Callback):
-    """Shows once after training, of the validation images, and once after testing, which parts misled the network.
+    """Shows which parts misled the network: once after training, for validation images, and once after testing.
 
     Captum, which computes it, is an optional package; without it, and for a network without feature maps, nothing is
     shown. Weights, gradients and random generators stay as they are.
@@ -30,11 +30,11 @@ class MistakesExplained(Callback):
         self._validated = -1  # step of the last validation
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note of which weights the mistakes are."""
+        """Note which weights made the mistakes."""
         self._validated = trainer.global_step
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Explain the mistakes of the last validation, unless training went on after it."""
+        """Explain the mistakes of the last validation, unless training continued after it."""
         if self._validated == trainer.global_step:
             self._explain(trainer, pl_module, "validation", trainer.global_step - 1)
 
@@ -56,6 +56,6 @@ class MistakesExplained(Callback):
             sheet = explain_mistakes(net, data, chosen, mistakes, self._confusion.class_names)
         except UserError:
             return  # no feature maps
-        # 256 colours do, and take some 40 KB in the log instead of 80.
+        # 256 colours are enough, and take some 40 KB in the log instead of 80.
         small = sheet.quantize(256, dither=Image.Dither.NONE)
         show(trainer, f"{stage}/most_confident_mistakes_explained", small, step)

@@ -1,4 +1,4 @@
-"""What TensorBoard shows besides the scalars: pictures, the network's graph, and curves laid over each other."""
+"""What TensorBoard shows besides the scalars: pictures, the network's graph, and curves in one plot."""
 
 import io
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ class TensorBoardPictures(Callback):
     two) and after the last epoch, so that the logs of a long run stay small.
 
     Args:
-        confusion: The callback that counts what is taken for what.
+        confusion: The callback that counts which class is taken for which.
         histograms: Also log the weights, and the norms of the gradients over the steps of the epoch, of each layer.
             This does cost time in each step.
     """
@@ -48,7 +48,7 @@ class TensorBoardPictures(Callback):
         self._histograms = histograms
         self._gradient_norms: list[Tensor] = []
         self._inputs_shown = False
-        self._validated: int | None = None  # step of a validation whose pictures were not drawn yet
+        self._validated: int | None = None  # step of a validation whose pictures are not drawn yet
         self._drawn = 0  # epochs that were over when pictures were last drawn
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -91,7 +91,7 @@ class TensorBoardPictures(Callback):
             writer.add_scalar(f"val_class_accuracy/{name}", accuracy, self._validated)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw the pictures if it is their turn."""
+        """Draw the pictures if they are due."""
         if not writes(trainer):
             return
         if self._histograms:
@@ -101,7 +101,7 @@ class TensorBoardPictures(Callback):
             self._drawn = trainer.current_epoch + 1
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw the pictures of the last epoch, which comes early where something stops the run."""
+        """Draw the pictures of the last epoch, which comes early if something stops the run."""
         # Training that has ended counts its last epoch as over.
         if writes(trainer) and 0 < trainer.current_epoch != self._drawn:
             self._draw(trainer, pl_module)
@@ -121,7 +121,7 @@ class TensorBoardPictures(Callback):
             show(trainer, f"feature_maps/{number:02}_{title}", pictures.feature_maps(maps), step)
 
     def _draw_validation(self, trainer: pl.Trainer, step: int) -> None:
-        """What was taken for what, and the most confident mistakes."""
+        """Draw the confusion matrix and the most confident mistakes."""
         confusion, names = self._confusion, self._confusion.class_names
         show(trainer, "validation/confusion_matrix", pictures.confusion_matrix(confusion.matrix, names), step)
         wrong = confusion.mistakes

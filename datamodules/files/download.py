@@ -22,7 +22,7 @@ MIRRORS = (
 )
 ATTEMPTS = 2  # for each file, at each source
 TIMEOUT = 30.0  # seconds
-MIN_SPEED = 10_000  # bytes per second: at a slower source than this, the next one is the better choice
+MIN_SPEED = 10_000  # bytes per second: if a source is slower than this, the next one is the better choice
 log = logging.getLogger(__name__)
 
 
@@ -46,7 +46,7 @@ def fetch(
         timeout: Seconds without progress after which a mirror is given up.
 
     Returns:
-        What was wrong with each source, if one of the files could not be had; otherwise nothing.
+        What was wrong with each source, if one of the files could not be fetched; otherwise nothing.
     """
     sources = deque(mirrors)
     for name, limit in limits.items():
@@ -59,7 +59,7 @@ def fetch(
                 accept(name, download(source, limit=limit, timeout=timeout))
                 break
             except (DownloadError, ValueError) as error:
-                if tried.get(source) != str(error):  # a retry that fails alike is no news
+                if tried.get(source) != str(error):  # a retry that fails in the same way is no news
                     log.warning("%s: %s", source, error)
                 tried[source] = str(error)
                 sources.rotate(-1)  # the next file too starts at a source that works
@@ -98,8 +98,8 @@ def download(url: str, *, limit: int, timeout: float) -> bytes:
         except (OSError, http.client.HTTPException, ValueError) as error:
             chunks.put(error)
 
-    # A socket's time-out starts anew with every byte, so a server that sends a byte now and then could hold us for
-    # ever, in the headers too, where no loop of ours runs. Hence the thread: this side can always walk away.
+    # A socket's time-out restarts with every byte, so a server that sends a byte now and then could hold us forever,
+    # even in the headers, where no loop of ours runs. Hence the thread: this side can always give up.
     step = int(MIN_SPEED * timeout)
     data = bytearray()
     with tqdm(desc=url.rpartition("/")[2], unit="B", unit_scale=True, disable=None) as bar:
@@ -112,7 +112,7 @@ def download(url: str, *, limit: int, timeout: float) -> bytes:
                 except queue.Empty:
                     chunk = TimeoutError()
                 if isinstance(chunk, Exception):
-                    reason = getattr(chunk, "reason", chunk)  # urllib wraps the telling error in a URLError
+                    reason = getattr(chunk, "reason", chunk)  # urllib wraps the actual error in a URLError
                     stalled = f"stalled: less than {step:,} bytes in {timeout:g} s"
                     raise DownloadError(stalled if isinstance(reason, TimeoutError) else str(reason)) from chunk
                 if not chunk:

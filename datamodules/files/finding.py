@@ -1,4 +1,4 @@
-"""The four files of Fashion-MNIST: found, fetched where they are missing, verified and parsed.
+"""The four files of Fashion-MNIST: found, fetched if missing, verified and parsed.
 
 The data set: https://github.com/zalandoresearch/fashion-mnist (Xiao et al. 2017, arXiv:1708.07747). The IDX format,
 a big-endian header and plain bytes, is described at http://yann.lecun.com/exdb/mnist/ (see the Internet Archive).
@@ -41,12 +41,12 @@ NAMES = tuple(KNOWN["full"])
 HOMEPAGE = "https://github.com/zalandoresearch/fashion-mnist"
 SYSTEM_DIR = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
-LOCK_TIMEOUT = 3600.0  # seconds; longer than another process can need to fetch the files
+LOCK_TIMEOUT = 3600.0  # seconds; more than another process can need to fetch the files
 log = logging.getLogger(__name__)
 
 
 class DatasetError(RuntimeError):
-    """The data set can't be had; the message is for the user as it stands."""
+    """The data set is not available; the message is shown to the user as it is."""
 
 
 def prepare(
@@ -60,7 +60,7 @@ def prepare(
     """Makes sure that the four files can be read somewhere, and returns the folder that holds them, verified.
 
     The order: `data_dir`, `data_dir/FashionMNIST/raw` (torchvision's place), `system_dir`, the mirrors. Wrong
-    files in `data_dir` are renamed, never deleted. Nothing is written where nothing has to be. Several processes may
+    files in `data_dir` are renamed, never deleted. Nothing is written unless necessary. Several processes may
     prepare one folder at once.
 
     Args:
@@ -127,7 +127,7 @@ def prepare(
 
 
 def whole_below(data_dir: Path) -> Path | None:
-    """The folder among `data_dir` and torchvision's below it that holds the four files, whole; nothing is changed."""
+    """The folder among `data_dir` and torchvision's below it that holds all four files complete; nothing is changed."""
     for folder in (data_dir, data_dir / "FashionMNIST" / "raw"):
         try:
             files = [path for name in NAMES for path in (folder / name, folder / f"{name}.gz") if path.exists()]
@@ -139,7 +139,7 @@ def whole_below(data_dir: Path) -> Path | None:
 
 
 def load(folder: Path, split: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
-    """Reads one split out of a folder that `prepare` returned, verifying it anew.
+    """Reads one split out of a folder that `prepare` returned, verifying it again.
 
     Returns:
         images (N, 28, 28) uint8 and labels (N,) int64 in 0..9.
@@ -190,13 +190,13 @@ def _parse_idx(content: bytes, shape: tuple[int, ...]) -> Tensor:
 
 
 def _survey(folder: Path) -> tuple[dict[str, str], dict[Path, str]]:
-    """The data set of each name of which there is a good file, and what is wrong with each bad file."""
+    """The data set of each name that has a good file, and what is wrong with each bad file."""
     bad: dict[Path, str] = {}
     return {name: found[1] for name in NAMES if (found := _find(folder, name, bad))}, bad
 
 
 def _survey_and_set_aside(folder: Path) -> dict[str, str]:
-    """The data set of each name of which there is a good file; bad files are renamed to NAME.corrupt if possible."""
+    """The data set of each name that has a good file; bad files are renamed to NAME.corrupt if possible."""
     try:
         good, bad = _survey(folder)
     except OSError as error:
@@ -233,7 +233,7 @@ def _find(folder: Path, name: str, bad: dict[Path, str]) -> tuple[bytes, str] | 
 
 
 def _most_bytes(name: str) -> int:
-    """More than any good version of a file has, compressed or not."""
+    """More bytes than any good version of a file has, compressed or not."""
     return KNOWN["full"][name][0] + (1 << 16)
 
 
@@ -241,7 +241,7 @@ def _verify(name: str, data: bytes) -> tuple[bytes, str]:
     """Unpacks `data` and returns it with the data set whose file `name` it is. Raises ValueError with what is wrong.
 
     Gzip is known by its first bytes, not by the file's name: browsers unpack a .gz file and keep its name. Only the
-    unpacked content counts, since copies exist that were compressed anew.
+    unpacked content counts, since copies exist that were recompressed.
     """
     limit = KNOWN["full"][name][0]
     content = data
