@@ -9,8 +9,8 @@ from cli.command import parse_command_line
 from cli.flags import FLAGS
 from cli.recipes import did_you_mean
 from errors import UserError, run_program
-from runs.comparison import compare
 from runs.flags import Parser, at_least_one, path
+from runs.report import compare
 from runs.training import INTERRUPTED, Request
 
 NOT_PASSED = {

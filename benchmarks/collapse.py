@@ -1,11 +1,10 @@
 """How often NiN and GoogLeNet stay at chance: with the tutorial's initialisation, and with our recipes.
 
-Each run is `train.py` itself on smaller images: optimiser, learning rate, warm-up and batch size are the recipe's, as
-in the first batches of the whole training. After every `--batches` batches it is validated; one that has left chance
-(accuracy above 15 %) ends, any other continues, for at most `--rounds` rounds, and then counts as collapsed. The
-reasons are recorded too: the first layer's gradient at the start, the channels of the last block that are zero and the
-logits that are the same for all images, and layer by layer how much of the signal depends on the image, at the full and
-the reduced size. Finished seeds are kept in the record and skipped; runs with settings other than today's are replaced.
+Each run is `train.py` itself on smaller images: everything else is as in the first batches of the whole training. A run
+that has left chance (accuracy above 15 %) after `--batches` batches ends, one that has not goes on, up to `--rounds`
+times as long, and then counts as collapsed. What says why is recorded too: gradients, dead channels and logits, and
+layer by layer how much of the signal depends on the image. Finished seeds are skipped; runs with other settings than
+now are replaced.
 
 Command: python -m benchmarks.collapse --data_dir DIR
 """
@@ -18,8 +17,10 @@ import statistics
 import sys
 import time
 from contextlib import redirect_stdout
+from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -27,7 +28,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from benchmarks.harness import side_by_side
-from benchmarks.harness.side_by_side import print_table, run_folder
+from benchmarks.harness.side_by_side import print_table
 from benchmarks.peers.plain_loops import build
 from cli.recipes import load_yaml, recipes
 from datamodules import FashionMNISTDataModule
@@ -37,19 +38,8 @@ CHANCE = 0.15  # validation accuracy up to which ten classes count as guessed
 VAL_BATCHES = 8  # of the recipe's size
 
 
-class Network(NamedTuple):
-    """A network that has been seen to collapse.
-
-    Attributes:
-        image_size: The reduced size in pixels.
-        last_block: Module whose ReLUs are watched.
-    """
-
-    image_size: int
-    last_block: str
-
-
-NETWORKS = {"nin": Network(67, "features.7"), "googlenet": Network(32, "features.stage5.1")}
+# The reduced size in pixels, and the module whose ReLUs are watched.
+NETWORKS = {"nin": (67, "features.7"), "googlenet": (32, "features.stage5.1")}
 TUTORIAL = ["--model.initialization", "default", "--model.scheduler", "null"]
 SGD = ["--model.optimizer", "torch.optim.SGD", "--lr", "0.1"]
 VARIANTS = {
@@ -81,14 +71,14 @@ class Watch(Callback):
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the very first gradient of the first layer."""
         if "first_gradient_norm" not in self._seen:
-            gradient = next(_net(pl_module).parameters()).grad
-            assert gradient is not None
-            self._seen["first_gradient_norm"] = gradient.norm().item()
+            net: Any = pl_module.net
+            self._seen["first_gradient_norm"] = next(net.parameters()).grad.norm().item()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch the ReLUs of the last block, and the logits."""
         self._alive, self._logits = {}, []
-        for name, layer in _net(pl_module).get_submodule(self._block).named_modules():
+        net: Any = pl_module.net
+        for name, layer in net.get_submodule(self._block).named_modules():
             if isinstance(layer, nn.ReLU):
 
                 def note(_layer: nn.Module, _inputs: Any, maps: Tensor, name: str = name) -> None:
@@ -96,7 +86,7 @@ class Watch(Callback):
                     self._alive[name] = self._alive[name] | active if name in self._alive else active
 
                 self._hooks.append(layer.register_forward_hook(note))
-        self._hooks.append(_net(pl_module).register_forward_hook(lambda _net, _in, logits: self._logits.append(logits)))
+        self._hooks.append(net.register_forward_hook(lambda _net, _in, logits: self._logits.append(logits)))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note what is dead: channels that are zero, and logits that are the same, for every validation image."""
@@ -145,12 +135,11 @@ def run(name: str, seed: int, arguments: list[str], options: argparse.Namespace)
     """One run of train.py in this process; returns how it ended."""
     import train
 
-    with run_folder() as folder:
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         out = Path(folder) / "seen.json"
-        watch = "--trainer.callbacks+=benchmarks.collapse.Watch"
-        where = ["--accelerator", options.accelerator, "--devices", "1", "--data_dir", options.data_dir]
-        where += ["--log_dir", folder, watch, f"--trainer.callbacks.block={NETWORKS[name].last_block}"]
-        sys.argv[1:] = ["fit", *arguments, "--seed", str(seed), *where, f"--trainer.callbacks.out={out}"]
+        watch = ["--trainer.callbacks+=benchmarks.collapse.Watch", f"--trainer.callbacks.block={NETWORKS[name][1]}"]
+        where = ["--seed", str(seed), *options.single, "--log_dir", folder, *watch]
+        sys.argv[1:] = ["fit", *arguments, *where, f"--trainer.callbacks.out={out}"]
         start = time.monotonic()
         with redirect_stdout(io.StringIO()):
             code = train.main(sys.argv[1:])
@@ -218,7 +207,7 @@ def main() -> None:
     parser.add_argument("--val_size", type=int, default=5000, help="images held out (default: %(default)s)")
     options = parser.parse_args()
     given, begun = sys.argv[1:], time.monotonic()
-    groups = _recorded(options)
+    groups = (side_by_side.recorded("collapse", options) or {"variants": []})["variants"]
     data = FashionMNISTDataModule(data_dir=options.data_dir, val_size=100)
     data.prepare_data()
     data.setup("fit")
@@ -227,7 +216,7 @@ def main() -> None:
         signal(name, initialization, size, images)
         for name in options.networks
         for initialization in ("default", "he")
-        for size in (load_yaml(recipes()[name])["data"]["image_size"], NETWORKS[name].image_size)
+        for size in (load_yaml(recipes()[name])["data"]["image_size"], NETWORKS[name][0])
     ]
 
     def write() -> Path:
@@ -235,25 +224,17 @@ def main() -> None:
         kept = [group | summary(group["runs"]) for group in groups if group["runs"]]
         return side_by_side.write_record("collapse", options, {"variants": kept, "signal": signals})
 
-    for seed in range(options.seeds):
-        for name in options.networks:
-            for variant in options.variants:
-                arguments = flags(name, variant, NETWORKS[name].image_size, options)
-                group = _group(groups, name, variant, arguments)
-                if any(one["seed"] == seed for one in group["runs"]) or time.monotonic() - begun > options.seconds:
-                    continue
-                group["runs"].append(run(name, seed, arguments, options))
-                with redirect_stdout(io.StringIO()):
-                    write()
-                _tell(name, variant, group["runs"][-1])
+    for seed, name, variant in product(range(options.seeds), options.networks, options.variants):
+        arguments = flags(name, variant, NETWORKS[name][0], options)
+        group = _group(groups, name, variant, arguments)
+        if any(one["seed"] == seed for one in group["runs"]) or time.monotonic() - begun > options.seconds:
+            continue
+        group["runs"].append(run(name, seed, arguments, options))
+        with redirect_stdout(io.StringIO()):
+            write()
+        _tell(name, variant, group["runs"][-1])
     _show(groups, signals)
     write()
-
-
-def _recorded(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The groups of runs that an earlier call recorded."""
-    path = side_by_side.record_path("collapse", options)
-    return json.loads(path.read_text(encoding="utf-8"))["results"]["variants"] if path.is_file() else []
 
 
 def _group(groups: list[dict[str, Any]], name: str, variant: str, arguments: list[str]) -> dict[str, Any]:
@@ -269,28 +250,20 @@ def _group(groups: list[dict[str, Any]], name: str, variant: str, arguments: lis
 
 def _show(groups: list[dict[str, Any]], signals: list[dict[str, Any]]) -> None:
     rows: list[tuple[Any, ...]] = []
-    for group in groups:
-        if group["runs"]:
-            shown = summary(group["runs"])
-            count, dead = shown["of"], f"{100 * shown['mean_dead_channels']:.0f} %"
-            accuracies = f"{shown['mean_accuracy']:.3f}", f"{shown['least_accuracy']:.3f}"
-            dead_logits, gradient = shown["runs_with_dead_logits"], f"{shown['median_first_gradient_norm']:.1e}"
-            collapsed = f"{shown['collapsed']} of {count}"
-            rows.append((group["network"], group["variant"], collapsed, *accuracies, dead, dead_logits, gradient))
-    header = ("network", "variant", "collapsed", "mean accuracy", "least", "dead channels", "runs with dead logits")
-    print_table((*header, "first gradient"), rows)
+    for group in filter(lambda group: group["runs"], groups):
+        shown = summary(group["runs"])
+        dead = f"{100 * shown['mean_dead_channels']:.0f} %", shown["runs_with_dead_logits"]
+        accuracies = f"{shown['mean_accuracy']:.3f}", f"{shown['least_accuracy']:.3f}"
+        gradient, collapsed = f"{shown['median_first_gradient_norm']:.1e}", f"{shown['collapsed']} of {shown['of']}"
+        rows.append((group["network"], group["variant"], collapsed, *accuracies, *dead, gradient))
+    header = "network | variant | collapsed | mean accuracy | least | dead channels | runs with dead logits"
+    print_table(f"{header} | first gradient", rows)
     print()
     rows = []
     for one in signals:
         sizes = [f"{one['layers'][-1][key]:.1e}" for key in ("rms", "over_images")]
         rows.append((one["network"], one["initialization"], one["image_size"], *sizes))
-    print_table(("network", "initialisation", "image size", "rms of the last layer", "over the images"), rows)
-
-
-def _net(module: pl.LightningModule) -> nn.Module:
-    net = module.net
-    assert isinstance(net, nn.Module)
-    return net
+    print_table("network | initialisation | image size | rms of the last layer | over the images", rows)
 
 
 def _tell(name: str, variant: str, one: dict[str, Any]) -> None:

@@ -1,10 +1,8 @@
 """Peak memory of training, calculated for each network and batch size, with and without activation checkpointing.
 
-A training step is run on tensors without data, and every storage that its operations allocate is counted from its
-first use to its last: weights, gradients and Adam's moments in float32, what the forward pass keeps, what the backward
-pass needs temporarily. Workspaces of the convolutions and the CUDA context come on top. With `--accelerator gpu` (or
-`--measure`) train.py trains a few batches of each, and its own peak stands beside it; on the CPU that is the peak of
-the process, with Python and the libraries.
+A training step is run on tensors without data, and every storage that its operations allocate is counted; benchmarks'
+README tells what is not in it. With `--accelerator gpu` (or `--measure`) train.py trains a few batches of each, and its
+own peak stands beside it; on the CPU that is the peak of the process, with Python and the libraries.
 
 Command: python -m benchmarks.memory
 """
@@ -14,6 +12,7 @@ import time
 import weakref
 from contextlib import nullcontext
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.harness import side_by_side
-from benchmarks.harness.side_by_side import print_table, run_folder, trained
+from benchmarks.harness.side_by_side import print_table, trained
 from benchmarks.peers.plain_loops import ours
 from lit_modules.execution.activation_checkpointing import apply_activation_checkpointing
 
@@ -100,15 +99,13 @@ def training_bytes(model: str, batch_size: int, precision: str = "32", checkpoin
 
 
 def measured_bytes(model: str, batch_size: int, precision: str, checkpointing: bool, options: Any) -> int | str:
-    """Peak memory of train.py over a few batches; in words if memory runs out."""
-    arguments = ["fit", "--model", model, "--batch_size", str(batch_size), "--precision", precision]
-    arguments += ["--accelerator", options.accelerator, "--devices", "1", "--data_dir", options.data_dir]
+    """Peak memory of train.py over a few batches; in words where there is not enough."""
+    arguments = ["fit", "--model", model, "--batch_size", str(batch_size), "--precision", precision, *options.single]
     arguments += ["--max_epochs", "1", "--val_size", "0", f"--trainer.limit_train_batches={BATCHES}"]
     arguments += ["--trainer.enable_checkpointing=false"]
     arguments += [f"--model.checkpoint_activations={str(checkpointing).lower()}"]
     try:
-        with run_folder() as folder:
-            return trained(arguments, folder)["peak_memory_bytes"]
+        return trained(arguments)["peak_memory_bytes"]
     except RuntimeError as error:
         if "out of memory" not in str(error):
             raise
@@ -127,26 +124,19 @@ def main() -> None:
     options = parser.parse_args()
     measure = options.accelerator == "gpu" if options.measure is None else options.measure
     begun = time.monotonic()
-    results: list[dict[str, Any]] = []
-    for model in options.networks:
-        for precision in options.precision:
-            for batch_size in options.batch_size:
-                result = {"network": model, "precision": precision, "batch_size": batch_size}
-                for name, checkpointing in (("plain", False), ("checkpointed", True)):
-                    setting = (model, batch_size, precision, checkpointing)
-                    entry: dict[str, Any] = {"calculated_bytes": training_bytes(*setting)}
-                    if measure and time.monotonic() - begun < options.seconds:
-                        entry["measured_bytes"] = measured_bytes(*setting, options)
-                    result[name] = entry
-                results.append(result)
-    header = ("network", "precision", "batch", "GiB", "GiB, checkpointed", "fits 24 GB")
-    rows = []
-    for result in results:
-        fits = [result[name]["calculated_bytes"] <= LIMIT for name in ("plain", "checkpointed")]
+    results, rows = [], []
+    for model, precision, batch_size in product(options.networks, options.precision, options.batch_size):
+        entries: dict[str, dict[str, Any]] = {}
+        for name, checkpointing in (("plain", False), ("checkpointed", True)):
+            setting = (model, batch_size, precision, checkpointing)
+            entries[name] = {"calculated_bytes": training_bytes(*setting)}
+            if measure and time.monotonic() - begun < options.seconds:
+                entries[name]["measured_bytes"] = measured_bytes(*setting, options)
+        results.append({"network": model, "precision": precision, "batch_size": batch_size, **entries})
+        fits = [entry["calculated_bytes"] <= LIMIT for entry in entries.values()]
         verdict = "yes" if all(fits) else "checkpointed" if any(fits) else "no"
-        cells = (_cell(result["plain"]), _cell(result["checkpointed"]), verdict)
-        rows.append((result["network"], result["precision"], result["batch_size"], *cells))
-    print_table(header, rows)
+        rows.append((model, precision, batch_size, *map(_cell, entries.values()), verdict))
+    print_table("network | precision | batch | GiB | GiB, checkpointed | fits 24 GB", rows)
     print(f"\nGiB calculated{' (measured)' if measure else ''}; 24 GB by calculation, without workspaces.")
     side_by_side.write_record("memory", options, results)
 

@@ -16,12 +16,13 @@ import json
 import os
 import platform
 import random
-import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ import launch.run  # noqa: F401  # before forking, so that the children need not
 from checkpoints.reading import read_checkpoint
 from checkpoints.writing import AtomicCheckpointIO
 from errors import UserError
+from runs.record import write_json
 
 PROJECT = Path(__file__).parents[1]
 DATA = PROJECT / "tests" / "data"
@@ -102,14 +104,11 @@ def long_run(epochs: int, folder: Path) -> dict[str, Any]:
     rss, files, log_bytes = [], [], []
     for line in process.stdout:
         if line.startswith("epoch "):
-            status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
-            match = re.search(r"VmRSS:\s+(\d+) kB", status)
-            assert match
-            rss.append(int(match[1]) * 1024)
+            pages = Path(f"/proc/{process.pid}/statm").read_text(encoding="utf-8").split()[1]
+            rss.append(int(pages) * os.sysconf("SC_PAGE_SIZE"))
             files.append(len(os.listdir(f"/proc/{process.pid}/fd")))  # noqa: PTH208
-            log_bytes.append(
-                sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.suffix != ".ckpt")
-            )
+            logs = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".ckpt"]
+            log_bytes.append(sum(path.stat().st_size for path in logs))
     assert process.wait() == 0
     half = len(log_bytes) // 2
     return {
@@ -159,7 +158,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    """Run all, print a table and write the record."""
+    """Run all, print the numbers and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write_kills", type=int, default=200)
     parser.add_argument("--interruptions", type=int, default=20)
@@ -170,31 +169,22 @@ def main() -> None:
     record: dict[str, Any] = {
         "machine": platform.platform(),
         "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
-    with tempfile.TemporaryDirectory() as scratch:
-        folders = [Path(scratch, name) for name in ("writing", "killed", "stopped", "long")]
-        for folder in folders:
-            folder.mkdir()
-        record["kills_while_writing"] = writing = kills_while_writing(options.write_kills, folders[0])
-        record["kills_of_training"] = killed = interruptions(signal.SIGKILL, options.interruptions, folders[1])
-        record["stops_of_training"] = stopped = interruptions(signal.SIGTERM, options.interruptions, folders[2])
-        record["long_run"] = long = long_run(options.epochs, folders[3])
-    print(f"kills while writing      {writing['kills']}, {writing['in_the_middle_of_a_file']} in the middle of a file")
-    print(f"  valid afterwards       {writing['valid_afterwards']}")
-    for name, result in (("kill -9", killed), ("SIGTERM", stopped)):
-        print(f"training, {name:<14} {result['interruptions']} times, exit codes {result['exit_codes']}")
-        print(f"  slowest end            {result['slowest_end_seconds']:.1f} s")
-        print(f"  weights bit-equal      {result['bit_equal']}")
-    print(f"long run                 {long['epochs']} epochs")
-    print(f"  memory after 10, end   {long['rss_bytes_after_10'] / 1e6:,.0f} MB, {long['rss_growth_after_10']:+.2%}")
-    print(f"  open files             {long['open_files'][0]}, {long['open_files'][1]}")
-    early, late = long["log_bytes_an_epoch"]
-    print(f"  logs an epoch          {early:,.0f} B in the first half, {late:,.0f} B in the second")
+    record |= {"python": platform.python_version(), "torch": torch.__version__}
+    parts: dict[str, Callable[[Path], dict[str, Any]]] = {
+        "kills_while_writing": partial(kills_while_writing, options.write_kills),
+        "kills_of_training": partial(interruptions, signal.SIGKILL, options.interruptions),
+        "stops_of_training": partial(interruptions, signal.SIGTERM, options.interruptions),
+        "long_run": partial(long_run, options.epochs),
+    }
+    for name, measure in parts.items():
+        with tempfile.TemporaryDirectory() as folder:
+            record[name] = measure(Path(folder))
+    shown = {**record, "long_run": {name: value for name, value in record["long_run"].items() if name != "rss_bytes"}}
+    print(json.dumps(shown, indent=1))
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(options.output, record)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -67,17 +66,14 @@ def main(arguments: list[str]) -> int:
 
 def _run(arguments: list[str]) -> int:
     options = _parse(arguments)
-    if options.check:
-        return _check(options)
-    if options.tables:
-        return _write(options)
-    entries = read_entries(options.families, options.recipes, options.flags)
-    jobs = _jobs(entries, options)
+    if options.check or options.tables:
+        return _tables(options)
+    jobs = _jobs(read_entries(options.families, options.recipes, options.flags), options)
     if options.list:
         _list(jobs, options)
         return 0
     code = _train(jobs, options)
-    _write(options)
+    _tables(options)
     return code
 
 
@@ -128,7 +124,7 @@ def _jobs(entries: list[Entry], options: argparse.Namespace) -> list[Job]:
                 flags = " ".join(options.flags)
                 raise UserError(f"{flags} changes {changed[0]} of {entry.recipe}; name a folder with --out")
     if not entries:
-        raise UserError("none of these recipes belongs to the families; python -m benchmarks.results --list shows all")
+        raise UserError("none of these recipes is of these families; python -m benchmarks.results --list shows all")
     entries = sorted(entries, key=lambda entry: entry.cost)
     counts = {entry: min(entry.seeds, options.seeds or entry.seeds) for entry in entries}
     return [Job(entry, seed) for seed in range(max(counts.values())) for entry in entries if seed < counts[entry]]
@@ -143,7 +139,9 @@ def _train(jobs: list[Job], options: argparse.Namespace) -> int:
         # Threads that wait by spinning would slow down the other work many times over.
         os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     with training_lock(options.log_dir):
-        for job in _missing(jobs, options):
+        for job in jobs:
+            if _recorded(job, options) or _keep(job, options):  # the run may have finished without its record
+                continue
             flags = [*job.entry.flags, "--accelerator", options.accelerator, "--devices", "1"]
             request = Request(log_dir=options.log_dir, flags=flags)
             seconds = max(0.0, end - time.monotonic()) if end else None
@@ -159,13 +157,6 @@ def _train(jobs: list[Job], options: argparse.Namespace) -> int:
     for failure in failed:
         print_error("benchmarks.results", failure)
     return 1 if failed else 0
-
-
-def _missing(jobs: Iterable[Job], options: argparse.Namespace) -> Iterator[Job]:
-    """Jobs without a record, after keeping those of runs that finished without it."""
-    for job in jobs:
-        if not (_recorded(job, options) or _keep(job, options)):
-            yield job
 
 
 def _recorded(job: Job, options: argparse.Namespace) -> bool:
@@ -193,46 +184,34 @@ def _keep(job: Job, options: argparse.Namespace) -> bool:
     return True
 
 
-def _write(options: argparse.Namespace) -> int:
-    """Write tables and plot; for records in another folder the tables are printed instead."""
+def _tables(options: argparse.Namespace) -> int:
+    """Write tables and plot, or with --check name those that the records do not give; returns the exit code.
+
+    Beside records of one's own the tables are printed instead.
+    """
     results = read_results(options.out, options.flags)
-    _say_stale(results)
-    if options.ours:
-        for path in pages():
-            text = written(path, results, options.out)
-            if text != path.read_text(encoding="utf-8"):
-                path.write_text(text, encoding="utf-8")
-                print(f"Wrote {path.relative_to(PROJECT)}")
-    else:
+    for path in results.stale:
+        print(f"{path.name} is left out: its recipe has changed since, or entries.yaml has no such entry")
+    texts = {path: written(path, results, options.out) for path in pages()} if options.ours or options.check else {}
+    texts = {path: text for path, text in texts.items() if text != path.read_text(encoding="utf-8")}
+    picture = accuracy_time.PICTURE if options.ours else options.out / accuracy_time.PICTURE.name
+    found = accuracy_time.points(results)
+    drawn = not found or accuracy_time.is_current(found, picture)
+    if options.check:
+        stale = [*texts, *([] if drawn else [picture])]
+        for path in stale:
+            print(f"{path.name} is stale or was changed by hand: python -m benchmarks.results --tables")
+        return 1 if stale else 0
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
+        print(f"Wrote {path.relative_to(PROJECT)}")
+    if not options.ours:
         for family in dict.fromkeys(entry.family for entry, _ in results.runs):
             print(f"\n{family}\n\n{results_table(family, results, Language(0, ' to '))}")
-    found, picture = accuracy_time.points(results), _picture(options)
-    if found and not accuracy_time.is_current(found, picture):
+    if not drawn:
         accuracy_time.draw(found, picture)
         print(f"Wrote {picture}")
     return 0
-
-
-def _check(options: argparse.Namespace) -> int:
-    """Name every file that does not match the records; returns the exit code."""
-    results = read_results(options.out)
-    _say_stale(results)
-    stale = [path for path in pages() if written(path, results, options.out) != path.read_text(encoding="utf-8")]
-    found = accuracy_time.points(results)
-    if found and not accuracy_time.is_current(found, _picture(options)):
-        stale.append(_picture(options))
-    for path in stale:
-        print(f"{path.name} is stale or was changed by hand: python -m benchmarks.results --tables")
-    return 1 if stale else 0
-
-
-def _picture(options: argparse.Namespace) -> Path:
-    return accuracy_time.PICTURE if options.ours else options.out / accuracy_time.PICTURE.name
-
-
-def _say_stale(results: Results) -> None:
-    for path in results.stale:
-        print(f"{path.name} is left out: its recipe has changed since, or entries.yaml has no such entry")
 
 
 def _list(jobs: list[Job], options: argparse.Namespace) -> None:
@@ -252,7 +231,7 @@ def _list(jobs: list[Job], options: argparse.Namespace) -> None:
                 left *= 1 - epochs / job.entry.config["trainer"]["max_epochs"]
         rows.append((job.entry.family, job.entry.name, job.seed, state, "?" if left is None else duration(left)))
         known, unknown = known + (left or 0.0), unknown + (left is None)
-    print_table(("family", "entry", "seed", "state", "time left"), rows)
+    print_table("family | entry | seed | state | time left", rows)
     print(f"\n{duration(known)} left{f', and {unknown} runs of unknown time' if unknown else ''}")
 
 

@@ -1,18 +1,14 @@
 """Images/s on 1, 2, 4, ... devices, and what to expect beyond them.
 
-Measured: train.py with `--devices N` on this machine, each process with the recipe's batch (weak scaling), in turn.
-On N CPU processes the cores are shared, so the efficiency is relative to one process with all of them. Under torchrun
-or SLURM, train.py takes the number of nodes and processes from them; run it there with `--num_nodes`, and read
-images/s in record.json.
+Measured: train.py with `--devices N` on this machine, each process with the recipe's batch (weak scaling), in turn. CPU
+processes share the cores, so their efficiency is relative to one process with all of them.
 
-Calculated: the gradient bytes of each network, and how long a ring all-reduce of them takes on 8 GPUs and beyond at
-stated link speeds, beside the step that throughput.py has measured. Lightning's DDP overlaps the all-reduce with the
-backward pass, so these figures are the worst case, without any overlap.
+Calculated: the gradient bytes of each network, and how long a ring all-reduce of them takes at stated link speeds,
+beside the step that throughput.py has measured. Lightning overlaps the two; this is the worst case, without overlap.
 
 Command: python -m benchmarks.scaling --data_dir DIR
 """
 
-import json
 import os
 import time
 from statistics import median
@@ -21,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import side_by_side
-from benchmarks.harness.side_by_side import print_table, run_folder, trained
+from benchmarks.harness.side_by_side import print_table, trained
 from benchmarks.peers.plain_loops import build
 
 # Bytes a second that each GPU sends and receives at once: NVLink 4 of H100 and H200 (900 GB/s both ways), as NVIDIA's
@@ -37,11 +33,9 @@ def all_reduce_seconds(size: int, devices: int, bytes_a_second: float) -> float:
 
 def images_per_second(model: str, devices: int, options: Any) -> dict[str, Any]:
     """One short run of train.py; the speed is the second epoch's."""
-    arguments = ["fit", "--model", model, "--devices", str(devices), "--accelerator", options.accelerator]
-    arguments += ["--data_dir", options.data_dir, "--max_epochs", "2", "--val_size", "0"]
-    arguments += [f"--trainer.limit_train_batches={options.steps}", *options.flags.split()]
-    with run_folder() as folder:
-        record = trained(arguments, folder, options.seconds + 300)
+    arguments = ["fit", "--model", model, "--devices", str(devices), "--max_epochs", "2", "--val_size", "0"]
+    arguments += [f"--trainer.limit_train_batches={options.steps}", *options.shared]
+    record = trained(arguments, options.seconds + 300)
     return {
         "images_per_second": record["epochs"][1]["images_per_second"],
         "seconds": record["epochs"][1]["seconds"],
@@ -51,10 +45,7 @@ def images_per_second(model: str, devices: int, options: Any) -> dict[str, Any]:
 
 def _step_milliseconds(options: Any) -> dict[str, float]:
     """Each network's measured step on one device, from throughput.py's record."""
-    path = side_by_side.record_path("throughput", options)
-    if not path.exists():
-        return {}
-    results = json.loads(path.read_text(encoding="utf-8"))["results"]
+    results = side_by_side.recorded("throughput", options) or []
     return {one["network"]: 1e3 * one["batch_size"] / one["contestants"][0]["images_per_second"] for one in results}
 
 
@@ -62,10 +53,8 @@ def main() -> None:
     """Measure, then calculate."""
     parser = side_by_side.Parser(__doc__, budget=75, flags=True)
     parser.add_argument("--model", default="lenet", help="recipe that is measured (default: lenet)")
-    parser.add_argument(
-        "--devices", type=int, nargs="+", help="numbers of devices (default: 1, 2, 4, ... as many as there are)"
-    )
-    parser.add_argument("--steps", type=int, default=200, help="steps per epoch (default: %(default)s)")
+    parser.add_argument("--devices", type=int, nargs="+", help="numbers of them (default: 1, 2, 4, ... to all)")
+    parser.add_argument("--steps", type=int, default=200, help="steps an epoch (default: %(default)s)")
     options = parser.parse_args()
     most = torch.cuda.device_count() if options.accelerator == "gpu" else min(2, os.cpu_count() or 1)
     counts = options.devices or [2**power for power in range(most.bit_length()) if 2**power <= most]
@@ -84,18 +73,17 @@ def main() -> None:
         for count in counts
     ]
     print(f"{options.model}, {options.steps} steps an epoch")
-    print_table(("devices", "global batch", "images/s", "efficiency"), rows)
+    print_table("devices | global batch | images/s | efficiency", rows)
 
     sizes = {model: 4 * sum(parameter.numel() for parameter in build(model)[0].parameters()) for model in NETWORKS}
-    table = []
+    steps, table = _step_milliseconds(options), []
     for model, size in sizes.items():
         milliseconds = (1e3 * all_reduce_seconds(sent, *link) for sent in (size, size // 2) for link in LINKS.values())
-        table.append((model, f"{size / 1e6:,.1f}", *(f"{value:,.2f}" for value in milliseconds)))
-    steps = _step_milliseconds(options)
-    table = [(*row, f"{steps[row[0]]:,.1f}" if row[0] in steps else "not measured") for row in table]
+        step = f"{steps[model]:,.1f}" if model in steps else "not measured"
+        table.append((model, f"{size / 1e6:,.1f}", *(f"{value:,.2f}" for value in milliseconds), step))
     print("\nAll-reduce of the gradient, calculated, in ms a step, beside the measured step of one device")
-    names = list(LINKS)
-    print_table(("network", "gradient, MB", *names, *(f"bf16, {name}" for name in names), "step, ms"), table)
+    names = " | ".join([*LINKS, *(f"bf16, {name}" for name in LINKS)])
+    print_table(f"network | gradient, MB | {names} | step, ms", table)
     results = {
         "model": options.model,
         "runs": {str(count): values for count, values in runs.items()},

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from benchmarks.harness import side_by_side
-from benchmarks.harness.side_by_side import PROJECT, print_table, python_path, run_folder
+from benchmarks.harness.side_by_side import PROJECT, print_table, python_path
 
 IMPORT = "import lightning.pytorch.cli"
 ANSWER_LIMIT = 0.5  # issue: seconds for help and mistakes
@@ -37,11 +38,10 @@ def main() -> None:
     """Run the commands in turn, repeatedly."""
     parser = side_by_side.Parser(__doc__, budget=75)
     options = parser.parse_args()
-    data_dir = options.data_dir
-    with run_folder() as folder:
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         train = [str(PROJECT / "train.py")]
-        step = ["fit", "--model", "lenet", "--accelerator", options.accelerator, "--data_dir", data_dir]
-        step += ["--log_dir", folder, "--val_size", "100", "--trainer.callbacks+=benchmarks.startup.EndAfterFirstStep"]
+        step = ["fit", "--model", "lenet", *options.shared, "--log_dir", folder, "--val_size", "100"]
+        step += ["--trainer.callbacks+=benchmarks.startup.EndAfterFirstStep"]
         commands = {
             "train.py --help": ([*train, "--help"], 0),
             "train.py --model alexnett": ([*train, "--model", "alexnett"], 2),
@@ -64,17 +64,12 @@ def main() -> None:
     names = list(commands)
     factor, extra = FIRST_STEP_LIMIT
     limits = dict.fromkeys(names[:3], ANSWER_LIMIT) | {names[4]: factor * median(seconds[names[3]]) + extra}
-    rows = [
-        (
-            name,
-            f"{median(values):.2f}",
-            f"{min(values):.2f} to {max(values):.2f}",
-            f"{limits[name]:.2f}" if name in limits else "",
-            len(values),
-        )
-        for name, values in seconds.items()
-    ]
-    print_table(("command", "seconds", "range", "target", "rounds"), rows)
+    rows = []
+    for name, values in seconds.items():
+        limit = f"{limits[name]:.2f}" if name in limits else ""
+        around = f"{min(values):.2f} to {max(values):.2f}"
+        rows.append((name, f"{median(values):.2f}", around, limit, len(values)))
+    print_table("command | seconds | range | target | rounds", rows)
     results = {name: {"seconds": values, "target": limits.get(name)} for name, values in seconds.items()}
     side_by_side.write_record("startup", options, results)
 

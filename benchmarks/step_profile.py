@@ -1,8 +1,7 @@
 """Where a training step goes, by kind of operation, and how near its convolutions and linear layers come to the peak.
 
-Steps of each network at its tutorial size, as train.py computes them (channels-last, fused Adam, freed memory kept), on
-random images under torch.profiler, after some to warm up; the mean of those steps. In bfloat16 on a GPU, in float32
-elsewhere. The peak is that of one large matrix product, as in throughput.py.
+Each network at its tutorial size, as train.py computes it, on random images under torch.profiler: in bfloat16 on a GPU,
+in float32 elsewhere. The peak is that of one large matrix product, as in throughput.py.
 
 Command: python -m benchmarks.step_profile
 """
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.harness import side_by_side
-from benchmarks.harness.side_by_side import print_table
+from benchmarks.harness.side_by_side import print_table, synchronize
 from benchmarks.peers.plain_loops import matrix_product, ours
 from benchmarks.throughput import NETWORKS, training_flops_by_operation
 from cli.recipes import load_yaml, recipes
@@ -69,7 +68,7 @@ def main() -> None:
         near = [f"{shares[kind]:.2f}" if kind in shares else "" for kind in ("convolution", "linear")]
         rows.append((f"{model} {image_size}, batch {batch_size}", f"{1e3 * whole:,.1f}", *cells, *near))
     header = ("network", "step, ms", *KINDS, "other", "convolution / peak", "linear / peak")
-    print_table(header, rows)
+    print_table(" | ".join(header), rows)
     print(f"\nPeak in matrix products: {peak / 1e9:,.0f} GFLOP/s")
     side_by_side.write_record("step_profile", options, {"peak_flops": peak, "networks": results})
 
@@ -88,8 +87,7 @@ def profiled(model: str, batch_size: int, image_size: int, device: str) -> dict[
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
 
     for _ in range(WARM_UP):
         step()
@@ -115,8 +113,7 @@ def _peak(device: str) -> float:
 
     def finish() -> None:
         multiply()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
 
     return operations / min(timeit.repeat(finish, number=1, repeat=10))
 

@@ -1,9 +1,8 @@
 """Every benchmark on this machine, one after the other, then the trainings of the READMEs' tables in the time left.
 
-For a machine that is available for a while, such as a rented GPU: one command, all records. With less than the usual
-time, each gets its share. A benchmark that fails is named at the end, and the others go on; each record is written when
-it is measured. With `--results` the rest of the time goes into the trainings of `benchmarks.results`, which continue
-where they stopped when the command is given again.
+One command for a machine that is there for a while, such as a rented GPU. With less than the usual time each benchmark
+gets its share; one that fails is named at the end. With `--results` the rest of the time goes into the trainings of
+`benchmarks.results`, which continue where they stopped when the command is given again.
 
 Command: python -m benchmarks.suite --accelerator gpu --results --seconds 28800
 """
@@ -41,16 +40,13 @@ def main() -> int:
     begun = time.monotonic()
     names = [name for name in options.only if options.accelerator == "cpu" or name not in ONLY_CPU]
     pace = min(1.0, options.seconds / sum(SECONDS[name] for name in names))
-    shared = ["--accelerator", options.accelerator, "--out", str(options.out.resolve())]
-    rows = []
-    for name in names:
-        flags = ["--data_dir", options.data_dir, "--seconds", f"{pace * SECONDS[name]:.0f}"]
-        rows.append(_run(name, [*flags, *shared]))
+    shared = [*options.shared, "--out", str(options.out.resolve())]
+    rows = [_run(name, [*shared, "--seconds", f"{pace * SECONDS[name]:.0f}"]) for name in names]
     left = options.seconds - (time.monotonic() - begun)
     if options.results and left > 0:
-        rows.append(_run("results", [*shared, "--data_dir", options.data_dir, "--hours", f"{left / 3600:.4f}"]))
+        rows.append(_run("results", [*shared, "--hours", f"{left / 3600:.4f}"]))
     print()
-    print_table(("benchmark", "exit code", "seconds"), rows)
+    print_table("benchmark | exit code | seconds", rows)
     return int(any(code for _, code, _ in rows))
 
 

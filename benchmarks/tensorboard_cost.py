@@ -1,9 +1,7 @@
 """What TensorBoard's pictures cost: LeNet's epochs on the full data, with them and without.
 
-A turn is one epoch with validation, logging and checkpoints. "With" draws the pictures after every epoch, as a run of
-up to ten epochs does; a longer one draws them less often, and pays less. "Without" omits everything that
-`TensorBoardPictures`, `MistakesExplained` and `Confusion` do; scalars are written by both. What is drawn once per run
-(graph, layout, training images) is timed separately.
+"With" draws after every epoch; a run of more than ten epochs draws less often, and pays less. "Without" lacks all that
+`TensorBoardPictures`, `MistakesExplained` and `Confusion` do. What is drawn once a run is timed apart.
 
 Command: python -m benchmarks.tensorboard_cost --data_dir DIR
 """
@@ -17,15 +15,14 @@ from typing import Any
 import torch
 
 from benchmarks.harness import side_by_side
-from benchmarks.harness.our_turns import EpochTurns, command
-from benchmarks.harness.side_by_side import Contestant, contest, median, print_table, ratios, run_folder
+from benchmarks.harness.our_turns import EPOCHS, EpochTurns, command
+from benchmarks.harness.side_by_side import Contestant, contest, median, print_table, ratios, spread
 from callbacks.tensorboard import drawing as pictures
 from datamodules import CLASS_NAMES
 from datamodules.files.finding import load, prepare
 from inspection.graph import network_graph
 from models import LeNet
 
-EPOCHS = 1000  # as long as the contest may last
 TARGET = 1.03  # issue: at most this many times the epoch without
 BATCH_SIZE = 256
 
@@ -77,29 +74,21 @@ def main() -> int:
         return with_pictures(sys.argv[2:])
     options = side_by_side.Parser(__doc__, budget=160).parse_args()
     images, _ = load(prepare(Path(options.data_dir)), "train")
-    with run_folder() as folder:
-        ours = command(
-            EpochTurns,
-            *("--model", "lenet", "--batch_size", str(BATCH_SIZE), "--max_epochs", str(EPOCHS)),
-            *("--val_size", str(len(images) // 12), "--log_dir", folder, "--devices", "1"),
-            *("--accelerator", options.accelerator, "--data_dir", options.data_dir),
-        )
-        both = [["-m", "benchmarks.tensorboard_cost", flag, *ours[2:]] for flag in ("--without", "--with")]
-        turns, _ = contest(
-            {"without": partial(Contestant, both[0]), "with": partial(Contestant, both[1])},
-            options.seconds,
-            turn=0.1,
-            least_rounds=5,
-        )
+    settings = ["--model", "lenet", "--batch_size", str(BATCH_SIZE), "--val_size", str(len(images) // 12)]
+    ours = command(EpochTurns, options, *settings)[2:]
+    both = {
+        name: partial(Contestant, ["-m", "benchmarks.tensorboard_cost", f"--{name}", *ours])
+        for name in ("without", "with")
+    }
+    turns, _ = contest(both, options.seconds, turn=0.1, least_rounds=5)
     times = ratios(turns["without"], turns["with"])  # of rates: how many times the time it takes with pictures
     count = len(images) - len(images) // 12
     seconds = {name: count / median(reports) for name, reports in turns.items()}
     once = once_seconds(Path(options.data_dir))
-    spread = f"{times['least']:.3f} to {times['greatest']:.3f}"
-    rows = [("without", f"{seconds['without']:.3f}", "", "", "")]
-    rows.append(("with", f"{seconds['with']:.3f}", f"{times['median']:.3f}", spread, f"{TARGET:.2f}"))
-    print_table(("pictures", "s an epoch", "ratio", "range", "target"), rows)
-    print(f"Once per run: {once:.3f} s, {once / seconds['without']:.1%} of an epoch")
+    rows = [("without", f"{seconds['without']:.3f}", "", "")]
+    rows.append(("with", f"{seconds['with']:.3f}", spread(times, 3), f"{TARGET:.2f}"))
+    print_table("pictures | s an epoch | ratio (range) | target", rows)
+    print(f"Once a run: {once:.3f} s, {once / seconds['without']:.1%} of an epoch")
     result = {"seconds": seconds, "ratio": times, "target": TARGET, "once_seconds": once, "turns": turns}
     side_by_side.write_record("tensorboard_cost", options, result)
     return 0

@@ -1,20 +1,15 @@
 """Training speed of each network at its tutorial size, side by side with the loops people use.
 
-Everything is in it: loading, resizing, forward, backward, optimiser. Ours is the real `train.py` with its defaults; see
-plain_loops.py for the others. The same run measures the machine's peak in matrix products, to say how near we are, and
-the peak memory of each process (on the CPU without its loader's workers), beside the one that memory.py calculates for
-ours, without and with activation checkpointing.
+Everything is in it: loading, resizing, forward, backward, optimiser. The README beside this file says what is compared.
+The same run measures the machine's peak in matrix products and the peak memory of each process (on the CPU without its
+loader's workers), beside the one that memory.py calculates for ours, without and with activation checkpointing.
 
 If memory does not hold all at once, they take part in groups, with ours in each. With `--update` only the networks
 that are measured are replaced in the record; each of its results says when and how it was measured.
 
-`ours_bf16` is ours with `--precision bf16-mixed`, where the CPU has instructions for bfloat16; its share is of the
-peak in bfloat16. On a GPU all of ours is in bfloat16 already.
-
 Command: python -m benchmarks.throughput --data_dir DIR
 """
 
-import json
 import os
 import statistics
 from collections.abc import Sequence
@@ -27,18 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import side_by_side
 from benchmarks.harness.our_turns import StepTurns, command
-from benchmarks.harness.side_by_side import (
-    Contestant,
-    Missing,
-    contest,
-    median,
-    print_table,
-    ratios,
-    run_folder,
-    spread,
-)
+from benchmarks.harness.side_by_side import Contestant, Missing, contest, median, print_table, ratios, spread
 from benchmarks.memory import training_bytes
-from benchmarks.peers.plain_loops import LOOPS, build
+from benchmarks.peers.plain_loops import build
 from cli.recipes import load_yaml, recipes
 from launch.trainer import cpu_has_bfloat16
 
@@ -50,14 +36,8 @@ PEAK, BF16_PEAK = "matmul", "matmul_bf16"
 PROCESS_BYTES = 2**30  # what a contestant's process takes besides its tensors
 # Issue: how many times the tutorial's images/s, and what share of the peak.
 TARGETS: dict[str, dict[str, tuple[float, float | None]]] = {
-    "cpu": {
-        "alexnet": (1.6, 0.9),
-        "vgg11": (1.4, 0.8),
-        "nin": (1.4, 0.7),
-        "googlenet": (1.4, 0.6),
-        "lenet": (1.4, None),
-    },
-    "gpu": {"alexnet": (10, 0.4), "vgg11": (10, 0.6), "nin": (10, 0.3), "googlenet": (10, 0.3), "lenet": (10, None)},
+    "cpu": dict(alexnet=(1.6, 0.9), vgg11=(1.4, 0.8), nin=(1.4, 0.7), googlenet=(1.4, 0.6), lenet=(1.4, None)),
+    "gpu": dict(alexnet=(10, 0.4), vgg11=(10, 0.6), nin=(10, 0.3), googlenet=(10, 0.3), lenet=(10, None)),
 }
 
 
@@ -84,10 +64,8 @@ def main() -> None:
     parser = side_by_side.Parser(__doc__, budget=600, flags=True)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), help="recipes (default: all five)")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
-    parser.add_argument(
-        "--batch_size", type=int, nargs="+", help="instead of each recipe's own; several are run in turn"
-    )
-    parser.add_argument("--turn", type=float, default=2.0, help="seconds per turn, at least (default: %(default)g)")
+    parser.add_argument("--batch_size", type=int, nargs="+", help="instead of each recipe's own; several in turn")
+    parser.add_argument("--turn", type=float, default=2.0, help="seconds a turn, at least (default: %(default)g)")
     parser.add_argument("--compile", action="store_true", help="our network compiled")
     parser.add_argument("--update", action="store_true", help="leave other networks in the record as they are")
     options = parser.parse_args()
@@ -114,42 +92,23 @@ def main() -> None:
             else:
                 sizes = []
             ratio = entry.get("ours_over_this")
-            rows.append(
-                (
-                    f"{model} {image_size}, batch {batch_size}",
-                    entry["contestant"],
-                    f"{entry['images_per_second']:,.0f}",
-                    spread(ratio) if ratio else "",
-                    f"{share:.2f}",
-                    f"{60_000 / entry['images_per_second']:,.1f}",
-                    f"{entry['peak_memory_bytes'] / 2**30:.2f}",
-                    " / ".join(f"{size / 2**30:.2f}" for size in sizes),
-                    entry["rounds"],
-                )
-            )
+            speeds = (f"{entry['images_per_second']:,.0f}", spread(ratio) if ratio else "", f"{share:.2f}")
+            memory = (f"{entry['peak_memory_bytes'] / 2**30:.2f}", " / ".join(f"{size / 2**30:.2f}" for size in sizes))
+            epoch = f"{60_000 / entry['images_per_second']:,.1f}"
+            network = f"{model} {image_size}, batch {batch_size}"
+            rows.append((network, entry["contestant"], *speeds, epoch, *memory, entry["rounds"]))
         for name, why in result["missing"].items():
             print(f"{model}: without {name}: {why}", flush=True)
         results.append(result | {"measured": side_by_side.occasion("throughput", options.place)})
-    header = (
-        "network",
-        "loop",
-        "images/s",
-        "ours is x times",
-        "share of peak",
-        "s/60,000",
-        "peak GiB",
-        "calculated / checkpointed",
-        "rounds",
-    )
-    print_table(header, rows)
+    header = "network | loop | images/s | ours is x times | share of peak | s/60,000 | peak GiB"
+    print_table(f"{header} | calculated / checkpointed | rounds", rows)
     print()
     for key, kind in (("peak_flops", "bfloat16" if device == "cuda" else "float32"), ("peak_flops_bf16", "bfloat16")):
         if peaks := [result[key] for result in results if key in result]:
             print(f"Peak in matrix products ({kind}): {statistics.median(peaks) / 1e9:,.0f} GFLOP/s")
-    record = side_by_side.record_path("throughput", options)
-    if options.update and record.exists():
+    if options.update:
         new = {(result["network"], result["batch_size"]): result for result in results}
-        old = json.loads(record.read_text(encoding="utf-8"))["results"]
+        old = side_by_side.recorded("throughput", options) or []
         results = [new.pop((result["network"], result["batch_size"]), result) for result in old] + list(new.values())
     side_by_side.write_record("throughput", options, results)
 
@@ -171,26 +130,17 @@ def measure(model: str, batch_size: int, device: str, budget: float, options: An
     peaks = {name: max(turn["rate"] for turn in turns.pop(name)) for name in (PEAK, BF16_PEAK) if name in turns}
     entries = []
     for name, values in turns.items():
-        entry = {
-            "contestant": name,
-            "rounds": len(values),
-            "images_per_second": median(values),
-            "peak_memory_bytes": max(report["peak_memory_bytes"] for report in values),
-            "turns": values,
-        }
+        memory = max(report["peak_memory_bytes"] for report in values)
+        entry = {"contestant": name, "rounds": len(values), "images_per_second": median(values)}
+        entry |= {"peak_memory_bytes": memory, "turns": values}
         if name != "ours":
             first = first_rounds[name]
             ours = turns["ours"][first : first + len(values)]
             entry |= {"ours_over_this": ratios(ours, values), "first_round_of_ours": first}
         entries.append(entry)
-    return {
-        "network": model,
-        "batch_size": batch_size,
-        "peak_flops": peaks[PEAK],
-        **({"peak_flops_bf16": peaks[BF16_PEAK]} if bf16 else {}),
-        "contestants": entries,
-        "missing": missing,
-    }
+    result = {"network": model, "batch_size": batch_size, "contestants": entries, "missing": missing}
+    names = {PEAK: "peak_flops", BF16_PEAK: "peak_flops_bf16"}
+    return result | {names[name]: peak for name, peak in peaks.items()}
 
 
 def _groups(peers: Sequence[str], size: int, device: str) -> list[list[str]]:
@@ -211,26 +161,17 @@ def _groups(peers: Sequence[str], size: int, device: str) -> list[list[str]]:
 def _contest(
     model: str, batch_size: int, device: str, others: Sequence[str], budget: float, options: Any
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
-    shared = ("--model", model, "--data_dir", options.data_dir, "--batch_size", str(batch_size))
-    with run_folder() as folder:
-        ours = command(
-            StepTurns,
-            *("--accelerator", options.accelerator, "--devices", "1", "--log_dir", folder),
-            *("--max_epochs", "100000", "--val_size", "0", *shared),
-            *(["--compile"] if options.compile else []),
-            *options.flags.split(),
-        )
-        contestants = {"ours": partial(Contestant, ours)}
-        for name in others:
-            if name == BF16:
-                contestants[name] = partial(_in_bf16, ours, device)
-                continue
-            loop_name = PEAK if name == BF16_PEAK else name
-            assert loop_name in LOOPS
-            fast = ["--fast"] if device == "cuda" or name == BF16_PEAK else []
-            loop = ["-m", "benchmarks.peers.plain_loops", loop_name, "--device", device, *shared, *fast]
-            contestants[name] = partial(Contestant, loop)
-        return contest(contestants, budget, options.turn)
+    settings = ["--model", model, "--batch_size", str(batch_size)]
+    ours = command(StepTurns, options, *settings, "--val_size", "0", *(["--compile"] if options.compile else []))
+    contestants = {"ours": partial(Contestant, ours)}
+    for name in others:
+        if name == BF16:
+            contestants[name] = partial(_in_bf16, ours, device)
+            continue
+        fast = ["--fast"] if device == "cuda" or name == BF16_PEAK else []
+        loop = ["-m", "benchmarks.peers.plain_loops", PEAK if name == BF16_PEAK else name, *settings, *fast]
+        contestants[name] = partial(Contestant, [*loop, "--device", device, "--data_dir", options.data_dir])
+    return contest(contestants, budget, options.turn)
 
 
 def _in_bf16(ours: list[str], device: str) -> Contestant:

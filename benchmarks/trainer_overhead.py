@@ -1,9 +1,8 @@
 """What the Trainer costs: LeNet's epochs with everything a user has by default against a bare loop.
 
-Both do the same optimiser steps on the same batches in the same order, and measure the same validation images after
-each epoch; ours also draws its bar, logs, keeps metrics and writes checkpoints. A turn is one whole epoch.
-On the CPU ours keeps freed memory (memory.py), and a second bare loop does too: the difference from that one is the
-Trainer's own cost.
+Both do the same optimiser steps on the same batches, and measure the same validation images after each epoch; ours also
+draws its bar, logs, keeps metrics and writes checkpoints. On the CPU ours keeps freed memory, and a second bare loop
+does too: against that one, what is left is the Trainer's own cost.
 
 Command: python -m benchmarks.trainer_overhead --data_dir DIR
 """
@@ -16,15 +15,14 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.harness import side_by_side
-from benchmarks.harness.our_turns import EpochTurns, command
-from benchmarks.harness.side_by_side import Contestant, Turns, contest, median, print_table, ratios, run_folder
+from benchmarks.harness.our_turns import EPOCHS, EpochTurns, command
+from benchmarks.harness.side_by_side import Contestant, Turns, contest, median, print_table, ratios, spread
 from datamodules.batches import TrainBatches
 from datamodules.files.finding import load, prepare
 from launch.memory import keep_freed_memory
 from lit_modules.schedules import WarmupDecay
 from models import LeNet
 
-EPOCHS = 1000  # as long as the contest may last
 BARE, KEPT = "bare loop", "bare loop, memory kept"
 TARGETS = {256: 1.05, 64: 1.2}  # issue: at most this many times the bare loop's time
 
@@ -76,59 +74,37 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, nargs="+", default=list(TARGETS))
     parser.add_argument("--bare_loop", choices=("plain", "kept"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    device = options.device
     if options.bare_loop:
         if options.bare_loop == "kept":
             keep_freed_memory()
-        bare_loop(options.data_dir, options.batch_size[0], device)
+        bare_loop(options.data_dir, options.batch_size[0], options.device)
         return
     results, rows = [], []
     images, _ = load(prepare(Path(options.data_dir)), "train")
     for batch_size in options.batch_size:
-        shared = ("--accelerator", options.accelerator, "--data_dir", options.data_dir, "--batch_size", str(batch_size))
-        with run_folder() as folder:
-            ours = command(
-                EpochTurns,
-                *("--model", "lenet", "--max_epochs", str(EPOCHS), "--val_size", str(len(images) // 12)),
-                *("--log_dir", folder, "--devices", "1", *shared),
-            )
-            bare = ["-m", "benchmarks.trainer_overhead", *shared, "--bare_loop"]
-            turns, _ = contest(
-                {
-                    BARE: partial(Contestant, [*bare, "plain"]),
-                    **({KEPT: partial(Contestant, [*bare, "kept"])} if device == "cpu" else {}),
-                    "ours, bar on a terminal": partial(Contestant, ours, terminal=True),
-                    "ours, lines in a file": partial(Contestant, ours),
-                },
-                options.seconds / len(options.batch_size),
-                turn=0.1,
-                least_rounds=3,
-            )
+        settings = ["--model", "lenet", "--val_size", str(len(images) // 12), "--batch_size", str(batch_size)]
+        ours = command(EpochTurns, options, *settings)
+        bare = ["-m", "benchmarks.trainer_overhead", *options.shared, "--batch_size", str(batch_size), "--bare_loop"]
+        contestants = {
+            BARE: partial(Contestant, [*bare, "plain"]),
+            KEPT: partial(Contestant, [*bare, "kept"]),
+            "ours, bar on a terminal": partial(Contestant, ours, terminal=True),
+            "ours, lines in a file": partial(Contestant, ours),
+        }
+        if options.device != "cpu":
+            del contestants[KEPT]
+        turns, _ = contest(contestants, options.seconds / len(options.batch_size), turn=0.1, least_rounds=3)
         for name, reports in turns.items():
             times = ratios(turns[BARE], reports)  # of rates: how many times the bare loop's time ours takes
             over_kept = ratios(turns[KEPT], reports) if KEPT in turns else None
             seconds = (len(images) - len(images) // 12) / median(reports)
-            results.append(
-                {
-                    "batch_size": batch_size,
-                    "contestant": name,
-                    "rounds": len(reports),
-                    "images_per_second": median(reports),
-                    "time_over_bare_loop": times,
-                    "time_over_bare_loop_with_kept_memory": over_kept,
-                    "target": TARGETS.get(batch_size),
-                    "turns": reports,
-                }
-            )
-            spread = f"{times['least']:.3f} to {times['greatest']:.3f}"
-            rows.append(
-                (
-                    *(batch_size, name, f"{median(reports):,.0f}", f"{seconds:.2f}", f"{times['median']:.3f}", spread),
-                    f"{over_kept['median']:.3f}" if over_kept else "",
-                )
-            )
-    header = ("batch", "contestant", "images/s", "s an epoch", "time / bare loop", "range", "/ with kept memory")
-    print_table(header, rows)
+            entry = {"batch_size": batch_size, "contestant": name, "rounds": len(reports), "turns": reports}
+            entry |= {"images_per_second": median(reports), "target": TARGETS.get(batch_size)}
+            entry |= {"time_over_bare_loop": times, "time_over_bare_loop_with_kept_memory": over_kept}
+            results.append(entry)
+            speeds = (f"{median(reports):,.0f}", f"{seconds:.2f}", spread(times, 3))
+            rows.append((batch_size, name, *speeds, f"{over_kept['median']:.3f}" if over_kept else ""))
+    print_table("batch | contestant | images/s | s an epoch | time / bare loop | / with kept memory", rows)
     side_by_side.write_record("trainer_overhead", options, results)
 
 

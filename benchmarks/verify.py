@@ -15,14 +15,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.harness.side_by_side import RESULTS, print_table, run_folder, trained
+from benchmarks.harness.side_by_side import RESULTS, print_table, trained
 from benchmarks.readme.entries import Entry, Results, read_entries, read_results
 from benchmarks.readme.rounding import duration
 from benchmarks.results import estimate
 from errors import OneLineParser, UserError, run_program
 
 WIDTH = 3.0  # standard deviations on either side of the mean
-COLUMNS = ("entry", "seed", "test accuracy", "band", "verdict")
 
 
 def main(arguments: list[str]) -> int:
@@ -74,7 +73,7 @@ def _run(arguments: list[str]) -> int:
     if not rows:
         raise UserError("nothing fits in the time; give more --minutes")
     print()
-    print_table(COLUMNS, rows)
+    print_table("entry | seed | test accuracy | band | verdict", rows)
     print(f"\n{_place(record)}\n{'FAIL' if failed else 'PASS'}")
     return int(failed > 0)
 
@@ -107,8 +106,7 @@ def _verify(entry: Entry, results: Results, options: argparse.Namespace) -> tupl
     seed = len(known) if options.seed is None else options.seed
     flags = ["--model", entry.recipe, *entry.flags, "--seed", str(seed), "--accelerator", options.accelerator]
     print(f"{entry.name}, seed {seed}: training", flush=True)
-    with run_folder() as folder:
-        record = trained([*flags, "--devices", "1", *options.flags], folder)
+    record = trained([*flags, "--devices", "1", *options.flags])
     low, high = band(known, usual_deviation([[run.accuracy for run in runs] for runs in results.runs.values()]))
     accuracy, images = record["test"]["accuracy"], recorded[0].record["test"]["images"]
     if record["test"]["images"] != images:

@@ -5,13 +5,12 @@ Imports nothing heavy.
 
 import base64
 import json
-import math
 import os
 import platform
 import subprocess
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,46 +153,34 @@ def _check(mapping: Any, schema: dict[str, tuple[str, bool]], prefix: str = "") 
         value = inside.get(key) if inside is not None else None
         absent = value is None and not (needed and inside is not None)
         if not absent and not _is(value, kind):
-            raise ValueError(f"{prefix}{name} must be {EXPECTED[kind]}")
+            raise ValueError(f"{prefix}{name} must be {KINDS[kind][0]}")
 
 
 def _is(value: Any, kind: str) -> bool:
-    if kind == "text":
-        return isinstance(value, str)
-    if kind == "mapping":
-        return isinstance(value, dict)
-    if kind == "list of mappings":
-        return isinstance(value, list) and all(isinstance(one, dict) for one in value)
-    if kind.startswith("mapping of "):
-        inner = kind.removeprefix("mapping of ").removesuffix("s")
-        return isinstance(value, dict) and all(_is(one, inner) for one in value.values())
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    if kind == "float":  # a loss may be infinite or NaN
-        return isinstance(value, float) or abs(value) <= LARGEST
-    finite = math.isfinite(value) if isinstance(value, float) else True
-    return (
-        finite
-        and {
-            "number": abs(value) <= LARGEST,
-            "amount": 0 <= value <= LARGEST,
-            "count": 0 <= value <= LARGEST and isinstance(value, int),
-            "share": 0 <= value <= 1,
-        }[kind]
-    )
+    return KINDS[kind][1](value)
 
 
-EXPECTED = {
-    "text": "text",
-    "mapping": "a mapping",
-    "mapping of texts": "a mapping of texts",
-    "mapping of shares": "a mapping of numbers from 0 to 1",
-    "list of mappings": "a list of mappings",
-    "number": "a number",
-    "float": "a number",
-    "amount": "a number of at least 0",
-    "count": "an integer of at least 0",
-    "share": "a number from 0 to 1",
+def _is_number(value: Any, least: float = -LARGEST, most: float = LARGEST) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+
+
+def _holds(value: Any, outer: type, kind: str) -> bool:
+    inner = value.values() if isinstance(value, dict) else value
+    return isinstance(value, outer) and all(_is(one, kind) for one in inner)
+
+
+# What is expected, in words, and whether a value is that.
+KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "text": ("text", lambda value: isinstance(value, str)),
+    "mapping": ("a mapping", lambda value: isinstance(value, dict)),
+    "mapping of texts": ("a mapping of texts", lambda value: _holds(value, dict, "text")),
+    "mapping of shares": ("a mapping of numbers from 0 to 1", lambda value: _holds(value, dict, "share")),
+    "list of mappings": ("a list of mappings", lambda value: _holds(value, list, "mapping")),
+    "number": ("a number", _is_number),
+    "float": ("a number", lambda value: isinstance(value, float) or _is_number(value)),  # a loss may be infinite or NaN
+    "amount": ("a number of at least 0", lambda value: _is_number(value, 0)),
+    "count": ("an integer of at least 0", lambda value: isinstance(value, int) and _is_number(value, 0)),
+    "share": ("a number from 0 to 1", lambda value: _is_number(value, 0, 1)),
 }
 
 

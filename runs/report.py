@@ -1,4 +1,4 @@
-"""The comparison of runs as a table on the terminal, and as Markdown and CSV."""
+"""What compare.py does: the comparison of runs as a table on the terminal, and as Markdown and CSV."""
 
 import csv
 import re
@@ -6,48 +6,49 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, plain
+from errors import UserError, plain, print_error
 from runs.differences import POINTS, Difference, differences
-from runs.groups import Group, wilson
+from runs.groups import Group, fold, wilson
 from runs.plots import draw
-from runs.reading import Run
+from runs.reading import Run, find_runs
+from runs.training import Request, train_missing
 
-COLUMNS = (
-    "network",
-    "seeds",
-    "test accuracy",
-    "95 % interval",
-    "parameters",
-    "FLOPs/image",
-    "images/s",
-    "epoch",
-    "peak memory",
-    "epochs",
-)
+SCORES = ("network", "seeds", "test accuracy", "95 % interval")
+COSTS = ("parameters", "FLOPs/image", "images/s", "epoch", "peak memory", "epochs")
+COLUMNS = SCORES + COSTS
 SHOWN = 8  # differences on the terminal
-CSV_FIELDS = (
-    "network",
-    "recipe",
-    "seed",
-    "test_accuracy",
-    "interval_low",
-    "interval_high",
-    "test_loss",
-    "best_val_accuracy",
-    "parameters",
-    "flops",
-    "images_per_second",
-    "epoch_seconds",
-    "fit_seconds",
-    "peak_memory_bytes",
-    "epochs",
-    "batch_size",
-    "image_size",
-    "precision",
-    "machine",
-    "commit",
-    "folder",
-)
+
+
+def compare(request: Request) -> int:
+    """Train what is missing, show the table, write the report; returns the exit code.
+
+    Raises:
+        UserError: If there is nothing to compare, or the configuration of a run to train is not valid.
+    """
+    failed: list[str] = []
+    if request.recipes:
+        runs, failed = train_missing(request)
+    else:
+        if not request.paths and not request.log_dir.exists():
+            raise UserError(f"there are no runs in {request.log_dir}; start with: python train.py --model lenet")
+        runs = find_runs(request.paths or [request.log_dir])
+    finished = [run for run in runs if run.finished]
+    if not finished and not failed:
+        where = ", ".join(map(str, request.paths or [request.log_dir]))
+        raise UserError(f"there is no finished run in {where}; start with: python train.py --model lenet")
+    groups = fold(finished)
+    if groups:
+        print_table(groups)
+    if left_out := len(runs) - len(finished):
+        print(f"{left_out} unfinished run{'s' if left_out > 1 else ''} left out")
+    if older := len(finished) - sum(len(group.runs) for group in groups):
+        print(f"{older} older run{'s' if older > 1 else ''} of the same seed left out")
+    if request.output and groups:
+        write_report(groups, request.output)
+        print(f"Wrote {plain(str(request.output / 'report.md'))}")
+    for failure in failed:
+        print_error("compare.py", failure)
+    return 1 if failed else 0
 
 
 def print_table(groups: Sequence[Group]) -> None:
@@ -65,7 +66,7 @@ def print_table(groups: Sequence[Group]) -> None:
 
     whole = table(COLUMNS)
     fits = console.measure(whole, options=console.options.update(max_width=1000)).maximum <= console.width
-    for part in [whole] if fits else [table(COLUMNS[:4]), table((COLUMNS[0], *COLUMNS[4:]))]:
+    for part in [whole] if fits else [table(SCORES), table((COLUMNS[0], *COSTS))]:
         console.print(part)
     for line in notes(groups, SHOWN):
         console.print(_as_text(line), style="dim")
@@ -205,22 +206,33 @@ def markdown(groups: Sequence[Group], plots: dict[str, str]) -> str:
 
 def _write_csv(groups: Sequence[Group], path: Path) -> None:
     classes = list(dict.fromkeys(name for group in groups for name in group.class_accuracy))
+    rows = [_csv_row(group, run, classes) for group in groups for run in group.runs]
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*CSV_FIELDS, *(f"accuracy of {name}" for name in classes)])
+        writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        for group in groups:
-            for run in group.runs:
-                writer.writerow({name: _as_cell(value) for name, value in _csv_row(group, run).items()})
+        writer.writerows({name: _as_cell(value) for name, value in row.items()} for row in rows)
 
 
-def _csv_row(group: Group, run: Run) -> dict[str, Any]:
-    record, test = run.record, run.record["test"]
+def _csv_row(group: Group, run: Run, classes: Sequence[str]) -> dict[str, Any]:
+    """Of one run; its keys in the order of the columns."""
+    test, by_class = run.record["test"], run.record["test"].get("class_accuracy") or {}
     low, high = wilson(run.accuracy, run.tested)
-    row = {name: record[name] for name in CSV_FIELDS if name in record}
-    row |= {"network": group.name, "test_accuracy": run.accuracy, "interval_low": low, "interval_high": high}
-    row |= {"test_loss": test["loss"], "epoch_seconds": run.epoch_seconds, "epochs": len(record["epochs"])}
-    row |= {"machine": run.machine, "folder": run.folder.as_posix()}
-    return row | {f"accuracy of {name}": value for name, value in (test.get("class_accuracy") or {}).items()}
+
+    def recorded(*names: str) -> dict[str, Any]:
+        return {name: run.record.get(name) for name in names}
+
+    return {
+        **({"network": group.name} | recorded("recipe", "seed")),
+        "test_accuracy": run.accuracy,
+        "interval_low": low,
+        "interval_high": high,
+        "test_loss": test["loss"],
+        **recorded("best_val_accuracy", "parameters", "flops", "images_per_second"),
+        **({"epoch_seconds": run.epoch_seconds} | recorded("fit_seconds", "peak_memory_bytes")),
+        **({"epochs": len(run.record["epochs"])} | recorded("batch_size", "image_size", "precision")),
+        **({"machine": run.machine} | recorded("commit") | {"folder": run.folder.as_posix()}),
+        **{f"accuracy of {name}": by_class.get(name) for name in classes},
+    }
 
 
 def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -106,7 +106,10 @@ def checked_space(request: Request, folder: Path) -> Space:
     notes = folder / "sweep.json"
     if notes.exists():
         whole = json.loads(notes.read_text(encoding="utf-8"))["whole"]
-        return {name: _as(values, name in whole) for name, values in request.space.items()}
+        return {
+            name: replace(values, whole=name in whole) if isinstance(values, Range) else values
+            for name, values in request.space.items()
+        }
     print("Checking the settings", flush=True)
     config = resolved(request.recipe, request.flags)
     if not config["data"]["val_size"]:
@@ -118,7 +121,7 @@ def checked_space(request: Request, folder: Path) -> Space:
         if isinstance(values, Range) and isinstance(now.get(name), int | float) and not isinstance(now[name], bool):
             if isinstance(now[name], int) and not values.whole:
                 raise UserError(f"{name} takes whole numbers, not {values.low:g}..{values.high:g}")
-            space[name] = _as(values, isinstance(now[name], int))
+            space[name] = replace(values, whole=isinstance(now[name], int))
     unsure = {name: values for name, values in space.items() if not _is_known(values, now.get(name), name)}
     points = max((len(values.values) if isinstance(values, Choice) else 2 for values in unsure.values()), default=0)
     with ThreadPoolExecutor(2) as pool:
@@ -132,10 +135,6 @@ def checked_space(request: Request, folder: Path) -> Space:
 def _is_known(values: Range | Choice, now: Any, name: str) -> bool:
     """Whether train.py need not check it: the setting is a number already, or was checked on the command line."""
     return isinstance(now, int | float) if isinstance(values, Range) else CHECKS.get(name) is not None
-
-
-def _as(values: Range | Choice, whole: bool) -> Range | Choice:
-    return replace(values, whole=whole) if isinstance(values, Range) else values
 
 
 def _nth(values: Range | Choice, number: int) -> float | str:

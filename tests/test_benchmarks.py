@@ -398,7 +398,7 @@ def test_scores_are_never_rounded_up() -> None:
 
 
 def test_a_collapsed_run_and_a_gpu_are_told(results: Results) -> None:
-    (entry, _), runs = next(item for item in results.runs.items() if item[0][0].recipe == "fast/1min")
+    (entry, _), runs = next(item for item in results.runs.items() if item[0][0].name == "fast-1min")
     broken = json.loads(json.dumps(runs[0].record))
     broken["test"]["accuracy"] = 0.1
     broken["machine"]["gpu"] = "NVIDIA X100"

@@ -12,10 +12,11 @@ import pty
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -49,16 +50,20 @@ class Turns:
 
     def __init__(self, device: str = "cpu", warm_up: float = 0.3) -> None:
         # Not standard output, which the contestant may use as it likes.
-        self._out = os.fdopen(int(os.environ["CONTEST_REPORTS"]), "w")
+        self._out = os.fdopen(int(os.environ["CONTEST_REPORTS"]), "w", buffering=1)
         self._device = device
         self._warm_up = warm_up
         self._step_seconds = 0.0
-        self._amount = 0.0
-        self._steps = 0
-        self._measuring = False
+        self._begin(0.0)
+
+    def _begin(self, seconds: float) -> None:
+        self._seconds, self._amount, self._steps = seconds, 0.0, 0
+        self._measuring = self._step_seconds > self._warm_up  # long steps need no further warm-up
         self._start_clocks()
         self._last = self._begun
-        self._seconds = 0.0
+
+    def _start_clocks(self) -> None:
+        self._begun, self._cpu_begun = time.perf_counter(), time.process_time()
 
     def wait(self) -> None:
         """Say that everything is ready, and wait for the first turn."""
@@ -74,49 +79,31 @@ class Turns:
         if not self._measuring:
             self._step_seconds, self._last = now - self._last, now
             if now - self._begun >= self._warm_up:
-                self._synchronize()
+                synchronize(self._device)
                 self._start_clocks()
                 self._measuring = True
             return
         self._steps += 1
         self._amount += amount
         if now - self._begun >= self._seconds:
-            self._synchronize()
+            synchronize(self._device)
             elapsed = time.perf_counter() - self._begun
             self._step_seconds = elapsed / self._steps
             values = {"rate": self._amount / elapsed, "steps": self._steps, "seconds": elapsed}
-            self.report(values | {"cpu_seconds": time.process_time() - self._cpu_begun})
-
-    def report(self, values: dict[str, Any]) -> None:
-        """End the turn with values that the contestant has measured itself."""
-        self._report(values | {"peak_memory_bytes": peak_memory(self._device)})
+            values["cpu_seconds"] = time.process_time() - self._cpu_begun
+            self._report(values | {"peak_memory_bytes": peak_memory(self._device)})
 
     def missing(self, why: str) -> None:
         """Say that this contestant can't take part, and end."""
-        self._out.write(json.dumps({"missing": why}) + "\n")
-        self._out.flush()
+        print(json.dumps({"missing": why}), file=self._out)
         sys.exit(0)
 
     def _report(self, values: dict[str, Any]) -> None:
-        self._out.write(json.dumps(values) + "\n")
-        self._out.flush()
+        print(json.dumps(values), file=self._out)
         line = sys.stdin.readline()
         if not line:
             os._exit(0)  # the contest is over; nothing here is worth saving
-        self._seconds = float(line)
-        self._amount, self._steps = 0.0, 0
-        self._measuring = self._step_seconds > self._warm_up  # long steps need no further warm-up
-        self._start_clocks()
-        self._last = self._begun
-
-    def _start_clocks(self) -> None:
-        self._begun, self._cpu_begun = time.perf_counter(), time.process_time()
-
-    def _synchronize(self) -> None:
-        if self._device == "cuda":
-            import torch
-
-            torch.cuda.synchronize()
+        self._begin(float(line))
 
 
 class Contestant:
@@ -136,16 +123,8 @@ class Contestant:
             watcher, output = pty.openpty()
             environment |= {"TERM": "xterm-256color", "COLUMNS": "160", "LINES": "40"}
             threading.Thread(target=_drain, args=(watcher,), daemon=True).start()
-        self.process = subprocess.Popen(
-            [sys.executable, *command],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=self._errors,
-            text=True,
-            env=environment,
-            cwd=PROJECT,
-            pass_fds=(writer,),
-        )
+        streams = {"stdin": subprocess.PIPE, "stdout": output, "stderr": self._errors, "pass_fds": (writer,)}
+        self.process = subprocess.Popen([sys.executable, *command], text=True, env=environment, cwd=PROJECT, **streams)
         os.close(writer)
         if terminal:
             os.close(output)
@@ -241,18 +220,24 @@ def contest(
     return turns, missing
 
 
-def trained(arguments: Sequence[str], folder: str, timeout: float | None = None) -> dict[str, Any]:
-    """Run train.py to its end, its logs within the folder; returns the record that it leaves.
+def synchronize(device: str) -> None:
+    """Wait for a GPU to finish what it was given."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def trained(arguments: Sequence[str], timeout: float | None = None) -> dict[str, Any]:
+    """Run train.py to its end in a folder that is removed; returns the record that it leaves.
 
     Raises:
         RuntimeError: If it fails, with the end of its output.
     """
-    import tempfile
-
-    logs = tempfile.mkdtemp(dir=folder)
-    checked([str(PROJECT / "train.py"), *arguments, "--log_dir", logs], timeout)
-    (record,) = Path(logs).rglob("record.json")
-    return json.loads(record.read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as logs:
+        checked([str(PROJECT / "train.py"), *arguments, "--log_dir", logs], timeout)
+        (record,) = Path(logs).rglob("record.json")
+        return json.loads(record.read_text(encoding="utf-8"))
 
 
 def checked(arguments: Sequence[str], timeout: float | None = None) -> str:
@@ -281,7 +266,8 @@ def ratios(turns: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], ke
 class Parser(argparse.ArgumentParser):
     """The flags that all benchmarks share.
 
-    The result also holds the device (cpu, cuda) and the place, as it was at the start.
+    What it parses also tells the device (cpu, cuda), the place as it was at the start, and flags for train.py: `shared`
+    by all runs, `single` for those on one device.
 
     Args:
         description: For `--help`.
@@ -295,25 +281,23 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--seconds", type=float, default=budget, help="time budget (default: %(default)g)")
         self.add_argument("--data_dir", default="data", help="folder of Fashion-MNIST (default: data)")
         self.add_argument("--out", type=Path, default=RESULTS, help="folder of the records")
+        self.set_defaults(flags="")
         if flags:
-            self.add_argument("--flags", default="", help="more flags for train.py, in quotes")
+            self.add_argument("--flags", help="more flags for train.py, in quotes")
 
     def parse_args(self, *given: Any) -> Any:  # type: ignore[override]
         """The options."""
         options = super().parse_args(*given)
         options.data_dir = str(Path(options.data_dir).resolve())
         options.device = {"cpu": "cpu", "gpu": "cuda"}[options.accelerator]
-        options.place = place(options.accelerator)
+        import torch
+
+        options.place = machine(0 if options.accelerator == "gpu" else None)
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+        options.place |= {"threads": torch.get_num_threads(), "load_before": load}
+        options.shared = ["--accelerator", options.accelerator, "--data_dir", options.data_dir, *options.flags.split()]
+        options.single = [*options.shared, "--devices", "1"]
         return options
-
-
-def place(accelerator: str) -> dict[str, Any]:
-    """Where this runs: system, processor, cores, threads, and the GPU if it is used."""
-    import torch
-
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    found = machine(0 if accelerator == "gpu" else None)
-    return found | {"threads": torch.get_num_threads(), "load_before": load}
 
 
 def versions() -> dict[str, str]:
@@ -333,13 +317,20 @@ def write_record(name: str, options: argparse.Namespace, results: Any) -> Path:
     options.out.mkdir(parents=True, exist_ok=True)
     path = record_path(name, options)
     write_json(path, record)
-    print(f"\n{_described(options.place)}\nRecord: {path}")
+    facts = {name: fact for name, fact in (options.place | record["versions"]).items() if fact is not None}
+    print(f"\n{', '.join(f'{name} {fact}' for name, fact in facts.items())}\nRecord: {path}")
     return path
 
 
 def record_path(name: str, options: argparse.Namespace) -> Path:
     """The path of a benchmark's record."""
     return options.out / f"{name}-{options.accelerator}.json"
+
+
+def recorded(name: str, options: argparse.Namespace) -> Any:
+    """The results in a benchmark's record; None if it has not run yet."""
+    path = record_path(name, options)
+    return json.loads(path.read_text(encoding="utf-8"))["results"] if path.is_file() else None
 
 
 def occasion(name: str, place: dict[str, Any]) -> dict[str, Any]:
@@ -358,10 +349,10 @@ def spread(ratio: dict[str, float], digits: int = 2) -> str:
     return f"{middle} ({least} to {greatest})"
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a Markdown table, ready for the README."""
-    lines = [[str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+def print_table(header: str, rows: Sequence[Sequence[Any]]) -> None:
+    """Print a Markdown table; its header is given as `first | second | third`."""
+    lines = [header.split(" | "), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     for line in lines:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
@@ -372,25 +363,8 @@ def python_path() -> str:
     return os.pathsep.join(filter(None, (str(PROJECT), os.environ.get("PYTHONPATH"))))
 
 
-@contextmanager
-def run_folder() -> Iterator[str]:
-    """A folder for the runs that a benchmark makes, removed afterwards."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        yield folder
-
-
-def _described(place: dict[str, Any]) -> str:
-    where = f"{place['cpu']}, {place['cores']} cores, {place['threads']} threads"
-    load = f"load {place['load_before']:.1f} before the start" if place["load_before"] is not None else ""
-    return ", ".join(part for part in (place.get("gpu", ""), where, load, str(versions())) if part)
-
-
 def _drain(descriptor: int) -> None:
-    try:
+    with suppress(OSError):  # the contestant has closed its end
         while os.read(descriptor, 1 << 16):
             pass
-    except OSError:
-        pass  # the contestant has closed its end
     os.close(descriptor)

@@ -14,14 +14,13 @@ Command: python -m benchmarks.peers.airbench --data_dir DIR
 import argparse
 import json
 import time
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.harness.side_by_side import synchronize
 from datamodules.files.finding import load, prepare
 from launch.trainer import cpu_has_bfloat16
 
@@ -30,21 +29,11 @@ SHIFT = 2  # pixels
 KERNEL = 3  # of the whitening layer; the paper's is 2, which knows only 4 patterns in a grey image
 
 
-class Settings(NamedTuple):
-    """How it trains.
-
-    Attributes:
-        width: Channels of the first block; the other two have four times as many.
-        epochs: Passes over the training images.
-        batch_size: Images a step.
-    """
-
-    width: int
-    epochs: int
-    batch_size: int
-
-
-DEFAULTS = {"cpu": Settings(16, 4, 500), "cuda": Settings(64, 10, 1000)}
+# Channels of the first block (the other two have four times as many), epochs, and images a step.
+DEFAULTS = {
+    "cpu": {"width": 16, "epochs": 4, "batch_size": 500},
+    "cuda": {"width": 64, "epochs": 10, "batch_size": 1000},
+}
 
 
 class Block(nn.Sequential):
@@ -116,7 +105,7 @@ def triangle(step: int, steps: int) -> float:
     return 1 - 0.93 * (step - peak) / max(1.0, steps - peak)
 
 
-def train(data_dir: Path, device: str, settings: Settings, seed: int) -> dict[str, float]:
+def train(data_dir: Path, device: str, settings: dict[str, int], seed: int) -> dict[str, float]:
     """Train once.
 
     Returns:
@@ -129,9 +118,9 @@ def train(data_dir: Path, device: str, settings: Settings, seed: int) -> dict[st
         for pictures, classes in (load(folder, part) for part in ("train", "test"))
     )
     patches = images[:5000].unfold(2, KERNEL, 1).unfold(3, KERNEL, 1).reshape(-1, KERNEL**2)
-    net = AirNet(settings.width, patches.float()).to(device).to(memory_format=torch.channels_last)
-    batch_size = min(settings.batch_size, len(labels))
-    steps = settings.epochs * (len(labels) // batch_size)
+    net = AirNet(settings["width"], patches.float()).to(device).to(memory_format=torch.channels_last)
+    batch_size = min(settings["batch_size"], len(labels))
+    steps = settings["epochs"] * (len(labels) // batch_size)
     momentum = 0.85
     # The paper states rate and decay for 1,024 images and before momentum sums steps.
     rate, decay = 11.5 / (1 + 1 / (1 - momentum)) * batch_size / 1024, 0.0153 / 11.5
@@ -139,22 +128,18 @@ def train(data_dir: Path, device: str, settings: Settings, seed: int) -> dict[st
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
             groups[name.startswith("blocks") and name.endswith("bias")].append(parameter)
-    optimizer = torch.optim.SGD(
-        [
-            {"params": groups[False], "lr": rate, "weight_decay": decay},
-            {"params": groups[True], "lr": 64 * rate, "weight_decay": decay / 64},
-        ],
-        momentum=momentum,
-        nesterov=True,
-        fused=True,
-    )
+    rates = [
+        {"params": groups[False], "lr": rate, "weight_decay": decay},
+        {"params": groups[True], "lr": 64 * rate, "weight_decay": decay / 64},
+    ]
+    optimizer = torch.optim.SGD(rates, momentum=momentum, nesterov=True, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: triangle(step, steps))
     _warm_up(net, images[:batch_size], labels[:batch_size], device)
     mirrored = torch.rand(len(labels), device=device) < 0.5  # in the even epochs; the others in the odd ones
     loss = torch.zeros(())
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
-    for epoch in range(settings.epochs):
+    for epoch in range(settings["epochs"]):
         for chosen in torch.randperm(len(labels), device=device).split(batch_size):
             if len(chosen) < batch_size:
                 break
@@ -166,7 +151,7 @@ def train(data_dir: Path, device: str, settings: Settings, seed: int) -> dict[st
             loss.backward()
             optimizer.step()
             schedule.step()
-    _synchronize(device)
+    synchronize(device)
     seconds = time.perf_counter() - start
     net.eval()
     with torch.inference_mode(), _precision(device):
@@ -174,21 +159,16 @@ def train(data_dir: Path, device: str, settings: Settings, seed: int) -> dict[st
             (net(batch).argmax(1) == classes).sum()
             for batch, classes in zip(test_images.split(1000), test_labels.split(1000), strict=True)
         ]
-    return {
-        "seconds": seconds,
-        "accuracy": torch.stack(hits).sum().item() / len(test_labels),
-        "last_loss": loss.item(),
-    }
+    accuracy = torch.stack(hits).sum().item() / len(test_labels)
+    return {"seconds": seconds, "accuracy": accuracy, "last_loss": loss.item()}
 
 
 def _normalised(images: Tensor) -> Tensor:
     return images[:, None].float().div_(255).sub_(MEAN).div_(STD)
 
 
-def _precision(device: str) -> AbstractContextManager:
-    if device == "cuda" or cpu_has_bfloat16():
-        return torch.autocast(device, torch.bfloat16)
-    return nullcontext()
+def _precision(device: str) -> torch.autocast:
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda" or cpu_has_bfloat16())
 
 
 def _warm_up(net: AirNet, images: Tensor, labels: Tensor, device: str) -> None:
@@ -200,25 +180,18 @@ def _warm_up(net: AirNet, images: Tensor, labels: Tensor, device: str) -> None:
     net.load_state_dict(statistics, strict=False)
 
 
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def main() -> None:
     """Train once, and print the result as one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--data_dir", type=Path, default=Path("data"))
     parser.add_argument("--seed", type=int, default=0)
-    for name in Settings._fields:
+    for name in DEFAULTS["cpu"]:
         parser.add_argument(f"--{name}", type=int)
     options = parser.parse_args()
     device = {"cpu": "cpu", "gpu": "cuda"}[options.accelerator]
-    given = {name: getattr(options, name) for name in Settings._fields if getattr(options, name) is not None}
-    settings = DEFAULTS[device]._replace(**given)
-    result = train(options.data_dir, device, settings, options.seed)
-    print(json.dumps({"seed": options.seed, **settings._asdict(), **result}))
+    settings = {name: getattr(options, name) or usual for name, usual in DEFAULTS[device].items()}
+    print(json.dumps({"seed": options.seed, **settings, **train(options.data_dir, device, settings, options.seed)}))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Run by throughput.py: `python -m benchmarks.peers.plain_loops LOOP --model RECIP
 import argparse
 import contextlib
 import os
-import tempfile
+import pydoc
 import timeit
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,16 +21,16 @@ from torchvision import transforms
 
 from benchmarks.harness.side_by_side import Turns
 from cli.recipes import load_yaml, recipes
-from datamodules.files.finding import NAMES, load, prepare
+from datamodules.files.finding import load, prepare
 
 WORKERS = min(4, os.cpu_count() or 1)  # the tutorials' 4, or as many as there are cores
 
 
 class PictureDataset(Dataset):
-    """One PIL image and label at a time, as torchvision's FashionMNIST gives them."""
+    """One PIL image and label at a time, as torchvision's FashionMNIST gives them; `part` is train or test."""
 
-    def __init__(self, data_dir: Path, transform: Callable[[Image.Image], Tensor] | None) -> None:
-        self.images, self.labels = load(prepare(data_dir), "train")
+    def __init__(self, data_dir: Path, transform: Callable[..., Tensor] | None, part: Any = "train") -> None:
+        self.images, self.labels = load(prepare(data_dir), part)
         self.transform = transform
 
     def __len__(self) -> int:
@@ -44,8 +44,8 @@ class PictureDataset(Dataset):
 def ours(model: str) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a recipe, and the recipe."""
     recipe = load_yaml(recipes()[model])
-    module, _, name = recipe["model"]["net"]["class_path"].rpartition(".")
-    return getattr(__import__(module, fromlist=[name]), name)(**recipe["model"]["net"].get("init_args", {})), recipe
+    net = recipe["model"]["net"]
+    return pydoc.locate(net["class_path"])(**net.get("init_args", {})), recipe  # type: ignore[operator]
 
 
 def build(model: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -63,17 +63,23 @@ def endless(loader: Any) -> Iterator[Any]:
         yield from loader
 
 
+def _usual(
+    options: argparse.Namespace, steps: list[Any], resize_always: bool = True, pin_memory: bool = False
+) -> tuple[nn.Module, DataLoader, torch.optim.Optimizer]:
+    """The recipe's network, a loader of PIL images that are resized and then go through the steps, and plain Adam."""
+    net, recipe = build(options.model)
+    net, size = net.to(options.device), recipe["data"]["image_size"]
+    resize = [transforms.Resize(size)] if resize_always or size != 28 else []
+    data = PictureDataset(options.data_dir, transforms.Compose([*resize, *steps]))
+    batch_size = options.batch_size or recipe["data"]["batch_size"]
+    loader = DataLoader(data, batch_size, shuffle=True, num_workers=options.workers, pin_memory=pin_memory)
+    return net, loader, torch.optim.Adam(net.parameters(), lr=recipe["model"]["optimizer"]["init_args"]["lr"])
+
+
 def tutorial(options: argparse.Namespace, turns: Turns) -> None:
     """The loop of Dive into Deep Learning, PyTorch edition (section 3.6 and 5.5): plain fp32, `.item()` each step."""
-    net, recipe = build(options.model)
-    net = net.to(options.device)
-    size = recipe["data"]["image_size"]
-    resize = [transforms.Resize(size)] if size != 28 else []
-    data = PictureDataset(options.data_dir, transforms.Compose([*resize, transforms.ToTensor()]))
-    batch_size = options.batch_size or recipe["data"]["batch_size"]
-    loader = DataLoader(data, batch_size, shuffle=True, num_workers=options.workers)
+    net, loader, optimizer = _usual(options, [transforms.ToTensor()], resize_always=False)
     loss_function = nn.CrossEntropyLoss()
-    optimizer = torch.optim.Adam(net.parameters(), lr=recipe["model"]["optimizer"]["init_args"]["lr"])
     loss_sum = accuracy_sum = 0.0
     turns.wait()
     for images, labels in endless(loader):
@@ -93,16 +99,10 @@ def references(options: argparse.Namespace, turns: Turns) -> None:
 
     `--fast` switches mixed precision on, as its `--amp` does.
     """
-    net, recipe = build(options.model)
-    net = net.to(options.device)
-    size = recipe["data"]["image_size"]
-    steps = [transforms.Resize(size), transforms.PILToTensor(), transforms.ConvertImageDtype(torch.float)]
-    data = PictureDataset(options.data_dir, transforms.Compose([*steps, transforms.Normalize((0.286,), (0.353,))]))
+    steps = [transforms.PILToTensor(), transforms.ConvertImageDtype(torch.float)]
     cuda = options.device == "cuda"
-    batch_size = options.batch_size or recipe["data"]["batch_size"]
-    loader = DataLoader(data, batch_size, shuffle=True, num_workers=options.workers, pin_memory=cuda)
+    net, loader, optimizer = _usual(options, [*steps, transforms.Normalize((0.286,), (0.353,))], pin_memory=cuda)
     loss_function = nn.CrossEntropyLoss()
-    optimizer = torch.optim.Adam(net.parameters(), lr=recipe["model"]["optimizer"]["init_args"]["lr"])
     scaler = torch.amp.GradScaler(options.device) if cuda and options.fast else None
     meters: dict[str, list[float]] = {"loss": [], "acc1": [], "acc5": []}
     turns.wait()
@@ -146,20 +146,11 @@ def timm(options: argparse.Namespace, turns: Turns) -> None:
     cuda = options.device == "cuda"
     size, batch_size = recipe["data"]["image_size"], options.batch_size or recipe["data"]["batch_size"]
     net = create_model("vgg11", in_chans=1, num_classes=10).to(options.device, memory_format=torch.channels_last)
-    loader = create_loader(
-        PictureDataset(options.data_dir, None),
-        (1, size, size),
-        batch_size,
-        is_training=True,
-        no_aug=True,
-        interpolation="bilinear",
-        mean=(0.286,),
-        std=(0.353,),
-        num_workers=options.workers,
-        use_prefetcher=cuda,
-        device=torch.device(options.device),
-        pin_memory=cuda,
-    )
+    data = PictureDataset(options.data_dir, None)
+    images = {"interpolation": "bilinear", "mean": (0.286,), "std": (0.353,), "no_aug": True}
+    work = {"num_workers": options.workers, "use_prefetcher": cuda, "pin_memory": cuda}
+    shape, device = (1, size, size), torch.device(options.device)
+    loader = create_loader(data, shape, batch_size, is_training=True, device=device, **images, **work)
     lr = recipe["model"]["optimizer"]["init_args"]["lr"]
     optimizer = create_optimizer_v2(net, opt="adam", lr=lr, **({"fused": True} if cuda else {}))
     losses = AverageMeter()
@@ -186,21 +177,14 @@ def d2l(options: argparse.Namespace, turns: Turns) -> None:
         turns.missing(f"d2l is not installed (pip install d2l==1.0.3): {error}")
     net, recipe = build(options.model)
     size, batch_size = recipe["data"]["image_size"], options.batch_size or recipe["data"]["batch_size"]
-    folder = prepare(options.data_dir)
-    scratch = tempfile.TemporaryDirectory()
-    raw = Path(scratch.name) / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    _unpack(folder, raw)
 
     class Data(d2l_torch.FashionMNIST):
         def __init__(self) -> None:
-            d2l_torch.DataModule.__init__(self, root=scratch.name, num_workers=options.workers)
+            d2l_torch.DataModule.__init__(self, num_workers=options.workers)
             self.batch_size, self.resize = batch_size, (size, size)
-            from torchvision.datasets import FashionMNIST
-
             steps = transforms.Compose([transforms.Resize(self.resize), transforms.ToTensor()])
-            self.train = FashionMNIST(scratch.name, train=True, transform=steps)
-            self.val = FashionMNIST(scratch.name, train=False, transform=steps)
+            self.train = PictureDataset(options.data_dir, steps)
+            self.val = PictureDataset(options.data_dir, steps, "test")
 
         def train_dataloader(self) -> "_Counted":
             return _Counted(super().train_dataloader(), turns)
@@ -261,18 +245,8 @@ def matrix_product(device: str, dtype: torch.dtype) -> tuple[Callable[[], Any], 
     if device == "cpu" and torch.backends.mkldnn.is_available():
         packed = left.to_mkldnn(), right.to_mkldnn()
         products.append(lambda: F.linear(*packed))
-    if len(products) > 1:
         products.sort(key=lambda multiply: min(timeit.repeat(multiply, number=1, repeat=3)))
     return products[0], 2 * size**3
-
-
-def _unpack(folder: Path, target: Path) -> None:
-    import gzip
-
-    for name in NAMES:
-        plain, packed = folder / name, folder / f"{name}.gz"
-        content = plain.read_bytes() if plain.exists() else gzip.decompress(packed.read_bytes())
-        (target / name).write_bytes(content)
 
 
 LOOPS = {loop.__name__: loop for loop in (tutorial, d2l, timm, references, matmul)}

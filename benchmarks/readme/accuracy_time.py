@@ -65,14 +65,8 @@ def draw(found: Sequence[Point], path: Path) -> None:
         (y, low, high), (x, least, most) = point.accuracy, point.seconds
         # As errors, on a logarithmic axis: from 95 to 96 % is further than from 75 to 76 %.
         fill = colours[point.family] if point.device == "gpu" else "white"
-        style: Any = {
-            "color": colours[point.family],
-            "markerfacecolor": fill,
-            "marker": "o",
-            "capsize": 2,
-            "linewidth": 1,
-        }
-        axes.errorbar(x, 1 - y, [[high - y], [y - low]], [[x - least], [most - x]], markersize=7, **style)
+        style: Any = {"color": colours[point.family], "markerfacecolor": fill, "marker": "o", "capsize": 2}
+        axes.errorbar(x, 1 - y, [[high - y], [y - low]], [[x - least], [most - x]], markersize=7, linewidth=1, **style)
     axes.set(xscale="log", yscale="log", xlabel="training time", ylabel="test accuracy")
     axes.margins(y=0.15)
     soonest, latest = min(point.seconds[1] for point in found) / 2, max(point.seconds[2] for point in found) * 3

@@ -1,8 +1,8 @@
 """The runs that the READMEs' tables show: what is trained (entries.yaml), and the records of it."""
 
 import contextlib
-import importlib
 import io
+import pydoc
 import re
 import shlex
 from collections.abc import Iterable
@@ -103,12 +103,7 @@ class Results:
 
 
 def read_entries(families: Iterable[str] = (), wanted: Iterable[str] = (), more: tuple[str, ...] = ()) -> list[Entry]:
-    """The entries, with patterns of recipes expanded.
-
-    Args:
-        families: Only these.
-        wanted: Only these recipes, or entries by the names of their records; patterns such as best/* too.
-        more: Flags of train.py, for all entries.
+    """The entries, patterns of recipes filled in: those of some families, and those wanted by recipe or record's name.
 
     Raises:
         UserError: If a family or recipe is unknown.
@@ -127,11 +122,7 @@ def read_entries(families: Iterable[str] = (), wanted: Iterable[str] = (), more:
 
 
 def read_results(folder: Path, more: tuple[str, ...] = ()) -> Results:
-    """All entries, with the records in a folder's `runs/`.
-
-    Args:
-        folder: Where the records are kept.
-        more: Flags of train.py that the runs had besides their entries' own.
+    """The records in a folder's `runs/`, beside all entries; `more` are flags that the runs had beside their entries'.
 
     Raises:
         UserError: If a record is damaged, or unfinished.
@@ -176,12 +167,11 @@ def resolve(recipe: str, flags: tuple[str, ...]) -> dict[str, Any]:
 def _size(recipe: str, flags: tuple[str, ...]) -> tuple[int, int]:
     config = resolve(recipe, flags)
     net, data = config["model"]["net"], config["data"]
-    module, _, name = net["class_path"].rpartition(".")
     arguments = dict(net.get("init_args") or {})
     if "image_size" in arguments:
         arguments["image_size"] = data["image_size"]
     with torch.device("meta"):  # no memory for the weights
-        network = getattr(importlib.import_module(module), name)(**arguments)
+        network = pydoc.locate(net["class_path"])(**arguments)  # type: ignore[operator]
     total = stages(network, (data["channels"], data["image_size"], data["image_size"]))[1]
     return total.parameters, total.flops
 

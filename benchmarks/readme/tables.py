@@ -35,15 +35,10 @@ PEERS, NETWORKS = TEXTS["peers"], TEXTS["networks"]
 
 
 class Language(NamedTuple):
-    """Which of several texts to use, and the word between the ends of a range."""
+    """Which of several texts is meant: English (0) or Chinese (1); and what stands between the ends of a range."""
 
     number: int
     to: str
-
-
-def language_of(number: int) -> Language:
-    """English (0) or Chinese (1)."""
-    return Language(number, TEXTS["between"][number])
 
 
 def pages() -> list[Path]:
@@ -53,18 +48,14 @@ def pages() -> list[Path]:
 
 
 def written(path: Path, results: Results, folder: Path) -> str:
-    """A page's text with its tables filled in from the records.
-
-    Args:
-        path: The page.
-        results: The records of runs.
-        folder: Where those of the benchmarks lie.
+    """A page's text with its tables as the records have it; those of the benchmarks lie in the folder.
 
     Raises:
         UserError: If a region has no end, or an unknown name.
     """
     text = path.read_text(encoding="utf-8")
-    language = language_of(int(path.name == CHINESE.name or path.parent.name == "zh-CN"))
+    number = int(path.name == CHINESE.name or path.parent.name == "zh-CN")
+    language = Language(number, TEXTS["between"][number])
     if len(OPENING.findall(text)) != len(REGION.findall(text)):
         raise UserError(f"{path.name}: a <!-- results ... --> or other region has no end, or not one name")
 
@@ -131,12 +122,7 @@ def _best(entries: Sequence[Entry], results: Results, language: Language) -> str
 
 
 def throughput_table(record: dict[str, Any] | None, language: Language) -> str:
-    """Images per second in training, and the ratio to each of the others.
-
-    Args:
-        record: What benchmarks.throughput wrote, or None.
-        language: Of the table.
-    """
+    """Images a second of training, and how many times those of the others, by the record of benchmarks.throughput."""
     if not record:
         return TEXTS["missing"][language.number]
     networks = [{one["contestant"]: one for one in entry["contestants"]} for entry in record["results"]]
@@ -148,9 +134,8 @@ def throughput_table(record: dict[str, Any] | None, language: Language) -> str:
     rows = []
     for entry, contestants in zip(record["results"], networks, strict=True):
         network = NETWORKS.get(entry["network"], entry["network"])
-        cells = [f"{network}, {entry['image_size']}, {entry['batch_size']}", _rate(contestants.get("ours"))]
-        if bf16:
-            cells.append(_rate(contestants.get("ours_bf16")))
+        cells = [f"{network}, {entry['image_size']}, {entry['batch_size']}"]
+        cells += [_rate(contestants.get(name)) for name in ("ours", *(["ours_bf16"] if bf16 else []))]
         ours, aim = contestants["ours"], entry["target_share_of_peak"]
         cells.append(down(ours["share_of_peak"], 2) + (f" ({aim:g})" if aim else ""))
         cells.append(up(ours["peak_memory_bytes"] / 2**30, 1))
