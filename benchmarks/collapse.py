@@ -1,10 +1,10 @@
 """How often NiN and GoogLeNet stay at chance: with the tutorial's initialisation, and with our recipes.
 
 Each run is `train.py` itself on smaller images: everything else is as in the first batches of the whole training. A run
-that has left chance (accuracy above 15 %) after `--batches` batches ends, one that has not goes on, up to `--rounds`
-times as long, and then counts as collapsed. What says why is recorded too: gradients, dead channels and logits, and
-layer by layer how much of the signal depends on the image. Finished seeds are skipped; runs with other settings than
-now are replaced.
+that has left chance (accuracy above 15 %) after `--batches` batches ends, any other continues, for at most `--rounds`
+rounds, and then counts as collapsed. The reasons are recorded too: gradients, dead channels and logits, and layer by
+layer how much of the signal depends on the image. Finished seeds are skipped; runs with settings other than today's
+are replaced.
 
 Command: python -m benchmarks.collapse --data_dir DIR
 """

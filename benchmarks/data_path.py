@@ -1,6 +1,6 @@
 """Speed of the data path alone, from the files' bytes to augmented and resized batches, against PIL with workers.
 
-Ours is the real data module; the other side is torchvision's usual way: one PIL image at a time, in as many workers as
+Ours is the real data module; the other side is torchvision as usual, one PIL image at a time, in as many workers as
 there are cores. On a GPU the share of AlexNet's step that the data path takes is measured too.
 
 Command: python -m benchmarks.data_path --data_dir DIR

@@ -1,8 +1,8 @@
-"""What it brings on the CPU to keep freed memory (launch/memory.py): train.py's speed with and without, in turn.
+"""What keeping freed memory gains on the CPU (memory.py): train.py's speed with and without it, taking turns.
 
 PyTorch allocates and frees every tensor of a step. glibc returns those of more than 32 MiB to the kernel at once, which
-clears each page before it gives it out again; kept, the pages are used as they are. The results are the same. Networks
-without such tensors show only noise.
+clears each page before handing it out again; pages that are kept are used as they are. The results are the same.
+Networks without such tensors show only noise.
 
 Command: python -m benchmarks.freed_memory --data_dir DIR
 """

@@ -1,8 +1,8 @@
 """Peak memory of training, calculated for each network and batch size, with and without activation checkpointing.
 
-A training step is run on tensors without data, and every storage that its operations allocate is counted; benchmarks'
-README tells what is not in it. With `--accelerator gpu` (or `--measure`) train.py trains a few batches of each, and its
-own peak stands beside it; on the CPU that is the peak of the process, with Python and the libraries.
+A training step is run on tensors without data, and every storage that its operations allocate is counted; the README
+beside this file says what is not. With `--accelerator gpu` (or `--measure`) train.py trains a few batches of each, and
+its own peak stands beside it; on the CPU that is the peak of the process, with Python and the libraries.
 
 Command: python -m benchmarks.memory
 """
@@ -99,7 +99,7 @@ def training_bytes(model: str, batch_size: int, precision: str = "32", checkpoin
 
 
 def measured_bytes(model: str, batch_size: int, precision: str, checkpointing: bool, options: Any) -> int | str:
-    """Peak memory of train.py over a few batches; in words where there is not enough."""
+    """Peak memory of train.py over a few batches; in words if memory runs out."""
     arguments = ["fit", "--model", model, "--batch_size", str(batch_size), "--precision", precision, *options.single]
     arguments += ["--max_epochs", "1", "--val_size", "0", f"--trainer.limit_train_batches={BATCHES}"]
     arguments += ["--trainer.enable_checkpointing=false"]

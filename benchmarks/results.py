@@ -124,7 +124,7 @@ def _jobs(entries: list[Entry], options: argparse.Namespace) -> list[Job]:
                 flags = " ".join(options.flags)
                 raise UserError(f"{flags} changes {changed[0]} of {entry.recipe}; name a folder with --out")
     if not entries:
-        raise UserError("none of these recipes is of these families; python -m benchmarks.results --list shows all")
+        raise UserError("none of these recipes belongs to the families; python -m benchmarks.results --list shows all")
     entries = sorted(entries, key=lambda entry: entry.cost)
     counts = {entry: min(entry.seeds, options.seeds or entry.seeds) for entry in entries}
     return [Job(entry, seed) for seed in range(max(counts.values())) for entry in entries if seed < counts[entry]]
@@ -185,9 +185,9 @@ def _keep(job: Job, options: argparse.Namespace) -> bool:
 
 
 def _tables(options: argparse.Namespace) -> int:
-    """Write tables and plot, or with --check name those that the records do not give; returns the exit code.
+    """Write tables and plot, or with --check name those that do not match the records; returns the exit code.
 
-    Beside records of one's own the tables are printed instead.
+    For records in another folder the tables are printed instead.
     """
     results = read_results(options.out, options.flags)
     for path in results.stale:

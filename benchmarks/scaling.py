@@ -53,8 +53,8 @@ def main() -> None:
     """Measure, then calculate."""
     parser = side_by_side.Parser(__doc__, budget=75, flags=True)
     parser.add_argument("--model", default="lenet", help="recipe that is measured (default: lenet)")
-    parser.add_argument("--devices", type=int, nargs="+", help="numbers of them (default: 1, 2, 4, ... to all)")
-    parser.add_argument("--steps", type=int, default=200, help="steps an epoch (default: %(default)s)")
+    parser.add_argument("--devices", type=int, nargs="+", help="numbers of devices (default: 1, 2, 4, ...)")
+    parser.add_argument("--steps", type=int, default=200, help="steps per epoch (default: %(default)s)")
     options = parser.parse_args()
     most = torch.cuda.device_count() if options.accelerator == "gpu" else min(2, os.cpu_count() or 1)
     counts = options.devices or [2**power for power in range(most.bit_length()) if 2**power <= most]

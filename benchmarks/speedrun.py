@@ -1,9 +1,9 @@
 """Seconds of training to a test accuracy, through train.py, as the CIFAR-10 speedruns count them.
 
-The clock runs from the first batch to the last; reading the files, building the network and the test are outside of it.
-The first epoch's time over the median epoch's, with `--compile` the compilation, is also given. A target is met if the
-mean test accuracy over the seeds reaches it. Further recipes: `--entry 94 best/vgg16`. With `--peer` airbench.py takes
-part; its first step, without an update, is outside of its clock.
+The clock runs from the first batch to the last; reading the files, building the network and the test are not counted.
+How much longer the first epoch took than the median one, with `--compile` the compilation, is also given. A target is
+met if the mean test accuracy over the seeds reaches it. Further recipes: `--entry 94 best/vgg16`. With `--peer`
+airbench.py takes part; its first step, without an update, is not counted.
 
 Command: python -m benchmarks.speedrun --data_dir DIR
 """

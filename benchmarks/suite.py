@@ -1,8 +1,8 @@
 """Every benchmark on this machine, one after the other, then the trainings of the READMEs' tables in the time left.
 
-One command for a machine that is there for a while, such as a rented GPU. With less than the usual time each benchmark
-gets its share; one that fails is named at the end. With `--results` the rest of the time goes into the trainings of
-`benchmarks.results`, which continue where they stopped when the command is given again.
+One command for a machine that is available for a while, such as a rented GPU. With less than the usual time each
+benchmark gets its share; one that fails is named at the end. With `--results` the rest of the time goes into the
+trainings of `benchmarks.results`, which continue where they stopped when the command is given again.
 
 Command: python -m benchmarks.suite --accelerator gpu --results --seconds 28800
 """

@@ -1,7 +1,7 @@
 """What TensorBoard's pictures cost: LeNet's epochs on the full data, with them and without.
 
-"With" draws after every epoch; a run of more than ten epochs draws less often, and pays less. "Without" lacks all that
-`TensorBoardPictures`, `MistakesExplained` and `Confusion` do. What is drawn once a run is timed apart.
+"With" draws after every epoch; a run of more than ten epochs draws less often, and pays less. "Without" omits all
+that `TensorBoardPictures`, `MistakesExplained` and `Confusion` do. What is drawn once per run is timed separately.
 
 Command: python -m benchmarks.tensorboard_cost --data_dir DIR
 """
@@ -88,7 +88,7 @@ def main() -> int:
     rows = [("without", f"{seconds['without']:.3f}", "", "")]
     rows.append(("with", f"{seconds['with']:.3f}", spread(times, 3), f"{TARGET:.2f}"))
     print_table("pictures | s an epoch | ratio (range) | target", rows)
-    print(f"Once a run: {once:.3f} s, {once / seconds['without']:.1%} of an epoch")
+    print(f"Once per run: {once:.3f} s, {once / seconds['without']:.1%} of an epoch")
     result = {"seconds": seconds, "ratio": times, "target": TARGET, "once_seconds": once, "turns": turns}
     side_by_side.write_record("tensorboard_cost", options, result)
     return 0

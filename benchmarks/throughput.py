@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), help="recipes (default: all five)")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
     parser.add_argument("--batch_size", type=int, nargs="+", help="instead of each recipe's own; several in turn")
-    parser.add_argument("--turn", type=float, default=2.0, help="seconds a turn, at least (default: %(default)g)")
+    parser.add_argument("--turn", type=float, default=2.0, help="seconds per turn, at least (default: %(default)g)")
     parser.add_argument("--compile", action="store_true", help="our network compiled")
     parser.add_argument("--update", action="store_true", help="leave other networks in the record as they are")
     options = parser.parse_args()

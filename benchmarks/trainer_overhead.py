@@ -2,7 +2,7 @@
 
 Both do the same optimiser steps on the same batches, and measure the same validation images after each epoch; ours also
 draws its bar, logs, keeps metrics and writes checkpoints. On the CPU ours keeps freed memory, and a second bare loop
-does too: against that one, what is left is the Trainer's own cost.
+does too: the difference from that one is the Trainer's own cost.
 
 Command: python -m benchmarks.trainer_overhead --data_dir DIR
 """

@@ -34,7 +34,7 @@ class EpochTurns(StepTurns):
     """A turn is an epoch, with validation, logging and checkpoints; the step counted is the whole epoch."""
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The epoch before, and all that followed it, is over."""
+        """The previous epoch, and everything that followed it, is over."""
         if trainer.current_epoch:
             self._turns.step(len(trainer.datamodule.train_set))  # type: ignore[attr-defined]
 

@@ -266,8 +266,8 @@ def ratios(turns: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], ke
 class Parser(argparse.ArgumentParser):
     """The flags that all benchmarks share.
 
-    What it parses also tells the device (cpu, cuda), the place as it was at the start, and flags for train.py: `shared`
-    by all runs, `single` for those on one device.
+    The result also holds the device (cpu, cuda), the place, as it was at the start, and flags for train.py: `shared` by
+    all runs, `single` for those on one device.
 
     Args:
         description: For `--help`.

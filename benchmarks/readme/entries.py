@@ -103,7 +103,7 @@ class Results:
 
 
 def read_entries(families: Iterable[str] = (), wanted: Iterable[str] = (), more: tuple[str, ...] = ()) -> list[Entry]:
-    """The entries, patterns of recipes filled in: those of some families, and those wanted by recipe or record's name.
+    """The entries, with patterns of recipes expanded: of some families, and wanted by recipe or by name of the record.
 
     Raises:
         UserError: If a family or recipe is unknown.
@@ -122,7 +122,7 @@ def read_entries(families: Iterable[str] = (), wanted: Iterable[str] = (), more:
 
 
 def read_results(folder: Path, more: tuple[str, ...] = ()) -> Results:
-    """The records in a folder's `runs/`, beside all entries; `more` are flags that the runs had beside their entries'.
+    """All entries, with the records in a folder's `runs/`; `more` are flags the runs had besides their entries' own.
 
     Raises:
         UserError: If a record is damaged, or unfinished.

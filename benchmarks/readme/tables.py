@@ -35,7 +35,7 @@ PEERS, NETWORKS = TEXTS["peers"], TEXTS["networks"]
 
 
 class Language(NamedTuple):
-    """Which of several texts is meant: English (0) or Chinese (1); and what stands between the ends of a range."""
+    """Which of several texts to use, English (0) or Chinese (1), and the word between the ends of a range."""
 
     number: int
     to: str
@@ -48,7 +48,7 @@ def pages() -> list[Path]:
 
 
 def written(path: Path, results: Results, folder: Path) -> str:
-    """A page's text with its tables as the records have it; those of the benchmarks lie in the folder.
+    """A page's text with its tables filled in from the records; those of the benchmarks are in the folder.
 
     Raises:
         UserError: If a region has no end, or an unknown name.
@@ -122,7 +122,7 @@ def _best(entries: Sequence[Entry], results: Results, language: Language) -> str
 
 
 def throughput_table(record: dict[str, Any] | None, language: Language) -> str:
-    """Images a second of training, and how many times those of the others, by the record of benchmarks.throughput."""
+    """Images per second in training, and the ratio to each of the others, from the record of benchmarks.throughput."""
     if not record:
         return TEXTS["missing"][language.number]
     networks = [{one["contestant"]: one for one in entry["contestants"]} for entry in record["results"]]
