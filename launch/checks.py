@@ -21,6 +21,11 @@ from lit_modules.execution.cuda_graphs import MODES
 from runs.settings import is_kept
 
 
+def named(class_path: str) -> Any:
+    """The class or function of that dotted name; not the module, where torchvision has one of the same name."""
+    return resolve_name(":".join(class_path.rsplit(".", 1)))
+
+
 def check_configuration(config: Namespace, command: Command) -> None:
     """Refuse settings that contradict each other or this machine.
 
@@ -53,7 +58,7 @@ def check_accelerator(accelerator: Any) -> None:
 def check_learning_rate(scheduler: Any, flags: Sequence[str]) -> None:
     """Refuse a learning rate that the schedule would ignore."""
     lr = any(re.match(r"--model\.optimizer\.(init_args\.)?lr\b", flag) for flag in flags)
-    names = inspect.signature(resolve_name(scheduler.class_path)).parameters if scheduler and lr else ()
+    names = inspect.signature(named(scheduler.class_path)).parameters if scheduler and lr else ()
     for own in {"max_lr", "base_lr"} & set(names):
         raise UserError(
             f"{scheduler.class_path} sets the learning rate itself, so --lr would change nothing; "
@@ -71,7 +76,7 @@ def check_nulls(settings: Any, owner: Any, name: str) -> None:
         if value is None and needed:
             raise UserError(f"{name}.{key} is null; give it a value, or leave it out")
         if hasattr(value, "class_path"):
-            check_nulls(value.get("init_args"), resolve_name(value.class_path), f"{name}.{key}.init_args")
+            check_nulls(value.get("init_args"), named(value.class_path), f"{name}.{key}.init_args")
 
 
 def check_accumulation(compile: Any, batches: Any) -> None:

@@ -4,7 +4,6 @@ import inspect
 import sys
 from argparse import ArgumentError
 from functools import cached_property
-from pkgutil import resolve_name
 from typing import Any
 
 import yaml
@@ -26,6 +25,7 @@ from launch.checks import (
     check_network,
     check_settings,
     check_weights,
+    named,
 )
 from launch.found import Trials
 from launch.launchers import take_over_processes
@@ -151,7 +151,7 @@ class ClassifierCLI(LightningCLI):
         check_configuration(config, command)
         take_over_processes(config.trainer)
         net = config.model.net
-        if "image_size" in inspect.signature(resolve_name(net.class_path)).parameters:
+        if "image_size" in inspect.signature(named(net.class_path)).parameters:
             net.init_args.image_size = config.data.image_size
         asked_for = any(token.startswith("--trainer.precision") for token in command.overrides)
         config.trainer.precision, self.slow_bf16 = precision(config.trainer, asked_for)

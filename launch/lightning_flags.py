@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from callbacks.divergence_guard import is_overflow
 from cli.messages import MADE_OF_SCHEDULES
 from cli.recipes import did_you_mean
 from errors import UserError, one_line
@@ -231,6 +232,8 @@ def _tried(setting: str, names: Namespace, trial: Callable[[], Any]) -> Any:
     except UserError:
         raise
     except Exception as error:  # of a class from anywhere
+        if is_overflow(error):
+            raise  # launch/run.py says what to do
         name = _name(setting, names)
         if "has no len()" in str(error) or name.endswith("ChainedScheduler"):
             raise UserError(f"{name} {MADE_OF_SCHEDULES}") from None

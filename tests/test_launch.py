@@ -1832,7 +1832,7 @@ def test_a_network_with_further_outputs_in_training_is_one_line(name: str, folde
 
 def test_a_network_without_weights_is_one_line(folder: Path) -> None:
     (folder / "mine.py").write_text(OTHER_NETWORKS, encoding="utf-8")
-    assert "no weights to train" in refused("fit", "--model.net=mine.Empty", folder=folder)
+    assert "nothing to train" in refused("fit", "--model.net=mine.Empty", folder=folder)
 
 
 @pytest.mark.parametrize("subcommand", ["test", "validate", "predict"])
