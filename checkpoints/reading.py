@@ -4,6 +4,7 @@ import hashlib
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from os import PathLike
 from pathlib import Path
@@ -45,7 +46,9 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
             damaged = archive.testzip()  # torch does not check the content against its checksums
         if damaged:
             raise UserError(f"{path} is damaged: {damaged} in it does not match its checksum")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Validating sparse tensor")  # which is then refused
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path} holds objects that a checkpoint of this project never holds; not loaded") from None
     except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, OSError, NotImplementedError):

@@ -271,8 +271,11 @@ def _entry(place: str, value: Any, parameter: Tensor, kind: Any, sizes: list[tup
         raise _MisfitError(place)
     if isinstance(kind, Tensor):
         value = value.to(kind.dtype)
-    if value.numel() == 1 and parameter.dim() and not (0 <= value.item() < math.inf or parameter.numel() == 1):
-        raise _MisfitError(place)  # a count of steps, for example
+    least = (
+        0 if isinstance(kind, Tensor) else -math.inf
+    )  # a count of steps, for example; LBFGS's products may be negative
+    if value.numel() == 1 and parameter.dim() and parameter.numel() != 1 and not least <= value.item() < math.inf:
+        raise _MisfitError(place)
     if value.shape == parameter.shape and value.stride() != parameter.stride():
         # A fused optimiser goes through memory in its parameter's order.
         value = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)

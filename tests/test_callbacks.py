@@ -892,11 +892,11 @@ def test_processes_train_what_was_unfrozen_together(tmp_path):
     """Two processes compute what one does with batches of twice the size."""
     plain = {"depth": 11, "width_divisor": 16, "dropout": 0.0}
     sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05}}
-    one, two = (narrow(tmp_path / name, net=plain, optimizer=sgd, lr_factor=0.5) for name in ("one", "two"))
+    begin, one, two = (narrow(tmp_path / name, net=plain, optimizer=sgd, lr_factor=0.5) for name in ("0", "1", "2"))
     # Batches of one size, whose mean is the whole's, and nothing that processes draw for themselves.
     same = ("--val_size=250", "--model.mixup=0", "--model.cutmix=0", "--model.initialization=he")
-    assert train(one, *same, "--batch_size", "250", at=["train", 1, 0, 0]).code == 143
-    start = checkpoint(one)["state_dict"]
+    assert train(begin, *same, "--batch_size", "250", at=["train", 1, 0, 0]).code == 143
+    start = checkpoint(begin)["state_dict"]
     assert train(one, *same, "--batch_size", "250").code == 0
     answer = train(two, *same, "--batch_size", "125", "--devices", "2")
     assert answer.code == 0, answer.err

@@ -28,7 +28,7 @@ from commands import DATA, ENVIRONMENT, REPO, run_forked
 from conftest import Run, examples
 from hypothesis import given
 from hypothesis import strategies as st
-from stoppable import SAVED, checkpoint, differences, flags, train, write
+from stoppable import SAVED, differences, flags, train, write
 from torch.optim import lr_scheduler
 
 import compare
@@ -216,8 +216,9 @@ def test_last_is_saved_after_every_epoch_not_only_the_best(tmp_path: Path) -> No
     arguments = ["fit", "--model", "lenet", "--data_dir", str(DATA), "--val_size", "200", "--max_epochs", "2"]
     answer = run_forked(*arguments, "--lr", "1e-12", "--trainer.logger", "false", folder=tmp_path)
     assert answer.code == 0, answer.err
-    assert checkpoint(tmp_path, "last")["epoch"] == 1
-    assert checkpoint(tmp_path, "best")["epoch"] == 0
+    saved = tmp_path / "logs" / "lenet" / "version_0" / "checkpoints"
+    assert torch.load(saved / "last.ckpt", weights_only=True)["epoch"] == 1
+    assert torch.load(saved / "best.ckpt", weights_only=True)["epoch"] == 0
 
 
 # ---- Nothing that a checkpoint or a record holds is executed or imported, wherever it is read.

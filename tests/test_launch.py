@@ -655,7 +655,10 @@ HEAVY = {
         "--model.net.num_classes 7",
         "outputs of shape (7,) for one image; 10 logits were expected",
     ),
-    "output of wrong shape": ("--model.net torch.nn.Identity", "outputs of shape (1, 28, 28)"),
+    "output of wrong shape": (
+        "--model.net torch.nn.BatchNorm2d --model.net.num_features 1",
+        "outputs of shape (1, 28, 28)",
+    ),
     "network that is not a whole one": (
         "--model.net torch.nn.Conv2d --model.net.in_channels 2 --model.net.out_channels 3 --model.net.kernel_size 3",
         "Conv2d can't take images of 1x28x28",
