@@ -39,6 +39,13 @@ class Confusion(Callback):
         counts = zip(self.class_names, self.matrix.diagonal().tolist(), self.matrix.sum(dim=1).tolist(), strict=True)
         return {name: right / images for name, right, images in counts if images}
 
+    @property
+    def balanced_accuracy(self) -> float | None:
+        """Mean of the classes' accuracies; None where all have as many images, for then it is the accuracy."""
+        by_class = self.class_accuracy
+        equal = len(set(self.matrix.sum(dim=1).tolist())) == 1
+        return None if equal or not by_class else sum(by_class.values()) / len(by_class)
+
     def on_validation_batch_end(
         self,
         trainer: pl.Trainer,

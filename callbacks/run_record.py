@@ -20,6 +20,7 @@ from torch.utils.tensorboard.summary import hparams
 from callbacks.confusion import Confusion
 from callbacks.run_folder import RunFolder
 from callbacks.speed import Speed
+from datamodules import FolderDataModule
 from errors import Stopped
 from inspection.stages import stages
 from runs.record import commit, machine, pack_right, peak_memory, write_json
@@ -158,11 +159,13 @@ class RunRecord(Callback):
             for name, value in trainer.callback_metrics.items()
             if name.startswith("test/")
         }
+        balanced = self._confusion.balanced_accuracy if isinstance(data, FolderDataModule) else None
         self.record["test"] = {
             **measured,
             "images": int(self._confusion.matrix.sum()),  # fewer than there are, with limit_test_batches
             "test_set": len(data.test_set),
             "class_accuracy": self._confusion.class_accuracy,
+            **({} if balanced is None else {"balanced_accuracy": balanced}),
             "right": pack_right(self._confusion.right),
         }
         self._write(trainer)

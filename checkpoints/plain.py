@@ -83,3 +83,16 @@ def recipe_name(checkpoint: Mapping[str, Any]) -> str:
     parts = re.split(r"[/\\]", text) if isinstance(text, str) else []
     safe = ["".join(c if c.isprintable() and c not in '<>:"|?*[]$`' else "_" for c in part)[:100] for part in parts]
     return "/".join([part for part in safe if part.strip(". ")][:4]) or "unnamed"
+
+
+def class_names(settings: Mapping[str, Any], path: str) -> list[str]:
+    """The names of the classes in the settings of a data set: any text, which is shown and nothing else.
+
+    Raises:
+        UserError: If they are no such list.
+    """
+    names: Any = settings.get("class_names")
+    listed = isinstance(names, list) and 0 < len(names) <= 100_000
+    if not listed or not all(isinstance(name, str) and len(name) <= 255 for name in names):
+        raise UserError(f"{path} does not name the classes of its pictures; not loaded")
+    return list(names)

@@ -20,6 +20,7 @@ from torch.nn.modules import module as hooks
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from checkpoints.plain import class_names
 from errors import UserError
 
 # What a file may name: packages that are imported to look for it, and its base class.
@@ -70,7 +71,7 @@ STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused
 # Settings that say how training runs, not what was trained: only training needs them.
 EXECUTION = ("compile", "checkpoint_activations")
 
-SIZES = ("image_size", "batch_size", "eval_batch_size", "crop_padding", "num_workers")
+SIZES = ("stored_size", "image_size", "batch_size", "eval_batch_size", "crop_padding", "num_workers")
 LARGEST = 2**20  # of the numbers that say how large something is
 PIXELS = 2**30  # of one batch
 SPARE = 10**7  # numbers that a network may hold beyond what its file does: buffers that are not saved
@@ -151,8 +152,12 @@ class Trusted:
         """
         if self.trust:
             return dict(settings)
-        kept = {key: self._scalar(f"data.{key}", value) for key, value in settings.items() if key != "data_dir"}
-        folder = settings.get("data_dir")
+        own = "folder" in settings  # of one's own pictures: where they lie, and their cache is written, the user says
+        apart = ("data_dir", "folder", "class_names") if own else ("data_dir",)
+        kept = {key: self._scalar(f"data.{key}", value) for key, value in settings.items() if key not in apart}
+        folder = None if own else settings.get("data_dir")
+        if own:
+            kept |= {"folder": "", "class_names": class_names(settings, self.path)}
         local = isinstance(folder, str) and "\0" not in folder and not folder.startswith(("//", "\\\\"))
         if local and (found := self.find_data(Path(str(folder)))):
             kept["data_dir"] = str(found)
@@ -161,8 +166,9 @@ class Trusted:
             value is not None and (isinstance(value, bool) or not isinstance(value, int)) for value in sizes.values()
         ):
             raise UserError(f"{self.path} holds a size of its images or batches that is no whole number; not loaded")
-        side, *batches, padding, workers = (value or 0 for value in sizes.values())
-        if max(batches) * side * side > PIXELS or padding > 28:
+        stored, side, *batches, padding, workers = (value or 0 for value in sizes.values())
+        # Of one's own pictures exporting makes a batch of its own.
+        if max(*batches, 60 * own) * max(stored, side) ** 2 > PIXELS or padding > 28:
             raise UserError(f"{self.path} asks for batches of images that no machine can hold; not loaded")
         if workers:
             kept["num_workers"] = min(workers, os.cpu_count() or 1)

@@ -162,6 +162,14 @@ def _apply(command: Command, name: str, flag: Flag, value: str) -> None:
         path = Path(value)
         sectioned = bool(set(load_yaml(path)) & set(SUBCOMMANDS))
         (command.outer_configs if sectioned else command.configs).append(path)
+    elif name == "--data":
+        if value != "fashion_mnist":
+            if not Path(value).expanduser().is_dir():
+                raise UserError(
+                    f"--data {value}: there is no such folder; give one that holds a sub-folder of pictures for each "
+                    "class, or fashion_mnist"
+                )
+            command.overrides.append(f"--data.folder={value}")
     elif name == "--ckpt_path":
         command.ckpt_path = value
     elif name == "--batch_size" and value == "auto":

@@ -100,6 +100,7 @@ class Flag(NamedTuple):
 
 FLAGS = {
     "--model": Flag("", _path, "RECIPE", "recipe to train (list below), or a path to a YAML file"),
+    "--data": Flag("", _text, "FOLDER", "your own pictures: a sub-folder for each class (default: fashion_mnist)"),
     "--accelerator": Flag("--trainer.accelerator", _accelerator, "NAME", "cpu, gpu, mps or auto (default: auto)"),
     "--devices": Flag("--trainer.devices", _devices, "N", "number of devices or processes, or auto"),
     "--num_nodes": Flag("--trainer.num_nodes", _integer(1), "N", "number of machines"),

@@ -2,5 +2,6 @@
 
 from datamodules.fashion_mnist import CLASS_NAMES, FashionMNISTDataModule
 from datamodules.files.finding import DatasetError
+from datamodules.files.folder import FolderDataModule, class_of
 
-__all__ = ["CLASS_NAMES", "DatasetError", "FashionMNISTDataModule"]
+__all__ = ["CLASS_NAMES", "DatasetError", "FashionMNISTDataModule", "FolderDataModule", "class_of"]

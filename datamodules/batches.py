@@ -14,10 +14,10 @@ IGNORED_LABEL = -100
 
 
 class ImageTensors(Dataset):
-    """Images (N, 28, 28) uint8 and labels (N,) int64 in memory; a batch is one indexing operation."""
+    """Images (N, H, W) or (N, C, H, W) uint8 and labels (N,) int64; a batch is one indexing operation."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images = images[:, None]
+        self.images = images[:, None] if images.dim() == 3 else images
         self.labels = labels
 
     def __len__(self) -> int:
@@ -27,7 +27,7 @@ class ImageTensors(Dataset):
         return self.__getitems__(index) if isinstance(index, Tensor) else (self.images[index], self.labels[index])
 
     def __getitems__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch of images (N, 1, 28, 28) and labels; an empty batch becomes one blank image that is not counted."""
+        """The batch of images (N, C, H, W) and labels; an empty batch becomes one blank image that is not counted."""
         if len(indices) == 0:
             return torch.zeros_like(self.images[:1]), torch.full_like(self.labels[:1], IGNORED_LABEL)
         indices = indices.to(self.labels.device, non_blocking=True)
@@ -36,7 +36,7 @@ class ImageTensors(Dataset):
 
     def to(self, device: torch.device) -> "ImageTensors":
         """The same images and labels in the device's memory."""
-        return ImageTensors(self.images[:, 0].to(device), self.labels.to(device))
+        return ImageTensors(self.images.to(device), self.labels.to(device))
 
 
 class _DealtOut(DistributedSampler, SequentialSampler):
@@ -58,6 +58,8 @@ class TrainBatches(_DealtOut):
     batch has fewer images than there are processes, one image stands in for the missing ones.)
     """
 
+    weights: Tensor | None = None  # (count,): an epoch's images are drawn with replacement, in proportion to these
+
     def __init__(
         self,
         count: int,
@@ -77,6 +79,8 @@ class TrainBatches(_DealtOut):
         epoch, done = self.position()
         generator = torch.Generator().manual_seed(run_seed * 1_000_003 + epoch)
         order = torch.randperm(self.count, generator=generator)
+        if self.weights is not None:
+            order = torch.multinomial(self.weights, self.count, replacement=True, generator=generator)
         for batch in order.split(self.batch_size * self.num_replicas)[done:]:
             yield batch[self.rank :: self.num_replicas] if len(batch) > self.rank else batch[:1]
 

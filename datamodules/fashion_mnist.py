@@ -70,13 +70,10 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
-        eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
-        at_least = {"batch_size": 1, "image_size": 1, "val_size": 0, "crop_padding": 0, "num_workers": 0}
-        for name, least in at_least.items():
-            if self.hparams[name] < least:
-                raise ValueError(f"data.{name}={self.hparams[name]} must be at least {least}")
-        if eval_batch_size < 1:
-            raise ValueError(f"data.eval_batch_size={eval_batch_size} must be at least 1")
+        at_least = {"batch_size": 1, "eval_batch_size": 1, "image_size": 1, "val_size": 0, "crop_padding": 0}
+        for name, least in (at_least | {"num_workers": 0}).items():
+            if (value := self.hparams[name]) is not None and value < least:
+                raise ValueError(f"data.{name}={value} must be at least {least}")
         if channels not in (1, 3):
             raise ValueError(f"data.channels={channels} must be 1 or 3")
         if not math.isfinite(mean):
@@ -91,10 +88,11 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
         self.data_dir = Path(data_dir)
         self._folder: Path | None = None  # where the verified files are
         self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.image_size = image_size
         self.num_workers = num_workers
 
+    class_names: tuple[str, ...] = CLASS_NAMES
     find_data = staticmethod(whole_below)
 
     @property
@@ -136,17 +134,17 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
         return self._eval_loader(self.val_set) if len(self.val_set) else []
 
     def test_dataloader(self) -> DataLoader:
-        """The official test images in order."""
+        """The test images in order."""
         return self._eval_loader(self.test_set)
 
     def predict_dataloader(self) -> DataLoader:
-        """The official test images in order; Lightning gives writers indices only from a `batch_sampler`."""
+        """The test images in order; Lightning gives writers indices only from a `batch_sampler`."""
         return self._eval_loader(self.test_set, "batch_sampler")
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Augment (in training), scale, resize and normalise a whole batch on the device.
 
-        From images (N, 1, 28, 28) uint8 and labels (N,) to (N, channels, image_size, image_size) float32 and labels.
+        From images (N, C, H, W) uint8 and labels (N,) to (N, channels, image_size, image_size) float32 and labels.
         """
         images, labels = batch
         if self.trainer is None or not self.trainer.training:
@@ -159,12 +157,12 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
     def preprocess(self, images: Tensor) -> Tensor:
         """Images as the network sees them outside training: scaled, resized and normalised.
 
-        From grey ones, light on dark, (N, 28, 28) or (N, 1, 28, 28) uint8, to (N, channels, image_size, image_size)
+        From (N, H, W) or (N, C, H, W) uint8, Fashion-MNIST's light on dark, to (N, channels, image_size, image_size)
         float32. Raises ValueError if they are not uint8.
         """
         if images.dtype != torch.uint8:
             raise ValueError(f"the images are {images.dtype}; torch.uint8, from 0 to 255, was expected")
-        return self._as_seen(images.reshape(-1, 1, *images.shape[-2:]).float().div_(255))
+        return self._as_seen((images[:, None] if images.dim() == 3 else images).float().div_(255))
 
     def _as_seen(self, pixels: Tensor) -> Tensor:
         if self.image_size != pixels.shape[-1]:
@@ -179,10 +177,9 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
 
     def _position(self) -> tuple[int, int]:
         """Epoch and batch at which training continues; not batch 0 if a checkpoint was saved within an epoch."""
-        assert self.trainer is not None
-        epoch: Any = self.trainer.fit_loop.epoch_progress.current
-        batch: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        order = epoch.processed * (not getattr(self.trainer, "overfit_batches", 0))  # else the same in every epoch
+        trainer: Any = self.trainer
+        epoch, batch = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress.current
+        order = epoch.processed * (not getattr(trainer, "overfit_batches", 0))  # else the same in every epoch
         return order, batch.processed if epoch.ready > epoch.processed else 0
 
     def _eval_loader(self, images: ImageTensors, kind: str = "sampler") -> DataLoader:
@@ -191,9 +188,8 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
         return self._loader(images, batches, kind)
 
     def _loader(self, images: ImageTensors, batches: Sampler, kind: str = "sampler") -> DataLoader:
-        on_device = self.hparams["dataset_on_device"]
-        assert self.trainer is not None
-        device = self.trainer.strategy.root_device
+        trainer: Any = self.trainer
+        on_device, device = self.hparams["dataset_on_device"], trainer.strategy.root_device
         if on_device or (on_device is None and device.type == "cuda" and not self.num_workers):
             images = images.to(device)
         return DataLoader(

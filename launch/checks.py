@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cli.command import Command
-from datamodules import FashionMNISTDataModule
 from errors import UserError, one_line
 from inspection.stages import stages, without_data
 from launch.lightning_flags import check_trainer_settings
@@ -20,24 +19,28 @@ from lit_modules import LitClassifier
 from lit_modules.execution.cuda_graphs import MODES
 from runs.settings import is_kept
 
+# What weights stand for: a network's settings, and the meaning of its outputs.
+LEARNED = ("model.net", "data.class_names")
+
 
 def named(class_path: str) -> Any:
     """The class or function of that dotted name; not the module, where torchvision has one of the same name."""
     return resolve_name(":".join(class_path.rsplit(".", 1)))
 
 
-def check_configuration(config: Namespace, command: Command) -> None:
+def check_configuration(config: Namespace, command: Command, data_class: type) -> None:
     """Refuse settings that contradict each other or this machine.
 
     Args:
         config: The parsed configuration.
         command: The command line that it was made from.
+        data_class: The class of the data set.
     """
     for section in ("model", "data", "trainer"):
         if not isinstance(config[section], Namespace):
             raise UserError(f"{section} is {config[section]!r}; a mapping of settings was expected")
     check_nulls(config.model, LitClassifier, "model")
-    check_nulls(config.data, FashionMNISTDataModule, "data")
+    check_nulls(config.data, data_class, "data")
     check_accelerator(config.trainer.accelerator)
     check_trainer_settings(config.trainer, command.subcommand)
     check_accumulation(config.model.compile, config.trainer.accumulate_grad_batches)
@@ -68,7 +71,9 @@ def check_learning_rate(scheduler: Any, flags: Sequence[str]) -> None:
 
 def check_nulls(settings: Any, owner: Any, name: str) -> None:
     """Refuse null where the parameter of `owner` does not take it; the parser accepts it anywhere."""
-    parameters = inspect.signature(owner).parameters
+    parameters = dict(inspect.signature(owner).parameters)
+    for base in inspect.getmro(owner)[1:2] if "kwargs" in parameters and inspect.isclass(owner) else ():
+        parameters = dict(inspect.signature(base).parameters) | parameters  # what the keyword arguments stand for
     for key, value in settings.items(branches=True) if settings else ():
         if "." in key or key not in parameters:
             continue
@@ -146,13 +151,13 @@ def check_settings(stored: dict[str, Any], wanted: dict[str, Any], *, resume: bo
     Args:
         stored: The configuration in the checkpoint.
         wanted: The configuration of this run.
-        resume: Whether training continues; otherwise only the network must be the same.
+        resume: Whether training continues; otherwise only the network and its classes must be the same.
     """
     scheduled = bool(wanted["model"]["scheduler"])
     for name, (then, now) in _differences(stored, wanted).items():
         if resume and name == "trainer.callbacks":
             then, now = _own_callbacks(then), _own_callbacks(now)
-        elif not (is_kept(name, scheduled) if resume else name.startswith("model.net")):
+        elif not (is_kept(name, scheduled) if resume else name.startswith(LEARNED)):
             continue
         if then != now:
             raise UserError(

@@ -16,7 +16,7 @@ from callbacks.run_folder import RunFolder
 from cli.command import Command
 from cli.flags import FLAGS
 from cli.messages import explain
-from datamodules import FashionMNISTDataModule
+from datamodules import FashionMNISTDataModule, class_of
 from errors import UserError, one_line
 from inspection.table import table
 from launch.checks import (
@@ -31,6 +31,7 @@ from launch.found import Trials
 from launch.launchers import take_over_processes
 from launch.lightning_flags import check_trainer, check_training
 from launch.memory import is_out_of_memory
+from launch.own_pictures import follow_pictures
 from launch.start import Start
 from launch.trainer import RunCallbacks, precision
 from lit_modules import LitClassifier
@@ -94,6 +95,12 @@ class ClassifierCLI(LightningCLI):
         self.processes = processes
         self.start = Start(command)
 
+    @property
+    def data_class(self) -> type[FashionMNISTDataModule]:
+        """The class of the data set that command or checkpoint name."""
+        stored = {} if self.command.configs else self.start.settings.get("data", {})
+        return class_of({"folder": ""} if "data.folder" in self.command.given() else stored)
+
     def build(self) -> None:
         """Parse, check, and build network, data module and Trainer.
 
@@ -103,7 +110,7 @@ class ClassifierCLI(LightningCLI):
         self.callbacks = RunCallbacks(self.start, self.processes)
         super().__init__(
             LitClassifier,
-            FashionMNISTDataModule,
+            self.data_class,
             save_config_callback=SaveConfig if self.command.subcommand == "fit" else None,
             save_config_kwargs={"recipe": self.start.recipe, "folder": self.callbacks.folder},
             seed_everything_default=0,
@@ -148,11 +155,14 @@ class ClassifierCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Fill in what depends on other settings, then check the result against machine and checkpoint."""
         config, command = self.config, self.command
-        check_configuration(config, command)
+        check_configuration(config, command, self.data_class)
         take_over_processes(config.trainer)
         net = config.model.net
-        if "image_size" in inspect.signature(named(net.class_path)).parameters:
-            net.init_args.image_size = config.data.image_size
+        follow = {"image_size": config.data.image_size}
+        if "folder" in config.data:
+            follow |= follow_pictures(config, command)
+        for name in follow.keys() & inspect.signature(named(net.class_path)).parameters:
+            net.init_args[name] = follow[name]
         asked_for = any(token.startswith("--trainer.precision") for token in command.overrides)
         config.trainer.precision, self.slow_bf16 = precision(config.trainer, asked_for)
         if self.start.settings:
@@ -203,7 +213,7 @@ class ClassifierCLI(LightningCLI):
     @property
     def validates(self) -> bool:
         """Whether the run has validation images and uses them."""
-        return self.config.data.val_size > 0 and self.config.trainer.limit_val_batches != 0
+        return self.config.data.val_size != 0 and self.config.trainer.limit_val_batches != 0
 
     def _text(self) -> str:
         """The resolved configuration as YAML."""

@@ -56,6 +56,8 @@ class Start:
         settings: dict[str, Any] = {}
         if "config" in checkpoint or not command.configs:
             settings = stored_config(checkpoint, path)
+        if settings:
+            _check_pictures("folder" in settings["data"], command)
         if settings and not command.configs:  # which say what to build
             how = "add --trust_checkpoint"
             rules = Trusted(path, command.trust_checkpoint, how, checkpoint["state_dict"], whole_below)
@@ -146,6 +148,15 @@ def _keep_what_was_found(command: Command, checkpoint: dict[str, Any], path: str
             f"--model.optimizer.init_args.lr={float(settings['model']['optimizer']['init_args']['lr'])}"
         )
     command.find_batch_size = command.find_lr = False
+
+
+def _check_pictures(own: bool, command: Command) -> None:
+    """Refuse a checkpoint of one data set with another, whose classes are others even where there are as many."""
+    given = "data.folder" in command.given()
+    if given and not own:
+        raise UserError(f"{command.ckpt_path} was trained on Fashion-MNIST; leave --data out, or train on the folder")
+    if own and command.configs and not given:
+        raise UserError(f"{command.ckpt_path} was trained on a folder of pictures; say where they lie: --data FOLDER")
 
 
 def _newest_valid(command: Command) -> dict[str, Any]:

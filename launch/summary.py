@@ -42,9 +42,12 @@ def scores(measured: Mapping[str, Any]) -> str:
     """Accuracy and loss in words; with those of `--model.flip_test`, if they were measured.
 
     Args:
-        measured: Values under the names `accuracy`, `loss`, and with flip-averaging `accuracy_flip` and `loss_flip`.
+        measured: Values under the names `accuracy`, `loss`, with unequal classes `balanced_accuracy`, with
+            flip-averaging `accuracy_flip` and `loss_flip`.
     """
     text = f"accuracy {measured['accuracy']:.4f}, loss {measured['loss']:.4f}"
+    if "balanced_accuracy" in measured:
+        text += f"; balanced accuracy {measured['balanced_accuracy']:.4f}"
     if "accuracy_flip" in measured:
         flipped = f"accuracy {measured['accuracy_flip']:.4f}, loss {measured['loss_flip']:.4f}"
         text += f"; averaged with the mirror images: {flipped}"

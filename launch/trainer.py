@@ -27,7 +27,6 @@ from callbacks.temperature import Temperature
 from callbacks.tensorboard.grad_cam import MistakesExplained
 from callbacks.tensorboard.pictures import TensorBoardPictures
 from checkpoints.writing import AtomicCheckpointIO
-from datamodules import CLASS_NAMES
 from errors import UserError
 from launch.start import Start, how_to_continue
 
@@ -47,8 +46,6 @@ class RunCallbacks:
         self.best = RunCheckpoint(self.folder, "best", monitor="val/accuracy", mode="max")
         self.last = RunCheckpoint(self.folder, "last")
         self.speed = Speed()
-        self.confusion = Confusion(CLASS_NAMES)
-        self.predictions = PredictionWriter(start.folder / "predictions.csv", CLASS_NAMES)
 
     def trainer_arguments(
         self, config: Namespace, built: Namespace, text: str, model: Any, data: Any, curve: Curve | None
@@ -64,6 +61,8 @@ class RunCallbacks:
             curve: What `--lr auto` measured.
         """
         command = self.start.command
+        self.confusion = Confusion(data.class_names)
+        self.predictions = PredictionWriter(self.start.folder / "predictions.csv", data.class_names)
         callbacks = [SavedPrecision(), *_listed(built.trainer.callbacks)]
         logger: Any = False
         if command.subcommand == "fit":
@@ -104,7 +103,7 @@ class RunCallbacks:
             callbacks.append(LearningRateMonitor())
         if isinstance(logger, TensorBoardLogger):
             callbacks += [TensorBoardPictures(self.confusion, config.histograms), MistakesExplained(self.confusion)]
-        validates = config.data.val_size > 0 and config.trainer.limit_val_batches != 0
+        validates = config.data.val_size != 0 and config.trainer.limit_val_batches != 0
         if config.trainer.enable_checkpointing is not False:
             # Two callbacks: `save_last` saves only the epochs that are the best so far.
             callbacks += [*([self.best] if validates else []), self.last]

@@ -5,7 +5,6 @@ from collections.abc import Sequence, Sized
 from pathlib import Path
 
 from callbacks.run_record import RunRecord, images_measured
-from datamodules import CLASS_NAMES
 from errors import UserError
 from launch.classifier_cli import ClassifierCLI
 from launch.lightning_flags import check_length
@@ -68,7 +67,9 @@ def predict(cli: ClassifierCLI) -> None:
         from pictures.predict import predict_pictures  # here, not above: only this needs it
 
         wanted = {name: getattr(command, name) for name in ("images", "invert", "output", "gradcam")}
-        predict_pictures(trainer, model, data, CLASS_NAMES, ckpt_path=str(command.ckpt_path), folder=folder, **wanted)
+        predict_pictures(
+            trainer, model, data, data.class_names, ckpt_path=str(command.ckpt_path), folder=folder, **wanted
+        )
         return
     if command.gradcam:
         from inspection.grad_cam import check_captum  # here, not above: only this needs it
@@ -81,7 +82,7 @@ def predict(cli: ClassifierCLI) -> None:
         from pictures.predict import write_mistakes
 
         mistakes = cli.callbacks.confusion.mistakes
-        write_mistakes(trainer, model, data, CLASS_NAMES, mistakes, folder / "mistakes.png")
+        write_mistakes(trainer, model, data, data.class_names, mistakes, folder / "mistakes.png")
 
 
 def _print_scores(cli: ClassifierCLI, function: str, stage: str, images: Sized, batches: Sequence[int | float]) -> None:

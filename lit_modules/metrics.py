@@ -13,8 +13,7 @@ IGNORED_LABEL = -100
 class MeanLoss(Metric):
     """Mean loss of all images, over all batches and processes.
 
-    (torchmetrics' MeanMetric would do, but with its NaN check off, which waits for the device at each update, it
-    ignores the weights, as of 1.9.)
+    (torchmetrics' MeanMetric ignores the weights if its NaN check, which waits for the device, is off; as of 1.9.)
     """
 
     full_state_update = False

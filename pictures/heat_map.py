@@ -15,7 +15,7 @@ def overlay(image: np.ndarray, cam: Tensor, caption: str) -> Image.Image:
     """The image, and beside it the same image under the heat map.
 
     Args:
-        image: What the network saw, (28, 28) uint8.
+        image: What the network saw, (H, W) or (H, W, 3) uint8.
         cam: Its Grad-CAM (h, w), 0 to 1.
         caption: Written above.
     """
@@ -23,7 +23,7 @@ def overlay(image: np.ndarray, cam: Tensor, caption: str) -> Image.Image:
 
 
 def heat_map(image: np.ndarray, cam: Tensor, edge: int = EDGE) -> Image.Image:
-    """The image (28, 28) uint8, enlarged to `edge` x `edge` pixels, under its Grad-CAM (h, w), 0 to 1."""
+    """The image (H, W) or (H, W, 3) uint8, resized to `edge` x `edge` pixels, under its Grad-CAM (h, w), 0 to 1."""
     heat = np.asarray(Image.fromarray(cam.numpy()).resize((edge, edge), Image.Resampling.BICUBIC)).clip(0, 1)
     position = heat[..., None] * (len(COLOURS) - 1)
     lower = np.minimum(position.astype(int), len(COLOURS) - 2)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from inspection.grad_cam import grad_cam
 from pictures.heat_map import heat_map
-from pictures.sheet import TRUE, WRONG, Entry, Line, sheet, square
+from pictures.sheet import TRUE, WRONG, Entry, Line, drawable, sheet, square
 
-SIZE, EDGE = 28, 112  # pixels of an image, and of its picture
+EDGE = 112  # pixels of an image on the sheet
 COLUMNS = 2
 BATCH = 8  # their gradients take memory
 HEADING = (
@@ -44,7 +44,7 @@ def explain_mistakes(
     Args:
         net: The network that made them.
         data: The data module; its `preprocess` gives what the network sees.
-        images: Grey values (N, 28, 28) uint8 of the images, in the order of `mistakes`.
+        images: The mistaken images (N, H, W) or (N, C, H, W) uint8, in the order of `mistakes`.
         mistakes: At least one.
         class_names: Names of the classes, in order.
 
@@ -59,10 +59,12 @@ def explain_mistakes(
         batch = data.preprocess(few.to(device))
         heats += zip(grad_cam(net, batch, guess), grad_cam(net, batch, label), strict=True)
     entries = []
-    for image, mistake, (wrong, true) in zip(images.numpy(), mistakes, heats, strict=True):
+    for image, mistake, (wrong, true) in zip(map(drawable, images), mistakes, heats, strict=True):
         label_name, guess_name = class_names[mistake.label], class_names[mistake.guess]
         # In the image's own pixels: smooth pictures would take ten times the space in TensorBoard's logs.
-        maps = [heat_map(image, heat, SIZE).resize((EDGE, EDGE), Image.Resampling.NEAREST) for heat in (wrong, true)]
+        size = min(len(image), EDGE)
+        small = [heat_map(image, heat, size) for heat in (wrong, true)]
+        maps = [one.resize((EDGE, EDGE), Image.Resampling.NEAREST) for one in small]
         captions = (
             [Line(f"is {label_name}", TRUE)],
             [Line(f"{guess_name} {mistake.probability:.1%}", WRONG)],

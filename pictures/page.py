@@ -18,12 +18,12 @@ from PIL import Image, ImageOps
 
 from checkpoints.reading import listed
 from datamodules import CLASS_NAMES, FashionMNISTDataModule
-from errors import RunError
+from datamodules.files.pictures import PictureError, read_picture
+from errors import RunError, UserError
 from inspection.grad_cam import grad_cam
 from lit_modules import LitClassifier
 from pictures.cleaning import as_fashion_mnist
 from pictures.heat_map import EDGE, heat_map
-from pictures.reading import PictureError, read_picture
 from weights.trained import load_trained
 
 TOP = 3
@@ -91,6 +91,9 @@ def load_networks(checkpoints: Sequence[Path], trust: bool = False) -> list[Netw
         UserError: If one can't be used.
     """
     loaded = [(path, *load_trained(path, trust)) for path in checkpoints]
+    for path, _, data, _ in loaded:
+        if tuple(data.class_names) != CLASS_NAMES:
+            raise UserError(f"{path} was trained on pictures of other classes; the page is for Fashion-MNIST's")
     recipes = [str(checkpoint.get("recipe") or path.stem) for path, _, _, checkpoint in loaded]
     networks = []
     for recipe, (path, classifier, data, _) in zip(recipes, loaded, strict=True):

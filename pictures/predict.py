@@ -18,7 +18,8 @@ from rich.text import Text
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from datamodules import FashionMNISTDataModule
+from datamodules import FashionMNISTDataModule, FolderDataModule
+from datamodules.files.pictures import PictureError, find_pictures, read_picture
 from errors import UserError
 from inspection.grad_cam import check_captum, grad_cam
 from lit_modules import LitClassifier
@@ -26,7 +27,6 @@ from pictures.cleaning import Invert, as_fashion_mnist
 from pictures.contact_sheet import Tile, contact_sheet, thumbnail
 from pictures.heat_map import overlay
 from pictures.mistakes import Mistake, explain_mistakes
-from pictures.reading import PictureError, find_pictures, read_picture
 
 TOP = 3
 CAM_BATCH = 8  # their gradients take memory
@@ -39,7 +39,7 @@ class Pictures:
 
     Attributes:
         paths: Their files.
-        images: What the network sees, (28, 28) uint8 each.
+        images: What the network sees, (28, 28) uint8 each; of a folder (S, S) or (S, S, 3).
         thumbnails: Those of the first `ON_SHEET` pictures.
         skipped: Files that can't be used, and why.
     """
@@ -50,7 +50,7 @@ class Pictures:
     skipped: list[tuple[Path, str]] = field(default_factory=list)
 
 
-def read_pictures(paths: Sequence[Path], invert: Invert) -> Pictures:
+def read_pictures(paths: Sequence[Path], invert: Invert, data: FashionMNISTDataModule) -> Pictures:
     """Read files and folders; what can't be read is reported and left out.
 
     Raises:
@@ -60,7 +60,10 @@ def read_pictures(paths: Sequence[Path], invert: Invert) -> Pictures:
     for path in find_pictures(paths):
         try:
             picture = read_picture(path)
-            image = as_fashion_mnist(picture, invert)
+            if isinstance(data, FolderDataModule):  # trained on pictures as they are
+                image = data.fit_picture(picture)
+            else:
+                image = as_fashion_mnist(picture, invert)
         except (PictureError, ValueError) as error:
             pictures.skipped.append((path, str(error)))
             continue
@@ -109,7 +112,7 @@ def predict_pictures(
     """
     if gradcam:
         check_captum()
-    pictures = read_pictures(images, invert)
+    pictures = read_pictures(images, invert, data)
     batches = DataLoader(_Batches(pictures.images, data), batch_size=None)
     outputs: Any = trainer.predict(model, batches, ckpt_path=ckpt_path, weights_only=True)
     probabilities = torch.cat(outputs).float().cpu()
@@ -151,7 +154,7 @@ def write_mistakes(
         print("There is no mistake to explain.")
         return
     net = model.to(trainer.strategy.root_device).net
-    images = data.test_set.images[[mistake.image for mistake in mistakes], 0]
+    images = data.test_set.images[[mistake.image for mistake in mistakes]]
     png = io.BytesIO()
     explain_mistakes(net, data, images, mistakes, class_names).save(png, "PNG", optimize=True)
     _write_bytes(path, png.getvalue())
@@ -172,9 +175,13 @@ class _Batches(IterableDataset):
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         for first in range(0, len(self.images), self.data.eval_batch_size):
-            yield [
-                self.data.preprocess(torch.from_numpy(np.stack(self.images[first : first + self.data.eval_batch_size])))
-            ]
+            yield [self.data.preprocess(_batch(self.images[first : first + self.data.eval_batch_size]))]
+
+
+def _batch(images: Sequence[np.ndarray]) -> Tensor:
+    """Images (H, W) or (H, W, 3) uint8 as (N, H, W) or (N, 3, H, W)."""
+    batch = torch.from_numpy(np.stack(images))
+    return batch if batch.dim() == 3 else batch.permute(0, 3, 1, 2)
 
 
 def _top(probabilities: Tensor, class_names: Sequence[str]) -> list[tuple[str, float]]:
@@ -252,7 +259,7 @@ def _write_overlays(
     numbers = iter(range(1, len(pictures.paths) + 1))
     for first in range(0, len(pictures.paths), CAM_BATCH):
         images = pictures.images[first : first + CAM_BATCH]
-        batch = data.preprocess(torch.from_numpy(np.stack(images)).to(device))
+        batch = data.preprocess(_batch(images).to(device))
         guesses = torch.tensor([class_names.index(row[0][0]) for row in top[first : first + CAM_BATCH]], device=device)
         for image, cam in zip(images, grad_cam(net, batch, guesses), strict=True):
             number = next(numbers)

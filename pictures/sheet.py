@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 MARGIN, GAP, LINE = 16, 10, 22
 NUMBERS = 56  # pixels beside the bars
@@ -80,6 +81,13 @@ def sheet(entries: Sequence[Entry], columns: int, edge: int, heading: Sequence[s
 def square(image: np.ndarray, edge: int) -> Image.Image:
     """An image (H, W) or (H, W, 3) uint8, `edge` pixels wide and high, its own pixels visible."""
     return Image.fromarray(image).resize((edge, edge), Image.Resampling.NEAREST)
+
+
+def drawable(image: Tensor) -> np.ndarray:
+    """An image (H, W), (1, H, W) or (3, H, W) uint8 as Pillow takes it: (H, W) or (H, W, 3)."""
+    if image.dim() == 3:
+        image = image[0] if len(image) == 1 else image.permute(1, 2, 0)
+    return image.contiguous().numpy()
 
 
 def fitting(text: str, width: int) -> str:

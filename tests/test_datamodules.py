@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import pty
+import shutil
 import signal
 import struct
 import subprocess
@@ -23,19 +24,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
-from commands import DATA, REPO, whole_set
+import yaml
+from commands import DATA, REPO, run_forked, whole_set
 from conftest import train_once
 from filelock import FileLock
 from PIL import Image
 from torchvision.transforms import functional as TF
 
-from datamodules import CLASS_NAMES, DatasetError, FashionMNISTDataModule
+from checkpoints.trust import Trusted
+from datamodules import CLASS_NAMES, DatasetError, FashionMNISTDataModule, FolderDataModule
 from datamodules.batches import EvalBatches, ImageTensors, TrainBatches
 from datamodules.files import finding as fashion_mnist_files
 from datamodules.files.download import DownloadError, download
 from datamodules.files.finding import KNOWN, NAMES, SYSTEM_DIR, is_sample, load, prepare
+from datamodules.files.photographs import saturate, warp
+from datamodules.files.pictures import read_picture
+from errors import UserError
+from lit_modules import LitClassifier
+from weights.exporting import export
 
 # ---- The data module: split, order, batches of several processes, and the pixels, held against torchvision's.
 
@@ -961,3 +970,292 @@ def test_lenet_learns_fashion_mnist(tmp_path_factory):
     assert found["best_val_accuracy"] > 0.85
     assert found["test"]["accuracy"] > 0.84
     assert abs(found["test"]["accuracy"] - found["best_val_accuracy"]) < 0.03  # the split is fair
+
+
+# ---- Folders of one's own pictures: listed, split, decoded, and refused in one line.
+
+PHOTOS = REPO / "tests" / "data" / "photos"
+CLASSES = ["dress", "hat", "pants", "shoes"]
+
+
+def draw(path: Path, colour: tuple[int, int, int] = (200, 30, 30), size: tuple[int, int] = (40, 30), **how) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path, **how)
+    return path
+
+
+def put_classes(folder: Path, **counts: int) -> Path:
+    """Pictures of one colour each, all different."""
+    for shade, (name, count) in enumerate(counts.items()):
+        for number in range(count):
+            draw(folder / name / f"{number}.png", (40 * shade, number, len(folder.name)))
+    return folder
+
+
+def of_folder(folder: Path, tmp_path: Path, **settings) -> FolderDataModule:
+    data = FolderDataModule(str(folder), data_dir=str(tmp_path / "made"), **{"image_size": 16} | settings)
+    data.setup("fit")
+    return data
+
+
+def test_a_folder_with_splits(tmp_path, caplog):
+    data = of_folder(PHOTOS, tmp_path, image_size=48)
+    assert list(data.class_names) == CLASSES
+    assert (len(data.train_set), len(data.val_set), len(data.test_set)) == (40, 16, 16)
+    assert data.train_set.labels.bincount().tolist() == [10] * 4
+    assert data.input_shape == (3, 48, 48)
+    assert "no test folder" in caplog.text
+    pixels = data.preprocess(data.train_set.images)
+    assert pixels.mean().abs() < 1e-4
+    assert abs(pixels.std() - 1) < 1e-3
+    with Image.open(sorted((PHOTOS / "train" / "dress").iterdir())[0]) as file:
+        expected = np.asarray(file.convert("RGB").resize((48, 48), Image.Resampling.BICUBIC), int)
+    assert np.abs(data.train_set.images[0].permute(1, 2, 0).numpy() - expected).mean() < 3
+
+
+def test_a_folder_without_splits_is_split_by_class_and_seed(tmp_path):
+    folder = put_classes(tmp_path / "own", cat=40, dog=20, emu=3)
+    data = of_folder(folder, tmp_path)
+    counts = [part.labels.bincount(minlength=3).tolist() for part in (data.train_set, data.val_set, data.test_set)]
+    assert counts == [[32, 16, 1], [4, 2, 1], [4, 2, 1]]
+    again, other = of_folder(folder, tmp_path), of_folder(folder, tmp_path, split_seed=1)
+    assert torch.equal(again.val_set.images, data.val_set.images)
+    assert not torch.equal(other.val_set.images, data.val_set.images)
+    everything = torch.cat([part.images for part in (data.train_set, data.val_set, data.test_set)]).flatten(1)
+    assert len(everything.unique(dim=0)) == 63
+    assert len(of_folder(folder, tmp_path, val_size=0, test_size=0).train_set) == 63
+    assert len(of_folder(folder, tmp_path, test_size=0, val_size=21).val_set) == 21
+
+
+def test_classes_may_bear_the_names_of_splits(tmp_path):
+    data = of_folder(put_classes(tmp_path / "own", train=10, ship=10), tmp_path)
+    assert list(data.class_names) == ["ship", "train"]
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda folder: folder.mkdir(), "has no sub-folders; one for each class"),
+        (lambda folder: draw(folder / "a.png"), r"has no sub-folders \(pictures lie in it directly\)"),
+        (lambda folder: put_classes(folder, cat=5), "has one class only, cat;"),
+        (lambda folder: (put_classes(folder, cat=5) / "dog").mkdir(), "dog holds no picture; remove it"),
+        (
+            lambda folder: (put_classes(folder / "train", a=5, b=5), put_classes(folder / "test", c=5)),
+            "test/c is a class that the training pictures don't have",
+        ),
+        (lambda folder: None, "can't be read: No such file or directory"),
+        (
+            lambda folder: (put_classes(folder, cat=9), (folder / "x").mkdir(), (folder / "x" / "0.png").touch()),
+            "no picture of x is left to train on",
+        ),
+    ],
+)
+def test_bad_folders_are_one_line(tmp_path, make, expected):
+    make(tmp_path / "own")
+    with pytest.raises(DatasetError, match=expected) as error:
+        of_folder(tmp_path / "own", tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_files_are_named_and_left_out_or_refused(tmp_path, caplog):
+    folder = put_classes(tmp_path / "own", cat=20, dog=20)
+    (folder / "cat" / "broken.jpg").write_bytes(b"no picture")
+    cut = draw(folder / "dog" / "cut.png", size=(300, 300))
+    cut.write_bytes(cut.read_bytes()[:200])
+    (folder / "dog" / "notes.txt").touch()
+    data = of_folder(folder, tmp_path)
+    assert "2 pictures can't be read and are left out: " in caplog.text
+    assert "cat/broken.jpg is not a picture" in caplog.text
+    assert "dog/cut.png" in caplog.text
+    assert sum(map(len, (data.train_set, data.val_set, data.test_set))) == 40
+    with pytest.raises(DatasetError, match=r"2 pictures .* can't be read: .*--data.bad_files skip"):
+        of_folder(folder, tmp_path, bad_files="refuse")
+
+
+def test_pictures_both_trained_on_and_tested_on_are_named(tmp_path, caplog):
+    folder = tmp_path / "own"
+    put_classes(folder / "train", cat=6, dog=6)
+    put_classes(folder / "test", cat=6, dog=6)
+    of_folder(folder, tmp_path)
+    assert "both trained on" not in caplog.text
+    shutil.copy(folder / "train" / "cat" / "3.png", folder / "test" / "cat" / "copy.png")
+    other = FolderDataModule(str(folder / "." / "..") + "/own", data_dir=str(tmp_path / "made"), image_size=16)
+    other.setup("fit")
+    assert "1 pictures are both trained on and measured on" in caplog.text
+    assert "train/cat/3.png and test/cat/copy.png" in caplog.text
+
+
+def test_links_are_followed_but_not_round_and_round(tmp_path):
+    folder = put_classes(tmp_path / "own", cat=10, dog=10)
+    put_classes(tmp_path / "elsewhere", more=7)
+    (folder / "dog" / "more").symlink_to(tmp_path / "elsewhere" / "more")
+    (folder / "cat" / "loop").symlink_to(folder / "cat")
+    data = of_folder(folder, tmp_path, val_size=0, test_size=0)
+    assert data.train_set.labels.bincount().tolist() == [10, 17]
+
+
+def test_names_in_any_script_are_text(tmp_path):
+    data = of_folder(put_classes(tmp_path / "own", **{"кот": 6, "狗\x1b[31m": 6}), tmp_path)
+    assert list(data.class_names) == ["кот", "狗?[31m"]
+
+
+def test_pictures_are_turned_upright_and_transparency_is_white(tmp_path):
+    folder = put_classes(tmp_path / "own", dog=3)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    picture = Image.new("RGB", (40, 20), "black")
+    picture.paste("white", (0, 0, 20, 20))
+    (folder / "cat").mkdir()
+    picture.save(folder / "cat" / "0.png", exif=exif)
+    Image.new("RGBA", (10, 10), (0, 0, 0, 0)).save(folder / "cat" / "1.png")
+    images = of_folder(folder, tmp_path, val_size=0, test_size=0).train_set.images
+    assert images[0, 0, :6].min() > 240  # white was left, and is now above
+    assert images[0, 0, 10:].max() < 15
+    assert images[1].min() == 255
+
+
+def test_grey_pictures_have_one_channel(tmp_path):
+    for name, shade in (("dark", 20), ("light", 200)):
+        for number in range(6):
+            draw(tmp_path / "own" / name / f"{number}.png", (shade + number,) * 3)
+    grey = of_folder(tmp_path / "own", tmp_path)
+    assert grey.train_set.images.shape[1:] == (1, 16, 16)
+    assert grey.input_shape == (1, 16, 16)
+    assert of_folder(tmp_path / "own", tmp_path, channels=3).preprocess(grey.train_set.images).shape[1] == 3
+
+
+def test_pictures_are_decoded_once_and_anew_when_they_change(tmp_path, monkeypatch):
+    from datamodules.files import decoding as folders
+
+    folder = put_classes(tmp_path / "own", cat=6, dog=6)
+    before = of_folder(folder, tmp_path).train_set.images
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    folders.read_folder.cache_clear()
+    decoded = []
+
+    def count(path: Path, edge: int) -> Image.Image:
+        decoded.append(path)
+        return read_picture(path, edge)
+
+    monkeypatch.setattr(folders, "read_picture", count)
+    assert torch.equal(of_folder(folder, tmp_path).train_set.images, before)
+    assert not decoded
+    draw(files[0], (1, 2, 3))
+    os.utime(files[0], ns=(1, 1))
+    folders.read_folder.cache_clear()
+    assert not torch.equal(of_folder(folder, tmp_path).train_set.images, before)
+    assert len(decoded) == 12
+    assert sorted(path for path in folder.rglob("*") if path.is_file()) == files
+    monkeypatch.undo()
+    read_only = tmp_path / "file"
+    read_only.touch()
+    with pytest.raises(DatasetError, match=r"can't be kept in .*; set --data_dir"):
+        FolderDataModule(str(folder), data_dir=str(read_only), image_size=16).setup("fit")
+
+
+def test_another_folder_than_the_network_was_trained_on(tmp_path):
+    with pytest.raises(DatasetError, match="has the classes cat, dog; the network knows dress, hat, pants, shoes"):
+        of_folder(put_classes(tmp_path / "own", cat=5, dog=5), tmp_path, class_names=CLASSES)
+    with pytest.raises(DatasetError, match="--data FOLDER"):
+        FolderDataModule(class_names=CLASSES).setup("fit")
+
+
+def test_a_checkpoint_says_neither_where_pictures_lie_nor_where_their_cache_goes(tmp_path):
+    settings = {"folder": str(PHOTOS), "data_dir": str(tmp_path), "class_names": CLASSES, "stored_size": 4096}
+    rules = Trusted("a.ckpt", False, "", {}, lambda folder: folder)
+    assert rules.data(settings) == {"folder": "", "class_names": CLASSES, "stored_size": 4096}
+    with pytest.raises(UserError, match="no machine can hold"):
+        rules.data(settings | {"stored_size": 8192})
+    for names in ([], [1], "dress", None, [["dress"]]):
+        with pytest.raises(UserError, match="does not name the classes"):
+            rules.data(settings | {"class_names": names})
+    assert rules.data({"data_dir": str(tmp_path)}) == {"data_dir": str(tmp_path)}
+
+
+def test_a_fashion_mnist_checkpoint_is_not_tested_on_a_folder(tmp_path):
+    released = REPO / "weights" / "lenet.ckpt"
+    for recipe in ([], ["--model=lenet"]):
+        answer = run_forked("test", *recipe, f"--ckpt_path={released}", f"--data={PHOTOS}", folder=tmp_path)
+        assert answer.code == 2
+        assert "lenet.ckpt was trained on Fashion-MNIST; leave --data out" in answer.err
+
+
+def test_balanced_batches_draw_each_class_alike():
+    labels = torch.tensor([0] * 900 + [1] * 100)
+
+    def drawn_by(batch_size: int, rank: int = 0, processes: int = 1) -> torch.Tensor:
+        batches = TrainBatches(1000, batch_size, rank, processes)
+        batches.weights = 1 / labels.bincount()[labels].double()
+        return torch.cat(list(batches))
+
+    drawn = labels[drawn_by(64)]
+    assert len(drawn) == 1000
+    assert 400 < drawn.sum() < 600
+    halves = torch.cat([drawn_by(32, rank, 2) for rank in range(2)])
+    assert sorted(halves.tolist()) == sorted(drawn_by(64).tolist())
+
+
+def test_warp_turns_scales_and_moves():
+    images = torch.zeros(200, 3, 32, 32, dtype=torch.uint8)
+    images[:, :, 12:20, 12:20] = 255
+    assert torch.equal(warp(images, 0, 0, 0), images)
+    moved = warp(images, 0.0, 0.0, 0.25).float()
+    assert moved[:, 0].sum(dim=(1, 2)).sub(64 * 255).abs().max() < 200  # nothing is lost
+    centres = (moved[:, 0].sum(dim=1) * torch.arange(32)).sum(dim=1) / moved[:, 0].sum(dim=(1, 2)) - 15.5
+    assert 7 < centres.abs().max() <= 8.1
+    areas = warp(images, 0.0, 0.5, 0.0).float()[:, 0].sum(dim=(1, 2)) / (64 * 255)
+    assert 0.24 < areas.min() < 0.35
+    assert 1.8 < areas.max() < 2.3
+    turned = warp(images, 180.0, 0.0, 0.0).float()[:, 0]
+    assert (turned.sum(dim=(1, 2)) / (64 * 255) - 1).abs().max() < 0.1
+    assert turned[:, 11, 15].max() > 100  # a corner of the square now lies above its edge
+
+
+def test_saturation_keeps_greys():
+    images = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8)
+    changed = saturate(images, 0.5)
+    assert changed.dtype == torch.uint8
+    assert (changed.float() - images.float()).abs().max() > 20
+    grey = images[:, :1].expand_as(images)
+    assert torch.equal(saturate(grey, 0.5), grey)
+    assert torch.equal(saturate(images, 0.0), images)
+    assert torch.equal(saturate(images[:, :1], 0.5), images[:, :1])
+
+
+def test_a_folder_is_trained_on_tested_and_looked_at(tmp_path):
+    """The whole way of one's own pictures, through the command line."""
+    folder = str(PHOTOS)
+    common = ["--accelerator=cpu", f"--data_dir={tmp_path}", "--data.eval_batch_size=5"]
+    flags = [f"--data={folder}", "--image_size=32", "--batch_size=8", f"--log_dir={tmp_path / 'logs'}"]
+    augmented = ["--data.rotation=20", "--data.zoom=0.2", "--data.shift=0.1", "--data.saturation=0.3"]
+    balanced = ["--data.balanced=true", "--data.random_erasing=0.2", "--max_epochs=2"]
+    answer = run_forked("--model=fast/1min", "--precision=32", *flags, *common, *augmented, *balanced, folder=tmp_path)
+    assert answer.code == 0, answer.err
+    run = tmp_path / "logs" / "fast" / "1min" / "version_0"
+    record = json.loads((run / "record.json").read_text())
+    assert (record["train_images"], record["val_images"], record["test"]["images"]) == (40, 16, 16)
+    assert list(record["test"]["class_accuracy"]) == CLASSES
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert settings["data"]["class_names"] == CLASSES
+    assert settings["model"]["num_classes"] == settings["model"]["net"]["init_args"]["num_classes"] == 4
+    assert settings["data"]["mean"] != 0.286  # of the pictures, not of the recipe
+    checkpoint = f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"
+    tested = run_forked("test", checkpoint, f"--data={folder}", *common, folder=tmp_path)
+    picture = sorted((PHOTOS / "validation" / "hat").iterdir())[0]
+    output = f"--output={tmp_path / 'own.json'}"
+    looked_at = run_forked("predict", checkpoint, "--accelerator=cpu", f"--images={picture}", output, folder=tmp_path)
+    assert looked_at.code == 0, looked_at.err
+    at_home = run_forked("test", "--model=fast/1min", checkpoint, *common, folder=tmp_path)
+    assert (at_home.code, "say where they lie: --data FOLDER" in at_home.err) == (2, True)
+    assert "test on 16 images: accuracy" in tested.out
+    (row,) = json.loads((tmp_path / "own.json").read_text())["pictures"]
+    assert list(row["probabilities"]) == CLASSES
+    data = FolderDataModule.load_from_checkpoint(run / "checkpoints" / "best.ckpt")
+    assert list(data.class_names) == CLASSES
+    with Image.open(picture) as file:
+        images = torch.from_numpy(data.fit_picture(file.convert("RGB"))).permute(2, 0, 1)[None]
+    model = LitClassifier.load_from_checkpoint(run / "checkpoints" / "best.ckpt")
+    expected = dict(zip(CLASSES, model.probabilities(data.preprocess(images))[0].tolist(), strict=True))
+    assert row["probabilities"] == pytest.approx(expected, abs=1e-4)
+    written = export(run / "checkpoints" / "best.ckpt", "torch_export", tmp_path / "own.pt2", None, trust=False)
+    assert "Checked on 60 images of noise: same class on all" in written

@@ -142,9 +142,10 @@ def headings(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", READMES, ids=lambda page: page.name)
 def test_the_readmes_commands_are_understood(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # What the commands expect to find: recipes by path, a file of the reader's own, an earlier run.
+    # What the commands expect to find: recipes by path, a file and a folder of the reader's own, an earlier run.
     shutil.copytree(PROJECT / "configs", tmp_path / "configs")
     (tmp_path / "my_changes.yaml").write_text("data: {batch_size: 64}\n", encoding="utf-8")
+    (tmp_path / "path/to/photos").mkdir(parents=True)
     last = tmp_path / "logs/alexnet/version_0/checkpoints/last.ckpt"
     last.parent.mkdir(parents=True)
     last.touch()

@@ -25,9 +25,9 @@ from cli.command import Command, parse_command_line
 from cli.flags import FLAGS, SUBCOMMANDS
 from cli.recipes import load_yaml, recipes
 from datamodules.files.finding import NAMES, DatasetError, _parse_idx, load, prepare
+from datamodules.files.pictures import PictureError, read_picture
 from errors import UserError
 from launch.run import run
-from pictures.reading import PictureError, read_picture
 
 MANY, SOME, FEW = examples(1000), examples(150), examples(40)
 

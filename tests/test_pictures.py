@@ -26,6 +26,7 @@ from cli.command import parse_command_line
 from cli.flags import PREDICT_FLAGS, help_text
 from datamodules import CLASS_NAMES, FashionMNISTDataModule
 from datamodules.files.finding import NAMES, SYSTEM_DIR, load
+from datamodules.files.pictures import LONGEST_EDGE, PictureError, find_pictures, read_picture
 from errors import UserError
 from inspection.grad_cam import grad_cam, last_feature_maps
 from lit_modules import LitClassifier
@@ -34,7 +35,6 @@ from models import VGG, AlexNet, GoogLeNet, LeNet, NiN
 from pictures.cleaning import as_fashion_mnist
 from pictures.contact_sheet import COLUMNS, Tile, contact_sheet, thumbnail
 from pictures.mistakes import Mistake, explain_mistakes
-from pictures.reading import LONGEST_EDGE, PictureError, find_pictures, read_picture
 from pictures.sheet import fitting, legible
 
 # ---- One's own pictures: what is read, what the network gets to see, and what it makes of them.

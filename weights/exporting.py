@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from datamodules import CLASS_NAMES, DatasetError, FashionMNISTDataModule
+from datamodules import DatasetError, FashionMNISTDataModule, FolderDataModule
 from datamodules.files.finding import load, prepare
 from errors import MissingPackage, RunError, UserError
 from lit_modules import LitClassifier
@@ -24,6 +24,7 @@ from weights.trained import load_trained
 CHECKED_IMAGES = 1000
 TOLERANCE = 1e-4  # of probabilities
 SINGLE = 20  # of these images also one by one
+NOISE_IMAGES = 60  # to check with where there is no Fashion-MNIST
 BATCH = 100
 Predict = Callable[[Tensor], Tensor]
 
@@ -43,7 +44,7 @@ class Exported(nn.Module):
         self._preprocess = data.preprocess
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (N, 28, 28) uint8, light on dark, to probabilities (N, num_classes) float32."""
+        """Images (N, 28, 28), or (N, C, S, S) of a folder, uint8 to probabilities (N, num_classes) float32."""
         return (self.net(self._preprocess(images)).float() / self.temperature).softmax(dim=1)
 
 
@@ -69,8 +70,9 @@ def export(ckpt_path: Path, format: str, output: Path, data_dir: Path | None, tr
         _check_packages("onnx", "onnxscript", "onnxruntime")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     classifier, data, checkpoint = load_trained(ckpt_path, trust)
-    metadata = _metadata(str(checkpoint.get("recipe", "")), classifier.temperature)
+    metadata = _metadata(str(checkpoint.get("recipe", "")), classifier.temperature, data)
     images = _test_images(data, data_dir)
+    kind = "images of noise" if isinstance(data, FolderDataModule) else "test images"
     module = Exported(classifier, data).eval()
     # Weights in the usual order of dimensions, so that other programs can choose their own.
     module.to(memory_format=torch.contiguous_format)
@@ -82,7 +84,7 @@ def export(ckpt_path: Path, format: str, output: Path, data_dir: Path | None, tr
             warnings.simplefilter("ignore")  # PyTorch's exporters warn about themselves
             write(module, images[:2].clone(), partial, metadata)  # a view would be stored with all images
             exported = read(partial)
-        lines = _check(lambda batch: classifier.probabilities(data.preprocess(batch)), exported, images)
+        lines = _check(lambda batch: classifier.probabilities(data.preprocess(batch)), exported, images, kind)
         partial.replace(output)
     except OSError as error:
         raise RunError(f"{output} can't be written: {error.strerror or error}") from None
@@ -99,18 +101,25 @@ def _check_packages(*names: str) -> None:
             raise MissingPackage("--format onnx needs", name) from None
 
 
-def _metadata(recipe: str, temperature: float) -> dict[str, str]:
+def _metadata(recipe: str, temperature: float, data: FashionMNISTDataModule) -> dict[str, str]:
     """The exported file's metadata."""
+    shape = "28, 28), grey, light on dark"
+    if isinstance(data, FolderDataModule):
+        size = data.stored_size
+        shape = f"{data.hparams['channels']}, {size}, {size}), {'RGB' if data.hparams['channels'] == 3 else 'grey'}"
     return {
-        "class_names": json.dumps(CLASS_NAMES),
+        "class_names": json.dumps(data.class_names),
         "recipe": recipe,
         "temperature": repr(temperature),
-        "input": "images: uint8 (N, 28, 28), grey, light on dark",
-        "output": f"probabilities: float32 (N, {len(CLASS_NAMES)})",
+        "input": f"images: uint8 (N, {shape}",
+        "output": f"probabilities: float32 (N, {len(data.class_names)})",
     }
 
 
 def _test_images(data: FashionMNISTDataModule, data_dir: Path | None) -> Tensor:
+    if isinstance(data, FolderDataModule):  # a checkpoint exports alone, without its folder
+        shape = NOISE_IMAGES, data.hparams["channels"], data.stored_size, data.stored_size
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     try:
         images, _ = load(prepare(data_dir or data.data_dir), "test")
     except DatasetError as error:
@@ -118,7 +127,7 @@ def _test_images(data: FashionMNISTDataModule, data_dir: Path | None) -> Tensor:
     return images[:CHECKED_IMAGES]
 
 
-def _check(checkpoint: Predict, exported: Predict, images: Tensor) -> list[str]:
+def _check(checkpoint: Predict, exported: Predict, images: Tensor, kind: str = "test images") -> list[str]:
     """Compare the two on single images and on batches; returns agreement and speed as lines.
 
     Raises:
@@ -136,11 +145,11 @@ def _check(checkpoint: Predict, exported: Predict, images: Tensor) -> list[str]:
     others = int((given.argmax(dim=1) != expected.argmax(dim=1)).sum())
     if others or not difference <= TOLERANCE:
         raise RunError(
-            f"the exported file differs from the checkpoint: another class on {others} of {len(images)} test images, "
+            f"the exported file differs from the checkpoint: another class on {others} of {len(images)} {kind}, "
             f"probabilities by up to {difference:.1e}; nothing was written"
         )
     return [
-        f"Checked on {len(images):,} test images: same class on all, probabilities within {difference:.1e}",
+        f"Checked on {len(images):,} {kind}: same class on all, probabilities within {difference:.1e}",
         f"Latency of one image: {alone[1] * 1000:.2f} ms (checkpoint in PyTorch: {alone[0] * 1000:.2f} ms), CPU",
         f"In batches of {BATCH}: {batched[1]:,.0f} images/s (checkpoint in PyTorch: {batched[0]:,.0f})",
     ]

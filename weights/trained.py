@@ -10,7 +10,7 @@ from lightning.pytorch.cli import instantiate_module
 from checkpoints.plain import recipe_name
 from checkpoints.reading import read_checkpoint, stored_config
 from checkpoints.trust import Trusted
-from datamodules import CLASS_NAMES, FashionMNISTDataModule
+from datamodules import FashionMNISTDataModule, FolderDataModule, class_of
 from datamodules.files.finding import whole_below
 from errors import UserError
 from lit_modules import LitClassifier
@@ -38,10 +38,11 @@ def load_trained(path: Path, trust: bool = False) -> tuple[LitClassifier, Fashio
     used = rules.to_use(config)
     try:
         classifier = instantiate_module(LitClassifier, used["model"])
-        data = instantiate_module(FashionMNISTDataModule, used["data"])
+        data = instantiate_module(class_of(used["data"]), used["data"])
         classifier.load_state_dict(checkpoint["state_dict"])
-        logits = classifier.eval()(torch.zeros(1, *data.input_shape))
-        if logits.shape != (1, len(CLASS_NAMES)):
+        size = data.stored_size if isinstance(data, FolderDataModule) else 28
+        logits = classifier.eval()(data.preprocess(torch.zeros(1, size, size, dtype=torch.uint8)))
+        if logits.shape != (1, len(data.class_names)):
             raise ValueError(f"the network gives outputs of shape {tuple(logits.shape)} for one image")
     except Exception as error:  # jsonargparse, networks and PyTorch raise various things
         raise UserError(f"{path} does not fit this version of the project: {' '.join(str(error).split())}") from None

@@ -128,26 +128,27 @@ def inputs(images: Tensor, captions: Sequence[str]) -> Image.Image:
         images: Pixels (N, C, H, W) on any scale; the lowest of all becomes black, the highest white.
         captions: One for each image.
     """
-    pixels = images.float().mean(dim=1)
+    pixels = images.float() if images.shape[1] == 3 else images.float().mean(dim=1)
     low, high = pixels.min(), pixels.max()
     tiles = ((pixels - low) / (high - low).clamp(min=1e-12) * 255).round().byte()
     return _captioned(tiles, [[Line(caption)] for caption in captions])
 
 
 def enlarge(tiles: Tensor) -> Tensor:
-    """Tiles (N, H, W) uint8 to about 112 pixels: small ones enlarged without smoothing, large ones averaged down."""
+    """Tiles (..., H, W) uint8 to about 112 pixels: small ones enlarged without smoothing, large ones averaged down."""
     size = tiles.shape[-1]
     if size <= 112:
         scale = -(-112 // size)
-        return tiles.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
-    return F.interpolate(tiles[:, None].float(), (112, 112), mode="area")[:, 0].round().byte()
+        return tiles.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
+    small = F.interpolate(tiles.reshape(-1, 1, size, size).float(), (112, 112), mode="area").round().byte()
+    return small.view(*tiles.shape[:-2], 112, 112)
 
 
 def mistakes(tiles: Tensor, labels: Sequence[str], guesses: Sequence[str], sure: Sequence[float]) -> Image.Image:
     """Images that the network got wrong, each with its true class, and the guess and its probability.
 
     Args:
-        tiles: Grey values (N, H, W) uint8.
+        tiles: Images (N, H, W) or (N, C, H, W) uint8.
         labels: Name of each image's true class.
         guesses: Name of the class it was taken for.
         sure: Probability of that class, 0 to 1.
@@ -164,9 +165,11 @@ def mistakes(tiles: Tensor, labels: Sequence[str], guesses: Sequence[str], sure:
 
 
 def _captioned(tiles: Tensor, captions: Sequence[Sequence[Line]]) -> Image.Image:
-    """Tiles (N, H, W) uint8, four in a row, each above its lines."""
+    """Tiles (N, H, W) or (N, C, H, W) uint8, four in a row, each above its lines."""
     large = enlarge(tiles)
-    entries = [Entry([Image.fromarray(tile)], [lines]) for tile, lines in zip(large.numpy(), captions, strict=True)]
+    entries = [
+        Entry([Image.fromarray(sheet.drawable(tile))], [lines]) for tile, lines in zip(large, captions, strict=True)
+    ]
     return sheet.sheet(entries, 4, large.shape[-1])
 
 

@@ -50,7 +50,7 @@ class MistakesExplained(Callback):
 
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         images = (data.val_set if stage == "validation" else data.test_set).images
-        chosen = images[[mistake.image for mistake in mistakes], 0]
+        chosen = images[[mistake.image for mistake in mistakes]]
         net: nn.Module = pl_module.net  # type: ignore[assignment]
         try:
             sheet = explain_mistakes(net, data, chosen, mistakes, self._confusion.class_names)

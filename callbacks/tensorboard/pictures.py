@@ -125,7 +125,7 @@ class TensorBoardPictures(Callback):
         confusion, names = self._confusion, self._confusion.class_names
         show(trainer, "validation/confusion_matrix", pictures.confusion_matrix(confusion.matrix, names), step)
         wrong = confusion.mistakes
-        tiles = _data(trainer).val_set.images[[mistake.image for mistake in wrong], 0]
+        tiles = _data(trainer).val_set.images[[mistake.image for mistake in wrong]]
         labels, guesses = ([names[getattr(mistake, part)] for mistake in wrong] for part in ("label", "guess"))
         sure = [mistake.probability for mistake in wrong]
         show(trainer, "validation/most_confident_mistakes", pictures.mistakes(tiles, labels, guesses, sure), step)

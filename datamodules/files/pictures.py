@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 UNREADABLE_SUFFIXES = {".heic", ".heif", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw"}
 # Of fractions, and of 8, 10, 12, 14 and 16 bits.
 WHITES = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)
-LONGEST_EDGE = 1024  # pixels; larger pictures are scaled down, as the network sees only 28
+LONGEST_EDGE = 1024  # pixels; larger pictures are scaled down unless another edge is asked for
 
 
 class PictureError(Exception):
@@ -24,8 +25,6 @@ class PictureError(Exception):
 
 def find_pictures(paths: Iterable[Path]) -> list[Path]:
     """The files among `paths`, and the picture files in the folders among them, sub-folders included."""
-    Image.init()
-    suffixes = {suffix for suffix, name in Image.EXTENSION.items() if name in FORMATS} | UNREADABLE_SUFFIXES
     found = []
     for path in paths:
         if not path.is_dir():
@@ -33,12 +32,23 @@ def find_pictures(paths: Iterable[Path]) -> list[Path]:
             continue
         for folder, folders, names in os.walk(path):
             folders.sort()
-            found += [Path(folder, name) for name in sorted(names) if Path(name).suffix.lower() in suffixes]
+            found += [Path(folder, name) for name in sorted(names) if is_picture_name(name)]
     return found
 
 
-def read_picture(path: Path) -> Image.Image:
-    """The first frame of a file, upright, in mode RGB or RGBA.
+def is_picture_name(name: str) -> bool:
+    """Whether one would expect a file of that name to be read as a picture."""
+    return Path(name).suffix.lower() in _suffixes()
+
+
+@cache
+def _suffixes() -> set[str]:
+    Image.init()
+    return {suffix for suffix, name in Image.EXTENSION.items() if name in FORMATS} | UNREADABLE_SUFFIXES
+
+
+def read_picture(path: Path, edge: int = LONGEST_EDGE) -> Image.Image:
+    """The first frame of a file, upright, in mode RGB or RGBA, with at least `edge` of its pixels' rows or columns.
 
     Raises:
         PictureError: If the file can't be read as a picture.
@@ -54,7 +64,7 @@ def read_picture(path: Path) -> Image.Image:
             warnings.simplefilter("ignore")  # about odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=formats) as file:
-                file.draft(None, (LONGEST_EDGE, LONGEST_EDGE))  # JPEG files are decoded at a fraction of their size
+                file.draft(None, (edge, edge))  # JPEG files are decoded at a fraction of their size
                 deep = any(";16" in str(tile[3]) for tile in file.tile)
                 file.load()
                 return _upright(_eight_bits(file, path, deep))
