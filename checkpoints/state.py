@@ -271,9 +271,8 @@ def _entry(place: str, value: Any, parameter: Tensor, kind: Any, sizes: list[tup
         raise _MisfitError(place)
     if isinstance(kind, Tensor):
         value = value.to(kind.dtype)
-    least = (
-        0 if isinstance(kind, Tensor) else -math.inf
-    )  # a count of steps, for example; LBFGS's products may be negative
+    # A count of steps, for example; the products that LBFGS keeps may be negative.
+    least = 0 if isinstance(kind, Tensor) else -math.inf
     if value.numel() == 1 and parameter.dim() and parameter.numel() != 1 and not least <= value.item() < math.inf:
         raise _MisfitError(place)
     if value.shape == parameter.shape and value.stride() != parameter.stride():
