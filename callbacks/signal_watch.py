@@ -12,7 +12,9 @@ from collections.abc import Callable
 SAME_CTRL_C_SECONDS = 0.5
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # the last two are not on Windows
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
-BEFORE_TRAINING = 5.0  # seconds that a process may take to end when there is nothing to save
+# Seconds that a process may take to end when there is nothing to save; Lightning kills the first process some 5 s after
+# another one that it started has ended.
+BEFORE_TRAINING = 3.0
 
 
 class SignalWatch:

@@ -645,7 +645,7 @@ def test_many_comparisons_are_corrected(logs: Path) -> None:
 
 def test_every_setting_is_of_one_kind() -> None:
     config = json.loads((RESULTS / "runs/lenet-seed0-cpu.json").read_text(encoding="utf-8"))["config"]
-    known = set(leaves(config)) | {"model.net.image_size", "trainer.limit_test_batches"}
+    known = set(leaves(config)) | {"model.net.image_size", "trainer.limit_test_batches", "data.folder"}
     assert set(SETTINGS) - known <= {"model.checkpoint_activations", "model.flip_test", "pretrained"}, (
         "no such settings"
     )
