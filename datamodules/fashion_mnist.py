@@ -162,8 +162,7 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
         """
         if images.dtype != torch.uint8:
             raise ValueError(f"the images are {images.dtype}; torch.uint8, from 0 to 255, was expected")
-        batch = images if images.dim() == 4 else images.reshape(-1, 1, *images.shape[-2:])
-        return self._as_seen(batch.float().div_(255))
+        return self._as_seen((images if images.dim() == 4 else images.reshape(-1, 1, *images.shape[-2:])).float() / 255)
 
     def _as_seen(self, pixels: Tensor) -> Tensor:
         if self.image_size != pixels.shape[-1]:
