@@ -39,6 +39,8 @@ def check_configuration(config: Namespace, command: Command, data_class: type) -
     for section in ("model", "data", "trainer"):
         if not isinstance(config[section], Namespace):
             raise UserError(f"{section} is {config[section]!r}; a mapping of settings was expected")
+    if "max_epochs" not in config.trainer:  # null in a recipe, filled with the flags alone
+        raise UserError("trainer is None; a mapping of settings was expected")
     check_nulls(config.model, LitClassifier, "model")
     check_nulls(config.data, data_class, "data")
     check_accelerator(config.trainer.accelerator)

@@ -183,11 +183,11 @@ class ClassifierCLI(LightningCLI):
             if is_out_of_memory(error):
                 raise
             raise UserError(one_line(str(error))) from None
+        check_network(self.model.net, self.config.model.net.class_path, self.command.subcommand == "fit")
         shape = self.datamodule.input_shape
         if self.command.print_model:
             print(table(self.model.net, shape))
             sys.exit(0)
-        check_network(self.model.net, self.config.model.net.class_path, self.command.subcommand == "fit")
         check_input(self.model.net, shape, self.model.hparams["num_classes"])
         check_weights(self.command.ckpt_path, self.start.shapes, self.model)
         check_trainer(self.trainer, self.config.trainer, self.model.net)

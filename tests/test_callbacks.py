@@ -941,7 +941,9 @@ def on_a_terminal(*arguments: str, folder: Path, columns: int) -> str:
     end, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     command = [sys.executable, str(REPO / "train.py"), *arguments]
-    environment = {**ENVIRONMENT, "TERM": "xterm-256color"}
+    # Pytest's own processes are told a width in COLUMNS, which would count for more than the terminal's.
+    environment = {name: value for name, value in ENVIRONMENT.items() if name not in ("COLUMNS", "LINES")}
+    environment["TERM"] = "xterm-256color"
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=child, stderr=child, stdin=child)
     os.close(child)
     written = b""
