@@ -1,6 +1,7 @@
 """A folder for each run, and the run's own checkpoints in it."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from torch.utils.tensorboard import SummaryWriter
 
 SLURM_JOB = "slurm_job"  # file in the run's folder that names the job; launch/start.py finds a requeued job's run by it
 
@@ -57,11 +59,35 @@ class RunFolder(Callback):
 
 
 class RunLogger(TensorBoardLogger):
-    """TensorBoard's logs in the run's folder."""
+    """TensorBoard's logs in the run's folder.
+
+    TensorBoard draws what several folders log under one tag in one chart. So `train/loss` and `val/loss` become
+    `curves/loss` in the sub-folders `train` and `val`; what belongs to no stage stays in the run's folder.
+    """
 
     def __init__(self, folder: RunFolder, recipe: str) -> None:
         super().__init__(folder.log_dir.resolve(), recipe, default_hp_metric=False)
         self._folder = folder
+        self._stages: dict[str, SummaryWriter] = {}
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Log each metric where its name says."""
+        for name, value in metrics.items():
+            stage, _, metric = name.partition("/")
+            if stage in ("train", "val", "test"):
+                if stage not in self._stages:
+                    self._stages[stage] = SummaryWriter(f"{self.log_dir}/{stage}")
+                self._stages[stage].add_scalar(f"curves/{metric}", value, step)
+            elif name != "epoch":  # Lightning's, a staircase
+                super().log_metrics({name.replace("lr-", "learning_rate/", 1): value}, step)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Close the files; whoever logs again opens new ones."""
+        super().finalize(status)
+        for writer in self._stages.values():
+            writer.close()
 
     @property
     def version(self) -> int:

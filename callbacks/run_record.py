@@ -12,13 +12,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
 from callbacks.confusion import Confusion
-from callbacks.run_folder import RunFolder
+from callbacks.run_folder import RunFolder, RunLogger
 from callbacks.speed import Speed
 from datamodules import FolderDataModule
 from errors import Stopped
@@ -90,13 +89,13 @@ class RunRecord(Callback):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         self._start = time.perf_counter()
-        if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
-            # Only names the metrics; their values are the scalars of the same tags.
-            metrics = {"test/accuracy": 0, "test/loss": 0, "best/val_accuracy": 0}
+        if trainer.is_global_zero and isinstance(trainer.logger, RunLogger):
+            # Only names the metrics; their values are the last ones that the logger was given.
+            metrics = {"test/accuracy": 0, "test/loss": 0, "val/max_accuracy": 0}
             mine = {key: self.record[key] for key in ("recipe", "seed", "max_epochs")}
             values = _hyperparameters(mine | {key: self._config[key] for key in ("model", "data")})
             summaries = hparams(values, metrics)
-            _put_first(summaries[0], FIRST_HPARAMS)
+            _arrange(summaries[0], FIRST_HPARAMS)
             writer = trainer.logger.experiment.file_writer
             for summary in summaries:
                 writer.add_summary(summary)
@@ -122,6 +121,9 @@ class RunRecord(Callback):
                 "elapsed_seconds": time.perf_counter() - self._start,
             }
         )
+        if (best := self._best()) is not None and "val/accuracy" in metrics:
+            for logger in trainer.loggers:
+                logger.log_metrics({"val/max_accuracy": best}, step=trainer.global_step - 1)
         self._write(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -145,10 +147,8 @@ class RunRecord(Callback):
             "images_per_second": statistics.median(epoch["images_per_second"] for epoch in epochs),
             **self._peak(trainer),
         }
-        if best := max((epoch["val/accuracy"] for epoch in epochs if "val/accuracy" in epoch), default=None):
+        if (best := self._best()) is not None:
             self.record["best_val_accuracy"] = best
-            for logger in trainer.loggers:
-                logger.log_metrics({"best/val_accuracy": best}, step=trainer.global_step)
         self._write(trainer)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -186,6 +186,10 @@ class RunRecord(Callback):
         if test := earlier.get("test"):  # that of the checkpoint that was the best until then
             tested = {"epochs": len(earlier["epochs"]), **test}
             self.record["earlier_tests"] = [*earlier.get("earlier_tests", []), tested]
+
+    def _best(self) -> float | None:
+        """The best validation accuracy of all epochs so far."""
+        return max((epoch["val/accuracy"] for epoch in self.record["epochs"] if "val/accuracy" in epoch), default=None)
 
     def _earlier(self, trainer: pl.Trainer) -> dict[str, Any]:
         """The record of a run that is continued in its own folder."""
@@ -225,12 +229,16 @@ def _hyperparameters(mapping: dict[str, Any]) -> dict[str, str | int | float | b
     return found
 
 
-def _put_first(experiment: Any, names: tuple[str, ...]) -> None:
-    """Let TensorBoard list these hyperparameters first: it prefers those marked as differing between the runs."""
+def _arrange(experiment: Any, first: tuple[str, ...]) -> None:
+    """Let TensorBoard list these hyperparameters first, and find the metrics where `RunLogger` puts them."""
     plugin_data = experiment.value[0].metadata.plugin_data
     content = HParamsPluginData.FromString(plugin_data.content)
     for info in content.experiment.hparam_infos:
-        info.differs = info.name in names
+        info.differs = info.name in first  # it prefers those marked as differing between the runs
+    for info in content.experiment.metric_infos:
+        stage, _, metric = info.name.tag.partition("/")
+        info.display_name = f"{stage} {metric.replace('_', ' ')}"
+        info.name.group, info.name.tag = stage, f"curves/{metric}"
     plugin_data.content = content.SerializeToString()
 
 

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import http.server
 import io
+import json
 import math
 import os
 import pty
@@ -31,7 +32,6 @@ from PIL import Image
 from stoppable import COMPUTED, SAVED, checkpoint, differences, train, write
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.graph_pb2 import GraphDef
-from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -246,26 +246,33 @@ def test_a_senseless_one_in_a_checkpoint_counts_as_1(trained, stored):
 
 # ---- Every tag that a run leaves for TensorBoard is read back and held against values computed apart.
 
-CLASS_TAGS = {f"val_class_accuracy/{name}" for name in CLASS_NAMES}
-SCALARS = CLASS_TAGS | {
-    *(f"{stage}/{metric}" for stage in ("train", "val", "test") for metric in ("loss", "accuracy")),
-    *("best/val_accuracy", "speed/images_per_second", "speed/epoch_seconds", "epoch"),
+CLASS_TAGS = {f"per_class_accuracy/{name}" for name in CLASS_NAMES}
+SCALARS = CLASS_TAGS | {"learning_rate/AdamW", "speed/images_per_second", "speed/epoch_seconds"}
+CURVES = {  # of each stage, in a sub-folder
+    "train": {"curves/loss", "curves/accuracy"},
+    "val": {"curves/loss", "curves/accuracy", "curves/max_accuracy"},
+    "test": {"curves/loss", "curves/accuracy"},
 }
 FEATURE_MAPS = {
-    "feature_maps/01_features.0_Conv2d_6x28x28": 2,  # to the number of layers that lead there, ReLU included
-    "feature_maps/02_features.2_MaxPool2d_6x14x14": 3,
-    "feature_maps/03_features.3_Conv2d_16x10x10": 5,
-    "feature_maps/04_features.5_MaxPool2d_16x5x5": 6,
+    "stages/01_features.0_Conv2d_6x28x28": 2,  # to the number of layers that lead there, ReLU included
+    "stages/02_features.2_MaxPool2d_6x14x14": 3,
+    "stages/03_features.3_Conv2d_16x10x10": 5,
+    "stages/04_features.5_MaxPool2d_16x5x5": 6,
 }
-EVERY_EPOCH = {"validation/confusion_matrix", "validation/most_confident_mistakes", "filters/first_layer"}
+EVERY_EPOCH = {"errors/confusion_matrix", "errors/most_confident", "filters/first_layer"}
 EVERY_EPOCH |= FEATURE_MAPS.keys()
 # Once, after training and after testing, where the optional package is there.
-EXPLAINED = {f"{stage}/most_confident_mistakes_explained" for stage in ("validation", "test") if find_spec("captum")}
+EXPLAINED = {f"errors/most_confident_explained_{stage}" for stage in ("validation", "test") if find_spec("captum")}
 
 
 @pytest.fixture(scope="module")
 def events(trained: Run) -> EventAccumulator:
     return read(trained.folder)
+
+
+@pytest.fixture(scope="module")
+def curves(trained: Run) -> dict[str, EventAccumulator]:
+    return {stage: read(trained.folder / stage) for stage in CURVES}
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -307,39 +314,41 @@ def pixels(picture: Image.Image) -> Tensor:
     return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, picture.width, 3)
 
 
-def test_every_tag_is_there_at_every_epoch(events: EventAccumulator) -> None:
+def test_every_tag_is_there_at_every_epoch(events: EventAccumulator, curves: dict[str, EventAccumulator]) -> None:
     tags = events.Tags()
-    rates = {tag for tag in tags["scalars"] if tag.startswith("lr")}
-    steps = {tag for tag in tags["scalars"] if tag == "train/loss_step"}
-    assert set(tags["scalars"]) - rates - steps == SCALARS
+    assert set(tags["scalars"]) == SCALARS
+    for stage, stage_tags in CURVES.items():
+        assert set(curves[stage].Tags()["scalars"]) == stage_tags
     assert set(tags["images"]) == EVERY_EPOCH | EXPLAINED | {"inputs/training_images"}
     assert tags["graph"]
-    validated = [event.step for event in events.Scalars("val/accuracy")]
+    validated = [event.step for event in curves["val"].Scalars("curves/accuracy")]
     assert len(validated) == 3
     for tag in EVERY_EPOCH:
         assert [image.step for image in events.Images(tag)] == validated, tag
     for tag in EXPLAINED:
-        step = validated[-1] if tag.startswith("validation") else events.Scalars("test/accuracy")[0].step
+        step = validated[-1] if "validation" in tag else curves["test"].Scalars("curves/accuracy")[0].step
         assert [image.step for image in events.Images(tag)] == [step], tag
     for tag in CLASS_TAGS:
         assert [event.step for event in events.Scalars(tag)] == validated, tag
 
 
-def test_validation_scalars_are_torchmetrics_values(events: EventAccumulator, apart: Apart) -> None:
+def test_validation_scalars_are_torchmetrics_values(
+    events: EventAccumulator, curves: dict[str, EventAccumulator], apart: Apart
+) -> None:
     expected = multiclass_accuracy(apart.logits, apart.labels, num_classes=10, average=None)
     for name, accuracy in zip(CLASS_NAMES, expected.tolist(), strict=True):
-        assert events.Scalars(f"val_class_accuracy/{name}")[-1].value == pytest.approx(accuracy), name
+        assert events.Scalars(f"per_class_accuracy/{name}")[-1].value == pytest.approx(accuracy), name
     overall = multiclass_accuracy(apart.logits, apart.labels, num_classes=10, average="micro")
-    assert events.Scalars("val/accuracy")[-1].value == pytest.approx(overall.item())
+    assert curves["val"].Scalars("curves/accuracy")[-1].value == pytest.approx(overall.item())
     loss = F.cross_entropy(apart.logits, apart.labels)
-    assert events.Scalars("val/loss")[-1].value == pytest.approx(loss.item(), rel=1e-5)
+    assert curves["val"].Scalars("curves/loss")[-1].value == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_confusion_matrix_shows_torchmetrics_counts(events: EventAccumulator, apart: Apart) -> None:
     counts = multiclass_confusion_matrix(apart.logits, apart.labels, num_classes=10)
     assert counts.sum() == 297
     expected = pixels(pictures.confusion_matrix(counts, CLASS_NAMES))
-    assert torch.equal(last_picture(events, "validation/confusion_matrix"), expected)
+    assert torch.equal(last_picture(events, "errors/confusion_matrix"), expected)
     assert not torch.equal(expected, pixels(pictures.confusion_matrix(counts.T, CLASS_NAMES)))
 
 
@@ -354,7 +363,7 @@ def test_most_confident_mistakes_are_the_most_confident_ones(events: EventAccumu
         [CLASS_NAMES[guess] for guess in probabilities[worst].argmax(dim=1).tolist()],
         probabilities[worst].amax(dim=1).tolist(),
     )
-    assert torch.equal(last_picture(events, "validation/most_confident_mistakes"), pixels(expected))
+    assert torch.equal(last_picture(events, "errors/most_confident"), pixels(expected))
 
 
 @pytest.mark.skipif(not EXPLAINED, reason="captum is not installed")
@@ -375,7 +384,7 @@ def test_explained_mistakes_are_the_most_confident_ones(events: EventAccumulator
         mistakes = [Mistake(i, int(labels[i]), int(guesses[i]), float(sure[i])) for i in worst]
         expected = explain_mistakes(net, data, images[worst, 0], mistakes, CLASS_NAMES)
         quantized = pixels(expected.quantize(256, dither=Image.Dither.NONE))
-        assert torch.equal(last_picture(events, f"{stage}/most_confident_mistakes_explained"), quantized)
+        assert torch.equal(last_picture(events, f"errors/most_confident_explained_{stage}"), quantized)
 
 
 def without_captum() -> None:
@@ -448,25 +457,40 @@ def test_graph_leaves_the_network_as_it_was() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
-def test_layout_overlays_the_curves_of_both_stages(events: EventAccumulator) -> None:
-    layout = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
-    charts = {chart.title: chart.multiline.tag for category in layout.category for chart in category.chart}
-    scalars = [*events.Tags()["scalars"], "train/loss_step"]  # which must not be drawn with the epochs'
+def test_one_chart_shows_the_curves_of_all_stages_and_errors_stand_before_feature_maps(
+    trained: Run, curves: dict[str, EventAccumulator], events: EventAccumulator
+) -> None:
+    """TensorBoard draws the folders that share a tag in one chart, and sorts the charts and pictures by tag."""
+    recorded = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
+    for stage in ("train", "val"):
+        for metric in ("loss", "accuracy"):
+            values = [event.value for event in curves[stage].Scalars(f"curves/{metric}")]
+            assert values == pytest.approx([epoch[f"{stage}/{metric}"] for epoch in recorded["epochs"]])
+    for metric in ("loss", "accuracy"):
+        tested = [event.value for event in curves["test"].Scalars(f"curves/{metric}")]
+        assert tested == pytest.approx([recorded["test"][metric]])
+    rates = [event.value for event in events.Scalars("learning_rate/AdamW")]
+    assert rates[-1] < max(rates) <= 0.005  # the recipe's schedule ends low
+    assert [len(events.Scalars(f"speed/{name}")) for name in ("images_per_second", "epoch_seconds")] == [3, 3]
+    steps = [[event.step for event in curves[stage].Scalars("curves/loss")] for stage in ("train", "val")]
+    assert steps[0] == steps[1]
+    best = [event.value for event in curves["val"].Scalars("curves/max_accuracy")]
+    assert best == sorted(best)
+    assert best[-1] == pytest.approx(recorded["best_val_accuracy"])
+    tags = sorted(events.Tags()["images"] + sorted({*events.Tags()["scalars"], *CURVES["val"], *CURVES["train"]}))
+    groups = list(dict.fromkeys(tag.partition("/")[0] for tag in tags))
+    expected = ["curves", "errors", "filters", "inputs", "learning_rate", "per_class_accuracy", "speed", "stages"]
+    assert groups == expected
 
-    def shown(title: str) -> set[str]:
-        return {tag for tag in scalars if any(re.match(pattern, tag) for pattern in charts[title])}
 
-    assert shown("loss") == {"train/loss", "val/loss"}
-    assert shown("accuracy") == {"train/accuracy", "val/accuracy"}
-    assert shown("validation accuracy by class") == CLASS_TAGS
-
-
-def test_hyperparameters_have_the_scalars_as_metrics(events: EventAccumulator) -> None:
+def test_hyperparameters_have_the_curves_as_metrics(
+    events: EventAccumulator, curves: dict[str, EventAccumulator]
+) -> None:
     metadata = events.summary_metadata["_hparams_/experiment"]
     experiment = HParamsPluginData.FromString(metadata.plugin_data.content).experiment
-    metrics = [info.name.tag for info in experiment.metric_infos]
-    assert metrics == ["test/accuracy", "test/loss", "best/val_accuracy"]
-    assert all(len(events.Scalars(tag)) == 1 for tag in metrics)
+    metrics = {info.display_name: info.name for info in experiment.metric_infos}
+    assert list(metrics) == ["test accuracy", "test loss", "val max accuracy"]
+    assert all(curves[name.group].Scalars(name.tag) for name in metrics.values())
     first = {info.name for info in experiment.hparam_infos if info.differs}
     assert first == {"recipe", "model.optimizer.lr", "data.batch_size", "max_epochs", "seed"}
     start = events.summary_metadata["_hparams_/session_start_info"]
@@ -486,7 +510,7 @@ def test_a_long_run_draws_about_ten_times(tmp_path: Path) -> None:
     drawn = [0, 2, 5, 8, 11, 14, 17, 20, 21]
     for tag in EVERY_EPOCH:
         assert [image.step for image in events.Images(tag)] == drawn, tag
-    assert [event.step for event in events.Scalars("val_class_accuracy/Bag")] == list(range(22))
+    assert [event.step for event in events.Scalars("per_class_accuracy/Bag")] == list(range(22))
     pictures_size = sum(len(image.encoded_image_string) for tag in EVERY_EPOCH for image in events.Images(tag))
     size = sum(path.stat().st_size for path in folder.glob("events*"))
     assert size - pictures_size < 22 * 3_000 + 60_000  # an epoch's scalars, and what is there once
@@ -527,7 +551,7 @@ def test_histograms_on_request_and_without_validation(tmp_path: Path) -> None:
     norms = events.Histograms("gradient_norms/classifier.5.bias")[-1].histogram_value
     assert norms.num == 15  # 1,500 images in steps of 100
     assert norms.min > 0
-    assert "validation/confusion_matrix" not in events.Tags()["images"]
+    assert "errors/confusion_matrix" not in events.Tags()["images"]
     assert FEATURE_MAPS.keys() < set(events.Tags()["images"])
 
 
@@ -540,11 +564,11 @@ def test_two_processes_count_every_image_once(tmp_path: Path) -> None:
     events, apart = read(folder), Apart(folder)
     counts = multiclass_confusion_matrix(apart.logits, apart.labels, num_classes=10)
     expected = pixels(pictures.confusion_matrix(counts, CLASS_NAMES))
-    assert torch.equal(last_picture(events, "validation/confusion_matrix"), expected)
-    for tag in ("validation/most_confident_mistakes", *EXPLAINED):
+    assert torch.equal(last_picture(events, "errors/confusion_matrix"), expected)
+    for tag in ("errors/most_confident", *EXPLAINED):
         assert len(events.Images(tag)) == 1, tag
     per_class = multiclass_accuracy(apart.logits, apart.labels, num_classes=10, average=None)
-    assert events.Scalars("val_class_accuracy/Bag")[-1].value == pytest.approx(per_class[8].item())
+    assert events.Scalars("per_class_accuracy/Bag")[-1].value == pytest.approx(per_class[8].item())
 
 
 def test_grid_places_tiles_row_by_row() -> None:

@@ -58,4 +58,4 @@ class MistakesExplained(Callback):
             return  # no feature maps
         # 256 colours are enough, and take some 40 KB in the log instead of 80.
         small = sheet.quantize(256, dither=Image.Dither.NONE)
-        show(trainer, f"{stage}/most_confident_mistakes_explained", small, step)
+        show(trainer, f"errors/most_confident_explained_{stage}", small, step)

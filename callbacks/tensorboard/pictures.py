@@ -1,4 +1,7 @@
-"""What TensorBoard shows besides the scalars: pictures, the network's graph, and curves in one plot."""
+"""What TensorBoard shows besides the curves: the network's graph, pictures, and the accuracy of each class.
+
+TensorBoard sorts by name: curves, errors, filters, inputs, learning_rate, per_class_accuracy, speed, stages.
+"""
 
 import io
 from collections.abc import Iterator
@@ -18,20 +21,13 @@ from callbacks.tensorboard import drawing as pictures
 from inspection.graph import network_graph
 from inspection.stages import walk
 
-LAYOUT = {
-    "Train and validation": {
-        "loss": ["Multiline", ["train/loss$", "val/loss$"]],
-        "accuracy": ["Multiline", ["train/accuracy$", "val/accuracy$"]],
-    },
-    "Classes": {"validation accuracy by class": ["Multiline", ["val_class_accuracy/.*"]]},
-}
 INPUTS = 16
 # A run draws its pictures about this many times: they take a hundred times the space of an epoch's scalars.
 TIMES = 10
 
 
 class TensorBoardPictures(Callback):
-    """Fills TensorBoard's Images, Graphs, Custom Scalars and, if wanted, Histograms.
+    """Fills TensorBoard's Images, Graphs and, if wanted, Histograms.
 
     All of it happens at the end of an epoch, on the first process; a training step costs nothing. The pictures are
     drawn after the first epoch, after every further tenth of the run (in a run without a set length after each power of
@@ -52,16 +48,14 @@ class TensorBoardPictures(Callback):
         self._drawn = 0  # epochs that were over when pictures were last drawn
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw the graph and lay out the curves."""
+        """Draw the graph."""
         if not writes(trainer):
             return
-        writer = _writer(trainer)
-        writer.add_custom_scalars(LAYOUT)
         try:
             graph = network_graph(pl_module.net, _data(trainer).input_shape)  # type: ignore[arg-type]
         except NotImplementedError:
             return  # an operation that can't run without data
-        writer.file_writer.add_event(Event(graph_def=graph.SerializeToString()))
+        _writer(trainer).file_writer.add_event(Event(graph_def=graph.SerializeToString()))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: tuple[Tensor, Tensor], batch_idx: int
@@ -88,7 +82,7 @@ class TensorBoardPictures(Callback):
         self._validated = trainer.global_step - 1  # the step that the validation's scalars carry
         writer = _writer(trainer)
         for name, accuracy in self._confusion.class_accuracy.items():
-            writer.add_scalar(f"val_class_accuracy/{name}", accuracy, self._validated)
+            writer.add_scalar(f"per_class_accuracy/{name}", accuracy, self._validated)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the pictures if they are due."""
@@ -118,17 +112,17 @@ class TensorBoardPictures(Callback):
         data = _data(trainer)
         image = (data.val_set if len(data.val_set) else data.train_set).images[:1].to(pl_module.device)
         for number, (title, maps) in enumerate(_feature_maps(net, data.preprocess(image)), start=1):
-            show(trainer, f"feature_maps/{number:02}_{title}", pictures.feature_maps(maps), step)
+            show(trainer, f"stages/{number:02}_{title}", pictures.feature_maps(maps), step)
 
     def _draw_validation(self, trainer: pl.Trainer, step: int) -> None:
         """Draw the confusion matrix and the most confident mistakes."""
         confusion, names = self._confusion, self._confusion.class_names
-        show(trainer, "validation/confusion_matrix", pictures.confusion_matrix(confusion.matrix, names), step)
+        show(trainer, "errors/confusion_matrix", pictures.confusion_matrix(confusion.matrix, names), step)
         wrong = confusion.mistakes
         tiles = _data(trainer).val_set.images[[mistake.image for mistake in wrong]]
         labels, guesses = ([names[getattr(mistake, part)] for mistake in wrong] for part in ("label", "guess"))
         sure = [mistake.probability for mistake in wrong]
-        show(trainer, "validation/most_confident_mistakes", pictures.mistakes(tiles, labels, guesses, sure), step)
+        show(trainer, "errors/most_confident", pictures.mistakes(tiles, labels, guesses, sure), step)
 
     def _show_histograms(self, trainer: pl.Trainer, net: nn.Module, step: int) -> None:
         writer = _writer(trainer)
@@ -179,7 +173,7 @@ def show(trainer: pl.Trainer, tag: str, picture: Image.Image, step: int) -> None
     picture.save(content, "PNG", compress_level=1)  # SummaryWriter.add_image compresses harder, four times as long
     image = Summary.Image(height=picture.height, width=picture.width, colorspace=3)
     image.encoded_image_string = content.getvalue()
-    _writer(trainer).file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+    _writer(trainer)._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
 
 def writes(trainer: pl.Trainer) -> bool:
