@@ -305,8 +305,9 @@ def find(part: str, name: Any) -> Any:
 
 
 def _is_word(text: str) -> bool:
-    """Whether the parser takes a text only as itself: no class's name, no number, no file of settings."""
-    return WORD.fullmatch(text) is not None and not re.match(r"[\s+-]*\d", text) and not Path(text).is_file()
+    """Whether the parser takes a text only as itself: no class's name, no number (32-true is none), no file."""
+    number = re.match(r"[\s+-]*\d(?!\d-(true|mixed)$)", text)
+    return WORD.fullmatch(text) is not None and not number and not Path(text).is_file()
 
 
 def _is_number(value: Any) -> bool:

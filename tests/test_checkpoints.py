@@ -623,6 +623,21 @@ def test_settings_to_go_on_training_with(section: str, name: str, value: Any, tr
         assert rules.to_use(config)["trainer"].keys() == {"precision"}
 
 
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed", "64-true", "bf16-mixed", "32", 16, None])
+def test_precision_of_a_file(precision: str | int | None, trained: Run) -> None:
+    """What the recipes and --precision leave in a checkpoint; a number as text is none of them."""
+    content = torch.load(trained.best, weights_only=True)
+    config = yaml.safe_load(content["config"])
+    config["trainer"]["precision"] = precision
+    rules = Trusted("a.ckpt", False, "", content["state_dict"], lambda folder: None)
+    if precision == "32":
+        with pytest.raises(UserError):
+            rules.to_use(config)
+    else:
+        assert rules.to_use(config)["trainer"] == {"precision": precision}
+        assert rules.to_train(config)["trainer"]["precision"] == precision
+
+
 def test_folders_and_processes_of_a_file(trained: Run, folder: Path) -> None:
     """Worker processes only as many as there are cores; folders only those that hold a data set, for reading."""
     content = torch.load(trained.best, weights_only=True)
