@@ -19,7 +19,7 @@ from torch.utils.tensorboard.summary import hparams
 from callbacks.confusion import Confusion
 from callbacks.run_folder import RunFolder, RunLogger
 from callbacks.speed import Speed
-from datamodules import FolderDataModule
+from datamodules import PicturesDataModule
 from errors import Stopped
 from inspection.stages import stages
 from runs.record import commit, machine, pack_right, peak_memory, write_json
@@ -159,7 +159,7 @@ class RunRecord(Callback):
             for name, value in trainer.callback_metrics.items()
             if name.startswith("test/")
         }
-        balanced = self._confusion.balanced_accuracy if isinstance(data, FolderDataModule) else None
+        balanced = self._confusion.balanced_accuracy if isinstance(data, PicturesDataModule) else None
         self.record["test"] = {
             **measured,
             "images": int(self._confusion.matrix.sum()),  # fewer than there are, with limit_test_batches

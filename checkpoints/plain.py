@@ -13,6 +13,7 @@ from errors import UserError
 LONGEST = 100_000  # characters of a text
 DEEPEST = 30  # levels of nested values
 MOST = 200_000  # values in a file
+OF_PICTURES = ("folder", "dataset", "class_names")  # settings that `of_pictures` looks at
 
 
 def check_plain(content: Any, path: str) -> None:
@@ -85,14 +86,19 @@ def recipe_name(checkpoint: Mapping[str, Any]) -> str:
     return "/".join([part for part in safe if part.strip(". ")][:4]) or "unnamed"
 
 
-def class_names(settings: Mapping[str, Any], path: str) -> list[str]:
-    """The names of the classes in the settings of a data set: any text, which is shown and nothing else.
+def of_pictures(settings: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """What a file may say of the pictures it was trained on.
+
+    The names of the classes are any text, which is shown and nothing else. Where a folder lies the user says, and a
+    class's path is for the user's command line alone; a data set may be named as torchvision's are, in one word.
 
     Raises:
-        UserError: If they are no such list.
+        UserError: If the classes are no list of names.
     """
     names: Any = settings.get("class_names")
     listed = isinstance(names, list) and 0 < len(names) <= 100_000
     if not listed or not all(isinstance(name, str) and len(name) <= 255 for name in names):
         raise UserError(f"{path} does not name the classes of its pictures; not loaded")
-    return list(names)
+    dataset = str(settings.get("dataset"))
+    known = re.fullmatch(r"[a-z0-9_]{1,40}", dataset)
+    return {"folder": "", "dataset": dataset if known else "", "class_names": list(names)}

@@ -20,7 +20,7 @@ from torch.nn.modules import module as hooks
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from checkpoints.plain import class_names
+from checkpoints.plain import OF_PICTURES, of_pictures
 from errors import UserError
 
 # What a file may name: packages that are imported to look for it, and its base class.
@@ -152,12 +152,12 @@ class Trusted:
         """
         if self.trust:
             return dict(settings)
-        own = "folder" in settings  # of one's own pictures: where they lie, and their cache is written, the user says
-        apart = ("data_dir", "folder", "class_names") if own else ("data_dir",)
+        own = "class_names" in settings  # of other pictures
+        apart = ("data_dir", *(OF_PICTURES if own else ()))
         kept = {key: self._scalar(f"data.{key}", value) for key, value in settings.items() if key not in apart}
         folder = None if own else settings.get("data_dir")
         if own:
-            kept |= {"folder": "", "class_names": class_names(settings, self.path)}
+            kept |= of_pictures(settings, self.path)
         local = isinstance(folder, str) and "\0" not in folder and not folder.startswith(("//", "\\\\"))
         if local and (found := self.find_data(Path(str(folder)))):
             kept["data_dir"] = str(found)

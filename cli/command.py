@@ -3,12 +3,14 @@
 Imports nothing heavy: `--help` and plain mistakes are answered from here.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from cli.flags import (
+    DATA_SETS,
     FLAGS,
     LINKED,
     LONG_FLAGS,
@@ -164,12 +166,7 @@ def _apply(command: Command, name: str, flag: Flag, value: str) -> None:
         (command.outer_configs if sectioned else command.configs).append(path)
     elif name == "--data":
         if value != "fashion_mnist":
-            if not Path(value).expanduser().is_dir():
-                raise UserError(
-                    f"--data {value}: there is no such folder; give one that holds a sub-folder of pictures for each "
-                    "class, or fashion_mnist"
-                )
-            command.overrides.append(f"--data.folder={value}")
+            command.overrides += _data(value)
     elif name == "--ckpt_path":
         command.ckpt_path = value
     elif name == "--batch_size" and value == "auto":
@@ -188,6 +185,19 @@ def _apply(command: Command, name: str, flag: Flag, value: str) -> None:
         elif name == "--lr":
             command.find_lr = False
         command.overrides.append(f"{flag.target}={value}")
+
+
+def _data(value: str) -> list[str]:
+    """The settings that `--data` stands for: a folder, a data set's name, or the path of a class."""
+    folder = Path(value).expanduser()
+    if folder.is_dir():
+        return [f"--data.folder={folder.absolute()}", "--data.dataset="]
+    if value in DATA_SETS or re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", value):
+        return ["--data.folder=", f"--data.dataset={value}"]
+    raise UserError(
+        f"--data {value}: there is no such folder, nor a data set of that name{did_you_mean(value, DATA_SETS)}; give a "
+        f"folder with a sub-folder of pictures for each class, or one of {', '.join(DATA_SETS)}"
+    )
 
 
 def _check_long_flag(name: str) -> None:

@@ -16,6 +16,14 @@ SUBCOMMANDS = {
     "predict": "class probabilities of the test images as CSV, or of --images",
 }
 
+# As --data names them; the others are torchvision's, see datamodules/files/torchvision_sets.py.
+DATA_SETS = (
+    *("fashion_mnist", "mnist", "kmnist", "qmnist", "usps", "semeion", "svhn", "cifar10", "cifar100", "stl10"),
+    *("eurosat", "gtsrb", "pcam", "imagenette", "food101", "flowers102", "dtd", "oxfordiiitpet", "fgvcaircraft"),
+    *("country211", "renderedsst2", "caltech101", "caltech256", "sun397"),
+    *("emnist", "emnist_letters", "emnist_digits", "emnist_byclass"),
+)
+
 # What pages and word processors make of "-" and "--".
 DASHES = "‐‑‒–—―−﹣－"
 
@@ -100,7 +108,7 @@ class Flag(NamedTuple):
 
 FLAGS = {
     "--model": Flag("", _path, "RECIPE", "recipe to train (list below), or a path to a YAML file"),
-    "--data": Flag("", _text, "FOLDER", "your own pictures: a sub-folder for each class (default: fashion_mnist)"),
+    "--data": Flag("", _text, "NAME", "mnist, cifar10, ...: list below; or a folder of your own pictures"),
     "--accelerator": Flag("--trainer.accelerator", _accelerator, "NAME", "cpu, gpu, mps or auto (default: auto)"),
     "--devices": Flag("--trainer.devices", _devices, "N", "number of devices or processes, or auto"),
     "--num_nodes": Flag("--trainer.num_nodes", _integer(1), "N", "number of machines"),
@@ -171,6 +179,8 @@ def help_text(predict: bool = False) -> str:
         lines += textwrap.wrap(
             " ".join(inside), 100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
         )
+    lines += ["", "data sets (default: fashion_mnist), or a folder with a sub-folder of pictures for each class:"]
+    lines += textwrap.wrap(" ".join(DATA_SETS), 100, initial_indent="  ", subsequent_indent="  ")
     lines += ["", "Your own pictures (--images PATH...): python train.py predict --help"]
     lines += ["Every other setting (--trainer.*, --model.*, --data.*): python train.py fit --help"]
     return "\n".join(lines)

@@ -2,6 +2,6 @@
 
 from datamodules.fashion_mnist import CLASS_NAMES, FashionMNISTDataModule
 from datamodules.files.finding import DatasetError
-from datamodules.files.folder import FolderDataModule, class_of
+from datamodules.files.own_pictures import PicturesDataModule, class_of
 
-__all__ = ["CLASS_NAMES", "DatasetError", "FashionMNISTDataModule", "FolderDataModule", "class_of"]
+__all__ = ["CLASS_NAMES", "DatasetError", "FashionMNISTDataModule", "PicturesDataModule", "class_of"]

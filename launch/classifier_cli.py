@@ -16,7 +16,7 @@ from callbacks.run_folder import RunFolder
 from cli.command import Command
 from cli.flags import FLAGS
 from cli.messages import explain
-from datamodules import FashionMNISTDataModule, class_of
+from datamodules import FashionMNISTDataModule, PicturesDataModule, class_of
 from errors import UserError, one_line
 from inspection.table import table
 from launch.checks import (
@@ -99,7 +99,7 @@ class ClassifierCLI(LightningCLI):
     def data_class(self) -> type[FashionMNISTDataModule]:
         """The class of the data set that command or checkpoint name."""
         stored = {} if self.command.configs else self.start.settings.get("data", {})
-        return class_of({"folder": ""} if "data.folder" in self.command.given() else stored)
+        return class_of(stored | {name.removeprefix("data."): "" for name in self.command.given()})
 
     def build(self) -> None:
         """Parse, check, and build network, data module and Trainer.
@@ -159,7 +159,7 @@ class ClassifierCLI(LightningCLI):
         take_over_processes(config.trainer)
         net = config.model.net
         follow = {"image_size": config.data.image_size}
-        if "folder" in config.data:
+        if issubclass(self.data_class, PicturesDataModule):
             follow |= follow_pictures(config, command)
         for name in follow.keys() & inspect.signature(named(net.class_path)).parameters:
             net.init_args[name] = follow[name]

@@ -1,18 +1,20 @@
-"""A run on a folder of pictures: what of its settings the pictures decide."""
+"""A run on other pictures than Fashion-MNIST's: what of its settings the pictures decide."""
 
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 
 from cli.command import Command
-from datamodules import FolderDataModule
+from cli.recipes import PROJECT
+from datamodules import PicturesDataModule
 from errors import UserError, one_line
 
-DECIDED = ("class_names", "channels", "mean", "std")
+DECIDED = ("class_names", "channels", "mean", "std", "stored_size")
 
 
 def follow_pictures(config: Namespace, command: Command) -> dict[str, Any]:
-    """Fill in what the pictures decide; a run that goes on from a checkpoint alone keeps the checkpoint's.
+    """Fill in what the pictures decide and the user leaves open; a checkpoint alone keeps what it was trained with.
 
     Args:
         config: The parsed configuration, of which `data` and the number of classes are filled in.
@@ -23,16 +25,17 @@ def follow_pictures(config: Namespace, command: Command) -> dict[str, Any]:
 
     Raises:
         UserError: If a number is out of its range.
-        DatasetError: If the folder can't be used.
+        DatasetError: If folder or data set can't be used.
     """
-    if command.configs:  # a recipe's own values are Fashion-MNIST's
+    if command.configs:
         given = command.given()
-        for name in DECIDED:
-            if given.get(f"data.{name}") != "":
+        for name in DECIDED:  # those of this project's recipes are Fashion-MNIST's
+            file = given.get(f"data.{name}")  # "" is a flag
+            if file and Path(file).resolve().is_relative_to(PROJECT / "configs"):
                 config.data[name] = None
     if any(config.data[name] is None for name in DECIDED):
         try:
-            data = FolderDataModule(**config.data)
+            data = PicturesDataModule(**config.data)
         except ValueError as error:
             raise UserError(one_line(str(error))) from None
         data.prepare_data()

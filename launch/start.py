@@ -57,7 +57,7 @@ class Start:
         if "config" in checkpoint or not command.configs:
             settings = stored_config(checkpoint, path)
         if settings:
-            _check_pictures("folder" in settings["data"], command)
+            _check_pictures("class_names" in settings["data"], command)
         if settings and not command.configs:  # which say what to build
             how = "add --trust_checkpoint"
             rules = Trusted(path, command.trust_checkpoint, how, checkpoint["state_dict"], whole_below)
@@ -152,11 +152,11 @@ def _keep_what_was_found(command: Command, checkpoint: dict[str, Any], path: str
 
 def _check_pictures(own: bool, command: Command) -> None:
     """Refuse a checkpoint of one data set with another, whose classes are others even where there are as many."""
-    given = "data.folder" in command.given()
+    given = {"data.folder", "data.dataset"} & command.given().keys()
     if given and not own:
-        raise UserError(f"{command.ckpt_path} was trained on Fashion-MNIST; leave --data out, or train on the folder")
+        raise UserError(f"{command.ckpt_path} was trained on Fashion-MNIST; leave --data out, or train on the pictures")
     if own and command.configs and not given:
-        raise UserError(f"{command.ckpt_path} was trained on a folder of pictures; say where they lie: --data FOLDER")
+        raise UserError(f"{command.ckpt_path} was trained on other pictures than Fashion-MNIST's; say which: --data")
 
 
 def _newest_valid(command: Command) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from rich.text import Text
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from datamodules import FashionMNISTDataModule, FolderDataModule
+from datamodules import FashionMNISTDataModule, PicturesDataModule
 from datamodules.files.pictures import PictureError, find_pictures, read_picture
 from errors import UserError
 from inspection.grad_cam import check_captum, grad_cam
@@ -60,8 +60,8 @@ def read_pictures(paths: Sequence[Path], invert: Invert, data: FashionMNISTDataM
     for path in find_pictures(paths):
         try:
             picture = read_picture(path)
-            if isinstance(data, FolderDataModule):  # trained on pictures as they are
-                image = data.fit_picture(picture)
+            if isinstance(data, PicturesDataModule):  # trained on pictures as they are
+                image = data.fit_picture(picture, invert)
             else:
                 image = as_fashion_mnist(picture, invert)
         except (PictureError, ValueError) as error:
@@ -102,7 +102,7 @@ def predict_pictures(
         class_names: Names of the classes, in order.
         ckpt_path: The checkpoint.
         images: Pictures and folders of pictures.
-        invert: As for `as_fashion_mnist`.
+        invert: Whether to negate; see `as_fashion_mnist` and `PicturesDataModule.fit_picture`.
         output: Files to write: .csv, .json, and .png for the contact sheet.
         gradcam: Also write a Grad-CAM overlay of each picture.
         folder: Where the contact sheet goes if `output` names none, and the overlays.

@@ -41,7 +41,9 @@ SETTINGS = {
     "model.channels_last": EXECUTION,
     "model.flip_test": FREE,  # changes nothing in training, but adds an accuracy to the record
     "data.data_dir": MACHINE._replace(fixed="the trials are compared on the same images"),
-    "data.folder": Kind(fixed="the trials are compared on the same images"),
+    # Checkpoints name no folder; a run that is continued keeps its classes, whatever their pictures.
+    "data.folder": Kind(kept=False, fixed="the trials are compared on the same images"),
+    "data.dataset": Kind(kept=False, fixed="the trials are compared on the same images"),
     "data.num_workers": MACHINE,
     "data.dataset_on_device": MACHINE,
     "data.eval_batch_size": EXECUTION,

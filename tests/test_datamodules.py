@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import pty
 import shutil
 import signal
@@ -27,17 +28,20 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+import torchvision
 import yaml
 from commands import DATA, REPO, run_forked, whole_set
 from conftest import train_once
 from filelock import FileLock
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms import functional as TF
 
 from checkpoints.trust import Trusted
-from datamodules import CLASS_NAMES, DatasetError, FashionMNISTDataModule, FolderDataModule
+from cli.flags import DATA_SETS
+from datamodules import CLASS_NAMES, DatasetError, FashionMNISTDataModule, PicturesDataModule
 from datamodules.batches import EvalBatches, ImageTensors, TrainBatches
 from datamodules.files import finding as fashion_mnist_files
+from datamodules.files import torchvision_sets
 from datamodules.files.download import DownloadError, download
 from datamodules.files.finding import KNOWN, NAMES, SYSTEM_DIR, is_sample, load, prepare
 from datamodules.files.photographs import saturate, warp
@@ -992,8 +996,8 @@ def put_classes(folder: Path, **counts: int) -> Path:
     return folder
 
 
-def of_folder(folder: Path, tmp_path: Path, **settings) -> FolderDataModule:
-    data = FolderDataModule(str(folder), data_dir=str(tmp_path / "made"), **{"image_size": 16} | settings)
+def of_folder(folder: Path, tmp_path: Path, **settings) -> PicturesDataModule:
+    data = PicturesDataModule(str(folder), data_dir=str(tmp_path / "made"), **{"image_size": 16} | settings)
     data.setup("fit")
     return data
 
@@ -1004,12 +1008,12 @@ def test_a_folder_with_splits(tmp_path, caplog):
     assert (len(data.train_set), len(data.val_set), len(data.test_set)) == (40, 16, 16)
     assert data.train_set.labels.bincount().tolist() == [10] * 4
     assert data.input_shape == (3, 48, 48)
-    assert "no test folder" in caplog.text
+    assert "no test pictures" in caplog.text
     pixels = data.preprocess(data.train_set.images)
     assert pixels.mean().abs() < 1e-4
     assert abs(pixels.std() - 1) < 1e-3
     with Image.open(sorted((PHOTOS / "train" / "dress").iterdir())[0]) as file:
-        expected = np.asarray(file.convert("RGB").resize((48, 48), Image.Resampling.BICUBIC), int)
+        expected = np.asarray(ImageOps.fit(file.convert("RGB"), (48, 48), Image.Resampling.BICUBIC), int)
     assert np.abs(data.train_set.images[0].permute(1, 2, 0).numpy() - expected).mean() < 3
 
 
@@ -1079,7 +1083,7 @@ def test_pictures_both_trained_on_and_tested_on_are_named(tmp_path, caplog):
     of_folder(folder, tmp_path)
     assert "both trained on" not in caplog.text
     shutil.copy(folder / "train" / "cat" / "3.png", folder / "test" / "cat" / "copy.png")
-    other = FolderDataModule(str(folder / "." / "..") + "/own", data_dir=str(tmp_path / "made"), image_size=16)
+    other = PicturesDataModule(str(folder / "." / "..") + "/own", data_dir=str(tmp_path / "made"), image_size=16)
     other.setup("fit")
     assert "1 pictures are both trained on and measured on" in caplog.text
     assert "train/cat/3.png and test/cat/copy.png" in caplog.text
@@ -1150,20 +1154,23 @@ def test_pictures_are_decoded_once_and_anew_when_they_change(tmp_path, monkeypat
     read_only = tmp_path / "file"
     read_only.touch()
     with pytest.raises(DatasetError, match=r"can't be kept in .*; set --data_dir"):
-        FolderDataModule(str(folder), data_dir=str(read_only), image_size=16).setup("fit")
+        PicturesDataModule(str(folder), data_dir=str(read_only), image_size=16).setup("fit")
 
 
 def test_another_folder_than_the_network_was_trained_on(tmp_path):
     with pytest.raises(DatasetError, match="has the classes cat, dog; the network knows dress, hat, pants, shoes"):
         of_folder(put_classes(tmp_path / "own", cat=5, dog=5), tmp_path, class_names=CLASSES)
-    with pytest.raises(DatasetError, match="--data FOLDER"):
-        FolderDataModule(class_names=CLASSES).setup("fit")
+    with pytest.raises(DatasetError, match="say which: --data"):
+        PicturesDataModule(class_names=CLASSES).setup("fit")
 
 
 def test_a_checkpoint_says_neither_where_pictures_lie_nor_where_their_cache_goes(tmp_path):
     settings = {"folder": str(PHOTOS), "data_dir": str(tmp_path), "class_names": CLASSES, "stored_size": 4096}
     rules = Trusted("a.ckpt", False, "", {}, lambda folder: folder)
-    assert rules.data(settings) == {"folder": "", "class_names": CLASSES, "stored_size": 4096}
+    expected = {"folder": "", "dataset": "", "class_names": CLASSES, "stored_size": 4096}
+    assert rules.data(settings) == expected
+    for dataset, used in (("cifar10", "cifar10"), ("torchvision.datasets.CIFAR10", ""), ("os.system", ""), (["a"], "")):
+        assert rules.data(settings | {"dataset": dataset}) == expected | {"dataset": used}
     with pytest.raises(UserError, match="no machine can hold"):
         rules.data(settings | {"stored_size": 8192})
     for names in ([], [1], "dress", None, [["dress"]]):
@@ -1246,11 +1253,11 @@ def test_a_folder_is_trained_on_tested_and_looked_at(tmp_path):
     looked_at = run_forked("predict", checkpoint, "--accelerator=cpu", f"--images={picture}", output, folder=tmp_path)
     assert looked_at.code == 0, looked_at.err
     at_home = run_forked("test", "--model=fast/1min", checkpoint, *common, folder=tmp_path)
-    assert (at_home.code, "say where they lie: --data FOLDER" in at_home.err) == (2, True)
+    assert (at_home.code, "say which: --data" in at_home.err) == (2, True)
     assert "test on 16 images: accuracy" in tested.out
     (row,) = json.loads((tmp_path / "own.json").read_text())["pictures"]
     assert list(row["probabilities"]) == CLASSES
-    data = FolderDataModule.load_from_checkpoint(run / "checkpoints" / "best.ckpt")
+    data = PicturesDataModule.load_from_checkpoint(run / "checkpoints" / "best.ckpt")
     assert list(data.class_names) == CLASSES
     with Image.open(picture) as file:
         images = torch.from_numpy(data.fit_picture(file.convert("RGB"))).permute(2, 0, 1)[None]
@@ -1259,3 +1266,178 @@ def test_a_folder_is_trained_on_tested_and_looked_at(tmp_path):
     assert row["probabilities"] == pytest.approx(expected, abs=1e-4)
     written = export(run / "checkpoints" / "best.ckpt", "torch_export", tmp_path / "own.pt2", None, trust=False)
     assert "Checked on 60 images of noise: same class on all" in written
+
+
+@pytest.mark.parametrize(("fit", "edges"), [("crop", (200, 200)), ("pad", (0, 200)), ("stretch", (90, 200))])
+def test_pictures_become_squares(fit, edges):
+    """A wide picture, red in the middle, dark at both ends."""
+    wide = Image.new("RGB", (80, 40), (90, 0, 0))
+    wide.paste((200, 0, 0), (20, 0, 60, 40))
+    data = PicturesDataModule(image_size=20, channels=3, mean=0.5, fit=fit)
+    seen = data.fit_picture(wide)
+    assert seen.shape == (20, 20, 3)
+    top_left, centre = int(seen[0, 0, 0]), int(seen[10, 10, 0])
+    assert (top_left, centre) == pytest.approx(edges, abs=3)
+    tall = data.fit_picture(wide.rotate(90, expand=True))
+    assert np.abs(tall.astype(int) - np.rot90(seen)).max() <= 1
+
+
+# ---- Other data sets: torchvision's by name, read from files in their formats, and classes like them.
+
+
+def as_mnist(monkeypatch, *mirrors: str) -> None:
+    """Let torchvision take the sample of Fashion-MNIST, whose files are in MNIST's format, for MNIST."""
+    sums = [(name, hashlib.md5((SAMPLE / name).read_bytes()).hexdigest()) for name in GZ_NAMES]
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", list(mirrors))
+    monkeypatch.setattr(torchvision.datasets.MNIST, "resources", sums)
+
+
+def of_set(tmp_path: Path, name: str, **settings) -> PicturesDataModule:
+    torchvision_sets._opened.cache_clear()
+    data = PicturesDataModule(dataset=name, data_dir=str(tmp_path), **{"image_size": 28} | settings)
+    data.setup("fit")
+    return data
+
+
+def test_the_command_line_and_the_reader_know_the_same_sets():
+    assert set(DATA_SETS) == {"fashion_mnist", *torchvision_sets.NAMED}
+    for name in torchvision_sets.NAMED:
+        assert issubclass(torchvision_sets._class_of(name)[0], torchvision.datasets.VisionDataset)
+
+
+def test_a_set_is_fetched_from_a_mirror_once(tmp_path, server, monkeypatch, capfd):
+    as_mnist(monkeypatch, "http://127.0.0.1:9/", server.mirror("healthy"))
+    data = of_set(tmp_path, "mnist", image_size=32)
+    assert data.class_names[:2] == ("0 - zero", "1 - one")
+    assert (len(data.train_set), len(data.val_set), len(data.test_set)) == (1350, 150, 500)
+    assert data.val_set.labels.bincount().tolist() == [15] * 10
+    assert data.input_shape == (1, 32, 32)
+    assert torch.equal(data.test_set.images[:, 0], load(DATA, "test")[0])  # in their own size
+    pixels = data.preprocess(data.train_set.images)
+    assert abs(pixels.mean()) < 0.01
+    assert capfd.readouterr().out == ""
+    fetched = server.requests.copy()
+    assert torch.equal(of_set(tmp_path, "mnist", image_size=28).val_set.images, data.val_set.images)
+    assert server.requests == fetched
+
+
+@pytest.mark.parametrize(("manner", "problem"), [("truncated", "corrupted"), ("web_page", "corrup")])
+def test_a_set_that_can_not_be_fetched_is_one_line(tmp_path, server, monkeypatch, manner, problem):
+    as_mnist(monkeypatch, server.mirror(manner))
+    with pytest.raises(DatasetError, match=f"^mnist can't be read from .*{problem}.*; get online, or put") as error:
+        of_set(tmp_path, "mnist")
+    assert "\n" not in str(error.value)
+
+
+def test_cifar10_in_its_own_format(tmp_path, monkeypatch):
+    """Colour pictures in pickled batches, whose checksums torchvision compares."""
+    folder, cifar = tmp_path / "cifar-10-batches-py", torchvision.datasets.CIFAR10
+    folder.mkdir()
+    colours = np.random.default_rng(0).integers(0, 256, (30, 3072), np.uint8)
+    for name, keys in (
+        *((name, {"data": colours, "labels": [*range(10)] * 3}) for name in ("data_batch_1", "test_batch")),
+        ("batches.meta", {"label_names": [f"class {number}" for number in range(10)]}),
+    ):
+        (folder / name).write_bytes(pickle.dumps(keys))
+    sums = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    monkeypatch.setattr(cifar, "train_list", [["data_batch_1", sums["data_batch_1"]]])
+    monkeypatch.setattr(cifar, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(cifar, "meta", cifar.meta | {"md5": sums["batches.meta"]})
+    monkeypatch.setattr(cifar, "url", "http://127.0.0.1:9/none")
+    data = of_set(tmp_path, "cifar10", image_size=64)
+    assert (data.stored_size, data.input_shape, data.class_names[9]) == (32, (3, 64, 64), "class 9")
+    assert np.array_equal(data.test_set.images.numpy(), colours.reshape(30, 3, 32, 32))
+    assert data.hparams["mean"] == pytest.approx(data.train_set.images.float().mean().item() / 255, abs=1e-3)
+    (folder / "test_batch").write_bytes(b"something else")
+    with pytest.raises(DatasetError, match="cifar10 can't be read from"):
+        of_set(tmp_path, "cifar10")
+
+
+OWN_SET = """
+import numpy as np
+from PIL import Image
+
+class Mine:
+    classes = ["ant", "bee", "cat"]
+    def __init__(self, root, split="train"):
+        if split not in ("train", "valid"):
+            raise ValueError(f"Unknown value {split!r}")
+        self.count = {"train": 60, "valid": 12}[split]
+    def __len__(self):
+        return self.count
+    def __getitem__(self, index):
+        return Image.new("RGB", (40, 30), (index, 0, self.count)), 1 + index % 2
+
+class Arrays(Mine):
+    def __getitem__(self, index):
+        return np.full((16, 16), index, np.uint8), index % 3
+
+class Texts(Mine):
+    def __getitem__(self, index):
+        return super().__getitem__(index)[0], "ant"
+
+class Fractions(Mine):
+    def __getitem__(self, index):
+        return np.zeros((8, 8)), 0
+
+class Same(Mine):
+    def __getitem__(self, index):
+        return super().__getitem__(index)[0], 0
+
+number = 1
+"""
+
+
+def test_a_class_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "own_sets.py").write_text(OWN_SET)
+    monkeypatch.syspath_prepend(tmp_path)
+    data = of_set(tmp_path, "own_sets.Mine", image_size=20)
+    assert data.class_names == ("bee", "cat")  # no picture is an ant
+    assert (len(data.train_set), len(data.val_set), data.stored_size) == (60, 12, 20)
+    assert torch.equal(data.test_set.images, data.val_set.images)
+    small = of_set(tmp_path, "own_sets.Arrays", image_size=20)
+    assert (small.stored_size, small.input_shape, len(small.class_names)) == (16, (1, 20, 20), 3)
+    for name, problem in (
+        ("own_sets.Texts", "whole numbers|invalid literal"),
+        ("own_sets.Fractions", "ndarray of float64 where a picture was expected"),
+        ("own_sets.Same", "has the classes ant; two or more"),
+        ("own_sets.number", "is no class"),
+        ("own_sets.Absent", "can't be imported"),
+        ("cifar1", "there is no data set cifar1; give .* cifar10"),
+    ):
+        with pytest.raises(DatasetError, match=problem) as error:
+            of_set(tmp_path, name)
+        assert "\n" not in str(error.value)
+
+
+def test_pictures_of_digits_are_turned_light_on_dark():
+    page = Image.new("RGB", (60, 60), "white")
+    page.paste("black", (20, 20, 40, 40))
+    digits = PicturesDataModule(dataset="mnist", image_size=28, channels=1, mean=0.13)
+    grey = PicturesDataModule(image_size=28, channels=1, mean=0.5)
+    assert (digits.fit_picture(page)[0, 0], digits.fit_picture(page, "never")[0, 0]) == (0, 255)
+    assert (grey.fit_picture(page)[0, 0], grey.fit_picture(page, "always")[0, 0]) == (255, 0)
+
+
+def test_a_set_is_trained_on_and_its_checkpoint_stands_alone(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in NAMES:
+        (raw / name).write_bytes(gzip.decompress((SAMPLE / f"{name}.gz").read_bytes()))
+    common = ["--accelerator=cpu", f"--data_dir={tmp_path}"]
+    flags = ["--model=lenet", "--data=mnist", "--max_epochs=1", f"--log_dir={tmp_path / 'logs'}"]
+    answer = run_forked(*flags, *common, folder=tmp_path)
+    assert answer.code == 0, answer.err
+    run = tmp_path / "logs" / "lenet" / "version_0"
+    data = yaml.safe_load((run / "config.yaml").read_text())["data"]
+    assert (data["dataset"], data["stored_size"], data["channels"]) == ("mnist", 28, 1)
+    checkpoint = f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"
+    tested = run_forked("test", checkpoint, *common, folder=tmp_path)
+    assert "test on 500 images: accuracy" in tested.out, tested.err
+    assert "export" not in export(run / "checkpoints" / "last.ckpt", "torch_export", tmp_path / "a.pt2", None, False)
+    # The user's own values win over the pictures', a recipe's of this project do not.
+    (tmp_path / "own.yaml").write_text("data: {mean: 0.25, channels: 3}")
+    own = ["--data=mnist", "--config=own.yaml", "--print_config"]
+    printed = yaml.safe_load(run_forked("fit", "--model=lenet", *own, *common, folder=tmp_path).out)["data"]
+    assert (printed["mean"], printed["channels"]) == (0.25, 3)
+    assert data["mean"] != 0.286

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from datamodules import DatasetError, FashionMNISTDataModule, FolderDataModule
+from datamodules import DatasetError, FashionMNISTDataModule, PicturesDataModule
 from datamodules.files.finding import load, prepare
 from errors import MissingPackage, RunError, UserError
 from lit_modules import LitClassifier
@@ -72,7 +72,7 @@ def export(ckpt_path: Path, format: str, output: Path, data_dir: Path | None, tr
     classifier, data, checkpoint = load_trained(ckpt_path, trust)
     metadata = _metadata(str(checkpoint.get("recipe", "")), classifier.temperature, data)
     images = _test_images(data, data_dir)
-    kind = "images of noise" if isinstance(data, FolderDataModule) else "test images"
+    kind = "images of noise" if isinstance(data, PicturesDataModule) else "test images"
     module = Exported(classifier, data).eval()
     # Weights in the usual order of dimensions, so that other programs can choose their own.
     module.to(memory_format=torch.contiguous_format)
@@ -104,7 +104,7 @@ def _check_packages(*names: str) -> None:
 def _metadata(recipe: str, temperature: float, data: FashionMNISTDataModule) -> dict[str, str]:
     """The exported file's metadata."""
     shape = "28, 28), grey, light on dark"
-    if isinstance(data, FolderDataModule):
+    if isinstance(data, PicturesDataModule):
         size = data.stored_size
         shape = f"{data.hparams['channels']}, {size}, {size}), {'RGB' if data.hparams['channels'] == 3 else 'grey'}"
     return {
@@ -117,7 +117,7 @@ def _metadata(recipe: str, temperature: float, data: FashionMNISTDataModule) -> 
 
 
 def _test_images(data: FashionMNISTDataModule, data_dir: Path | None) -> Tensor:
-    if isinstance(data, FolderDataModule):  # a checkpoint exports alone, without its folder
+    if isinstance(data, PicturesDataModule):  # a checkpoint exports alone, without its folder
         shape = NOISE_IMAGES, data.hparams["channels"], data.stored_size, data.stored_size
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     try:

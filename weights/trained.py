@@ -10,7 +10,7 @@ from lightning.pytorch.cli import instantiate_module
 from checkpoints.plain import recipe_name
 from checkpoints.reading import read_checkpoint, stored_config
 from checkpoints.trust import Trusted
-from datamodules import FashionMNISTDataModule, FolderDataModule, class_of
+from datamodules import FashionMNISTDataModule, PicturesDataModule, class_of
 from datamodules.files.finding import whole_below
 from errors import UserError
 from lit_modules import LitClassifier
@@ -40,7 +40,7 @@ def load_trained(path: Path, trust: bool = False) -> tuple[LitClassifier, Fashio
         classifier = instantiate_module(LitClassifier, used["model"])
         data = instantiate_module(class_of(used["data"]), used["data"])
         classifier.load_state_dict(checkpoint["state_dict"])
-        size = data.stored_size if isinstance(data, FolderDataModule) else 28
+        size = data.stored_size if isinstance(data, PicturesDataModule) else 28
         logits = classifier.eval()(data.preprocess(torch.zeros(1, size, size, dtype=torch.uint8)))
         if logits.shape != (1, len(data.class_names)):
             raise ValueError(f"the network gives outputs of shape {tuple(logits.shape)} for one image")

@@ -1,4 +1,4 @@
-"""A folder of one's own pictures as a LightningDataModule; its batches are made as Fashion-MNIST's are."""
+"""Other pictures than Fashion-MNIST's as a LightningDataModule: a folder of one's own, or a set of torchvision's."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,32 +12,39 @@ from torch.utils.data import DataLoader
 
 from datamodules.batches import ImageTensors
 from datamodules.fashion_mnist import FashionMNISTDataModule
-from datamodules.files.decoding import Cache, fit_square, printable, read_folder
+from datamodules.files.decoding import Cache, Fit, fit_square, read_folder
 from datamodules.files.finding import DatasetError
+from datamodules.files.listing import printable
 from datamodules.files.photographs import saturate, warp
+from datamodules.files.torchvision_sets import read_data_set
 
 ON_DEVICE = 4_000_000_000  # bytes of a set that is kept in a GPU's memory unasked
+DARK = 0.3  # mean of pictures that are light on a dark ground
 LUMA = (0.299, 0.587, 0.114)  # as Pillow turns colours into greys
 
 
-class FolderDataModule(FashionMNISTDataModule):
-    """Pictures of any kind and size, one sub-folder a class, with train, val and test folders above them or without.
+class PicturesDataModule(FashionMNISTDataModule):
+    """Pictures of any kind and size: of a folder with a sub-folder for each class, or of a data set of torchvision's.
 
     They are decoded once, to squares of `stored_size` pixels that lie as bytes in `data_dir`/cache and are mapped into
-    memory: a set may be larger than that. Without a test folder the test is on the validation folder; without either a
-    part of each class is held out.
+    memory: a set may be larger than that. Train, val and test folders above the classes are recognised. Without a test
+    part the test is on the validation part; without either a part of each class is held out.
 
     Args:
-        folder: The folder; nothing in it is changed. Without one, pictures can be looked at, but not trained on.
-        class_names: Names of the classes, in the order of the network's outputs; None takes the sub-folders'.
-        data_dir: Folder for the cache.
-        val_size: Pictures held out for validation where there is no such folder: None takes a tenth. 0 trains on all,
-            and does not look at a validation folder.
-        test_size: Pictures held out for the test where there is neither such a folder nor one for validation.
+        folder: The folder; nothing in it is changed. With neither folder nor data set, pictures can be looked at, but
+            not trained on.
+        dataset: A data set of torchvision's, like "cifar10", or the dotted path of a class like them.
+        class_names: Names of the classes, in the order of the network's outputs; None takes the pictures'.
+        data_dir: Folder for the cache, and for the files of a data set.
+        val_size: Pictures held out for validation where there is no such part: None takes a tenth. 0 trains on all,
+            and does not look at a validation part.
+        test_size: Pictures held out for the test where there is neither such a part nor one for validation.
         channels: 1 for grey, 3 for colour; None takes the pictures'.
         mean: Subtracted from the pixels, which lie in 0..1; None takes the training pictures'.
         std: The pixels are divided by it afterwards; None takes the training pictures'.
-        stored_size: Pixels of a stored picture's edge; None takes `image_size`.
+        stored_size: Pixels of a stored picture's edge; None takes `image_size`, or a data set's own if that is small.
+        fit: How pictures become squares: "crop" scales the shorter edge and cuts the longer one, evenly on both sides;
+            "pad" scales the longer one and fills up with black; "stretch" does not keep the proportions.
         bad_files: Whether files that can't be read are left out or refused.
         rotation: Augmentation: turn each image by up to this many degrees.
         zoom: Augmentation: scale each image by a factor drawn from 1 +- this.
@@ -48,12 +55,13 @@ class FolderDataModule(FashionMNISTDataModule):
 
     Raises:
         ValueError: If a number is out of its range.
-        DatasetError: From `prepare_data` and `setup`, if the folder can't be used.
+        DatasetError: From `prepare_data` and `setup`, if folder or data set can't be used.
     """
 
     def __init__(
         self,
         folder: str = "",
+        dataset: str = "",
         class_names: list[str] | None = None,
         data_dir: str = "data",
         val_size: int | None = None,
@@ -62,6 +70,7 @@ class FolderDataModule(FashionMNISTDataModule):
         mean: float | None = None,
         std: float | None = None,
         stored_size: int | None = None,
+        fit: Fit = "crop",
         bad_files: Literal["skip", "refuse"] = "skip",
         rotation: float = 0.0,
         zoom: float = 0.0,
@@ -81,6 +90,8 @@ class FolderDataModule(FashionMNISTDataModule):
         for name, most in {"rotation": 180, "zoom": 1, "shift": 1, "saturation": 1}.items():
             if not 0 <= self.hparams[name] <= most:
                 raise ValueError(f"data.{name}={self.hparams[name]} must lie between 0 and {most}")
+        if folder and dataset:
+            raise ValueError(f"data.folder={folder} and data.dataset={dataset} can't go together; give one of them")
         # Out of a checkpoint they may be any text.
         self.class_names = tuple(printable(name) for name in class_names or ())
         self._cache: Cache | None = None
@@ -95,18 +106,26 @@ class FolderDataModule(FashionMNISTDataModule):
         if self._cache is not None:
             return
         settings = self.hparams
-        if not settings["folder"]:
-            raise DatasetError("the network was trained on pictures of a folder; say where they lie: --data FOLDER")
-        folder = Path(settings["folder"]).expanduser()
-        split = (settings[name] for name in ("val_size", "test_size", "split_seed"))
-        found = read_folder(folder, self.stored_size, self.data_dir / "cache", settings["bad_files"], *split)
+        source = settings["folder"] or settings["dataset"]
+        if not source:
+            raise DatasetError(
+                "the network was trained on other pictures than Fashion-MNIST's; say which: --data FOLDER"
+            )
+        rest = [settings[name] for name in ("bad_files", "val_size", "test_size", "split_seed")]
+        if settings["folder"]:
+            folder = Path(source).expanduser()
+            found = read_folder(folder, self.stored_size, settings["fit"], self.data_dir / "cache", *rest)
+        else:
+            sizes = self.image_size, settings["stored_size"]
+            found = read_data_set(source, *sizes, settings["fit"], self.data_dir.expanduser(), *rest)
         if self.class_names and found.classes != self.class_names:
             raise DatasetError(
-                f"{folder} has the classes {_listed(found.classes)}; the network knows {_listed(self.class_names)}"
+                f"{source} has the classes {_listed(found.classes)}; the network knows {_listed(self.class_names)}"
             )
         self._cache = found
         self.class_names = found.classes
-        mine = {"channels": found.parts["train"][0].shape[1], "mean": found.mean, "std": found.std}
+        images = found.parts["train"][0]
+        mine = {"channels": images.shape[1], "mean": found.mean, "std": found.std, "stored_size": images.shape[-1]}
         settings.update({name: value for name, value in mine.items() if settings[name] is None})
         settings["class_names"] = list(found.classes)
 
@@ -120,7 +139,8 @@ class FolderDataModule(FashionMNISTDataModule):
         if self.hparams["dataset_on_device"] is None and self.train_set.images.nbytes > ON_DEVICE:
             self.hparams["dataset_on_device"] = False
         if stage in ("test", "predict") and not len(self.test_set):
-            raise DatasetError(f"{self.hparams['folder']}: no pictures are left to test on; set data.test_size")
+            where = self.hparams["folder"] or self.hparams["dataset"]
+            raise DatasetError(f"{where}: no pictures are left to test on; set data.test_size")
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches; with `balanced` an epoch's images are drawn so that all classes are as likely."""
@@ -143,15 +163,23 @@ class FolderDataModule(FashionMNISTDataModule):
             pixels = torch.einsum("nchw,c->nhw", pixels, pixels.new_tensor(LUMA))[:, None]
         return super()._as_seen(pixels)
 
-    def fit_picture(self, picture: Image.Image) -> np.ndarray:
-        """A picture of mode RGB or RGBA as those of the folder are stored: (S, S) or (S, S, 3) uint8."""
-        pixels = fit_square(picture, self.stored_size)
-        return pixels if self.hparams["channels"] == 3 else np.array(Image.fromarray(pixels).convert("L"))
+    def fit_picture(self, picture: Image.Image, invert: Literal["auto", "always", "never"] = "auto") -> np.ndarray:
+        """A picture of mode RGB or RGBA as those trained on are stored: (S, S) or (S, S, 3) uint8.
+
+        It is negated with `invert` "always", or if they are light on dark, as MNIST's, and its edges are light.
+        """
+        pixels = fit_square(picture, self.stored_size, self.hparams["fit"])
+        if self.hparams["channels"] == 1:
+            pixels = np.array(Image.fromarray(pixels).convert("L"))
+            edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+            unlike = self.hparams["mean"] < DARK and np.median(edges) > 127
+            invert = "always" if invert == "auto" and unlike else invert
+        return 255 - pixels if invert == "always" else pixels
 
 
 def class_of(settings: Mapping[str, Any]) -> type[FashionMNISTDataModule]:
     """The class to which the settings of a data set belong."""
-    return FolderDataModule if "folder" in settings else FashionMNISTDataModule
+    return PicturesDataModule if {"folder", "dataset"} & settings.keys() else FashionMNISTDataModule
 
 
 def _listed(names: Any) -> str:

@@ -1,0 +1,162 @@
+"""Which pictures a folder holds, one sub-folder a class, and which of them are held out."""
+
+import logging
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from datamodules.files.finding import DatasetError
+from datamodules.files.pictures import is_picture_name
+
+# Usual names of the sub-folders that split a data set, lower case.
+NAMES = {
+    "train": {"train", "training"},
+    "val": {"val", "valid", "validation", "dev"},
+    "test": {"test", "testing"},
+}
+FEW = 5  # pictures of a class, with which little can be learned or measured
+log = logging.getLogger(__name__)
+
+
+class File(NamedTuple):
+    """One picture: its path within the folder (its place in a set of torchvision's), and its class."""
+
+    path: str
+    label: int
+
+
+class Listing(NamedTuple):
+    """The classes, in order, and the pictures of each part: train, val and test."""
+
+    classes: tuple[str, ...]
+    parts: dict[str, list[File]]
+
+
+def list_folder(folder: Path, val_size: int | None, test_size: int | None, seed: int) -> Listing:
+    """Find classes and pictures, and split them where the folder does not.
+
+    Args:
+        folder: Holds a sub-folder for each class, or train, val and test folders that do.
+        val_size: Pictures held out for validation where there is no such folder; None takes a tenth, 0 none at all.
+        test_size: The same for the test.
+        seed: Of the split.
+
+    Raises:
+        DatasetError: If that is not what the folder holds.
+    """
+    inside = _sub_folders(folder)
+    by_part = {part: next((path for path in inside if path.name.lower() in NAMES[part]), None) for part in NAMES}
+    train = by_part["train"]
+    if not (train and (by_part["val"] or by_part["test"] or len(inside) == 1) and _sub_folders(train)):
+        classes, files = _classes(folder, folder, inside)
+        parts: dict[str, list[File]] = {"train": files, "val": [], "test": []}
+        by_part = {}
+    else:
+        if ignored := [path.name for path in inside if path not in by_part.values()]:
+            warn_once(f"{folder}: {', '.join(map(printable, ignored))} beside train are not used")
+        classes, files = _classes(folder, train, _sub_folders(train))
+        parts = {"train": files, "val": [], "test": []}
+        for part, path in by_part.items():
+            if path and part != "train":
+                parts[part] = _classes(folder, path, _sub_folders(path), classes)[1]
+    _check_classes(folder, classes, parts["train"])
+    hold_out(str(folder), parts, val_size, test_size, seed)
+    counts = Counter(file.label for file in parts["train"])
+    if few := [f"{classes[label]} ({counts[label]})" for label in range(len(classes)) if counts[label] < FEW]:
+        warn_once(f"{folder}: few pictures to train on: {', '.join(few)}")
+    return Listing(classes, parts)
+
+
+def hold_out(name: str, parts: dict[str, list[File]], val_size: int | None, test_size: int | None, seed: int) -> None:
+    """Give `parts` a test and a validation part where they are empty; see `list_folder`."""
+    if not parts["test"] and not parts["val"]:
+        parts["train"], parts["test"] = _held_out(parts["train"], test_size, seed + 1, "test_size")
+    elif not parts["test"]:
+        warn_once(f"{name} has no test pictures: the test is on the validation ones, which also choose the epoch")
+        parts["test"] = parts["val"]
+    if val_size == 0:
+        parts["val"] = []
+    elif not parts["val"]:
+        parts["train"], parts["val"] = _held_out(parts["train"], val_size, seed, "val_size")
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Warn, once in a run: on its first process alone, and not again when the pictures are looked at again."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        log.warning(message)
+
+
+def printable(text: str) -> str:
+    """The text without characters that would command a terminal, or can't be encoded."""
+    return "".join(character if character.isprintable() else "?" for character in unicodedata.normalize("NFC", text))
+
+
+def _sub_folders(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        hint = "give a folder that holds a sub-folder of pictures for each class"
+        raise DatasetError(f"{folder} can't be read: {error.strerror}; {hint}") from None
+
+
+def _classes(
+    root: Path, parent: Path, folders: list[Path], known: tuple[str, ...] | None = None
+) -> tuple[tuple[str, ...], list[File]]:
+    names = [printable(path.name) for path in folders]
+    classes = tuple(names) if known is None else known
+    files = []
+    for name, path in zip(names, folders, strict=True):
+        if name not in classes:
+            raise DatasetError(f"{path} is a class that the training pictures don't have; remove it, or add it there")
+        found = [File(os.path.relpath(file, root), classes.index(name)) for file in sorted(_pictures(path))]
+        if not found and known is None:
+            raise DatasetError(f"{path} holds no picture; remove it, or put the pictures of that class there")
+        files += found
+    if known is not None and not files:
+        raise DatasetError(f"{parent} holds no pictures in sub-folders named like the classes")
+    return classes, files
+
+
+def _pictures(folder: Path) -> Iterator[Path]:
+    """The picture files in a folder and in those within it, each folder once, wherever links lead."""
+    seen = set()
+    for place, inside, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            inside.clear()
+            continue
+        seen.add(real)
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        yield from (Path(place, name) for name in names if not name.startswith(".") and is_picture_name(name))
+
+
+def _check_classes(folder: Path, classes: tuple[str, ...], files: list[File]) -> None:
+    if not classes:
+        loose = " (pictures lie in it directly)" if any(_pictures(folder)) else ""
+        raise DatasetError(f"{folder} has no sub-folders{loose}; one for each class, named like it, is expected")
+    if len(classes) == 1:
+        raise DatasetError(f"{folder} has one class only, {classes[0]}; a network needs two or more to tell apart")
+    if twice := [name for name, count in Counter(classes).items() if count > 1]:
+        raise DatasetError(f"{folder} has two classes that are both shown as {twice[0]}; rename one")
+
+
+def _held_out(files: list[File], wanted: int | None, seed: int, setting: str) -> tuple[list[File], list[File]]:
+    """Files split into those that stay and those held out, by the same share of each class."""
+    share = 0.1 if wanted is None else wanted / max(1, len(files))
+    if share >= 1:
+        raise DatasetError(f"data.{setting}={wanted} leaves none of the {len(files)} training pictures; lower it")
+    generator = torch.Generator().manual_seed(seed)
+    out: set[int] = set()
+    for label in sorted({file.label for file in files}):
+        places = [place for place, file in enumerate(files) if file.label == label]
+        # At least one, so that each class is measured; but a class is never emptied.
+        count = min(max(1, round(share * len(places))), len(places) - 1) if share else 0
+        out.update(places[index] for index in torch.randperm(len(places), generator=generator)[:count].tolist())
+    return [file for i, file in enumerate(files) if i not in out], [file for i, file in enumerate(files) if i in out]
