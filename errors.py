@@ -192,6 +192,11 @@ def one_line(message: str) -> str:
     return " ".join(message.split())
 
 
+def count(number: int, noun: str) -> str:
+    """The number with its noun, in the plural where it needs one: "1 epoch", "2,000 batches"."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith(('s', 'ch')) else 's'}"
+
+
 def plain(text: str) -> str:
     """The text with everything that a terminal would act on, or not show, written as escapes.
 

@@ -7,7 +7,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from callbacks.processes import is_first
-from errors import UserError
+from errors import UserError, count
 
 
 def take_over_processes(trainer: Namespace) -> None:
@@ -59,14 +59,13 @@ def _slurm() -> tuple[str, int, int] | None:
             "train.py ..., or ask for --ntasks=1"
         )
     machines = next((_number(name) for name in ("SLURM_STEP_NUM_NODES", "SLURM_NNODES") if name in os.environ), 1)
+    started = f"SLURM started {count(tasks, 'task')} on {count(machines, 'machine')}"
     if tasks % machines:
-        raise UserError(
-            f"SLURM started {tasks} tasks on {machines} machines; every machine needs as many: --ntasks-per-node"
-        )
+        raise UserError(f"{started}; every machine needs as many: --ntasks-per-node")
     for name, most in (("SLURM_PROCID", tasks), ("SLURM_LOCALID", tasks // machines), ("SLURM_NODEID", machines)):
         os.environ.setdefault(name, "0")
         if _number(name, least=0) >= most:
-            raise UserError(f"{name} is {os.environ[name]}, but SLURM started {tasks} tasks on {machines} machines")
+            raise UserError(f"{name} is {os.environ[name]}, but {started}")
     os.environ["SLURM_NTASKS_PER_NODE"] = str(tasks // machines)  # not set by --ntasks alone, but read by Lightning
     os.environ["SLURM_NNODES"] = str(machines)
     return "SLURM", tasks // machines, machines

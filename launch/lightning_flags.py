@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from callbacks.divergence_guard import is_overflow
 from cli.messages import MADE_OF_SCHEDULES
 from cli.recipes import did_you_mean
-from errors import UserError, one_line
+from errors import UserError, count, one_line
 from lit_modules import LitClassifier
 from lit_modules.schedules import of_length, open_lengths
 
@@ -139,12 +139,15 @@ def check_length(trainer: Trainer, model: LitClassifier, batches: int) -> None:
     limited = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     if limit and not limited:
         name = "overfit_batches" if getattr(trainer, "overfit_batches", 0) else "limit_train_batches"
-        raise UserError(f"trainer.{name}={limit} is less than one of the {batches} batches an epoch has; raise it")
+        raise UserError(
+            f"trainer.{name}={limit} is less than a batch; an epoch has {count(batches, 'batch')}: raise it"
+        )
     interval = trainer.val_check_interval
     if trainer.check_val_every_n_epoch is not None and isinstance(interval, int) and interval > limited > 0:
         raise UserError(
-            f"trainer.val_check_interval={interval} is more than the {limited} training batches of an epoch; lower it, "
-            "or count on over the epochs with --trainer.check_val_every_n_epoch null"
+            f"trainer.val_check_interval={interval} is more than an epoch, which has "
+            f"{count(limited, 'training batch')}; lower it, or count on over the epochs with "
+            "--trainer.check_val_every_n_epoch null"
         )
     given = getattr(model.scheduler, "keywords", {})
     if (
@@ -157,8 +160,8 @@ def check_length(trainer: Trainer, model: LitClassifier, batches: int) -> None:
             steps = min(steps, trainer.max_steps)
         if given["total_steps"] < steps:
             raise UserError(
-                f"OneCycleLR with total_steps={given['total_steps']} ends before the run, which takes {steps} steps; "
-                "leave total_steps out: it then takes the run's length"
+                f"OneCycleLR with total_steps={given['total_steps']} ends before the run, which takes "
+                f"{count(int(steps), 'step')}; leave total_steps out: it then takes the run's length"
             )
 
 

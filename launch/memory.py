@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from errors import count
 from runs.record import peak_memory
 
 # Share of the free memory that the batch size found by trial may take: data, metrics and other programs need some.
@@ -49,7 +50,8 @@ def advice(batch_size: int, image_size: int, flag: str = "--batch_size") -> str:
         # Three quarters, in steps that the networks' pooling divides.
         tries.append(f"--image_size {max(28, image_size * 3 // 4 // 32 * 32)}")
     tries.append("a smaller network")
-    return f"out of memory with batches of {batch_size} images of {image_size}x{image_size}; try {', or '.join(tries)}"
+    batch = f"{count(batch_size, 'image')} of {image_size}x{image_size}"
+    return f"out of memory with batches of {batch}; try {', or '.join(tries)}"
 
 
 def largest_batch_size(

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from errors import shown
+from errors import count, shown
 
 
 def summary(record: dict[str, Any], trainer: Trainer, checkpoint: Path | None) -> str:
@@ -21,11 +21,11 @@ def summary(record: dict[str, Any], trainer: Trainer, checkpoint: Path | None) -
     """
     lines = [""]
     if test := record.get("test"):
-        lines.append(f"Test on {test['images']:,} images: {scores(test)}")
+        lines.append(f"Test on {count(test['images'], 'image')}: {scores(test)}")
     if "fit_seconds" in record:
         best = f"; best validation accuracy {record['best_val_accuracy']:.4f}" if "best_val_accuracy" in record else ""
         lines.append(
-            f"Training: {len(record['epochs'])} epochs in {record['fit_seconds']:.1f} s, "
+            f"Training: {count(len(record['epochs']), 'epoch')} in {record['fit_seconds']:.1f} s, "
             f"{record['images_per_second']:,.0f} images/s{best}"
         )
     if checkpoint:

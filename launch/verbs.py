@@ -5,7 +5,7 @@ from collections.abc import Sequence, Sized
 from pathlib import Path
 
 from callbacks.run_record import RunRecord, images_measured
-from errors import UserError
+from errors import UserError, count
 from launch.classifier_cli import ClassifierCLI
 from launch.lightning_flags import check_length
 from launch.summary import scores, summary
@@ -77,7 +77,7 @@ def predict(cli: ClassifierCLI) -> None:
         check_captum()
     trainer.predict(model, data, ckpt_path=command.ckpt_path, return_predictions=False, weights_only=True)
     written = cli.callbacks.predictions
-    print(f"Wrote the class probabilities of {written.images:,} images to {written.path}")
+    print(f"Wrote the class probabilities of {count(written.images, 'image')} to {written.path}")
     if command.gradcam and trainer.is_global_zero:
         from pictures.predict import write_mistakes
 
@@ -89,4 +89,4 @@ def _print_scores(cli: ClassifierCLI, function: str, stage: str, images: Sized, 
     if cli.trainer.is_global_zero:
         found = cli.trainer.callback_metrics
         measured = {name.removeprefix(f"{stage}/"): value.item() for name, value in found.items()}
-        print(f"{function} on {images_measured(cli.trainer, images, batches):,} images: {scores(measured)}")
+        print(f"{function} on {count(images_measured(cli.trainer, images, batches), 'image')}: {scores(measured)}")

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from datamodules import FashionMNISTDataModule, PicturesDataModule
 from datamodules.files.pictures import PictureError, find_pictures, read_picture
-from errors import UserError
+from errors import UserError, count
 from inspection.grad_cam import check_captum, grad_cam
 from lit_modules import LitClassifier
 from pictures.cleaning import Invert, as_fashion_mnist
@@ -158,7 +158,7 @@ def write_mistakes(
     png = io.BytesIO()
     explain_mistakes(net, data, images, mistakes, class_names).save(png, "PNG", optimize=True)
     _write_bytes(path, png.getvalue())
-    print(f"Wrote the {len(mistakes)} most confident mistakes, explained, to {printable(path)}")
+    print(f"Wrote the {count(len(mistakes), 'most confident mistake')}, explained, to {printable(path)}")
 
 
 def printable(path: Path) -> str:

@@ -5,10 +5,12 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
+from runs.names import MACHINE, name_all
 from runs.reading import Run
-from runs.settings import flat, kind
+from runs.settings import kind, leaves
 
 
 @dataclass
@@ -17,11 +19,13 @@ class Group:
 
     Attributes:
         runs: At least one, in the order of their seeds.
-        name: The recipe, and what distinguishes the group from other groups of that recipe.
+        name: The recipe, and what was changed in it.
+        shared: What was changed in all groups, and is in no name.
     """
 
     runs: list[Run]
     name: str = field(default="")
+    shared: list[str] = field(default_factory=list)
 
     def mean(self, key: str) -> float | None:
         """Mean of a number that the records hold, or None if one lacks it."""
@@ -50,6 +54,11 @@ class Group:
         return list(dict.fromkeys(reason for run in self.runs for reason in run.partial))
 
     @property
+    def marked(self) -> str:
+        """Its name, with a mark if it is partial."""
+        return self.name + "*" * bool(self.partial)
+
+    @property
     def epoch_seconds(self) -> float:
         """Mean time of an epoch's training batches."""
         return statistics.fmean(run.epoch_seconds for run in self.runs)
@@ -72,6 +81,11 @@ class Group:
         return [(number, statistics.fmean(values), min(values), max(values)) for number, values in columns]
 
 
+def by_data(runs: Sequence[Run]) -> dict[str, list[Group]]:
+    """The same as `fold` for each data set: what was tested on different images can't be compared."""
+    return {data: fold([run for run in runs if run.data == data]) for data in dict.fromkeys(run.data for run in runs)}
+
+
 def fold(runs: Sequence[Run]) -> list[Group]:
     """Finished runs in groups that differ only in the seed, the most accurate first.
 
@@ -81,9 +95,33 @@ def fold(runs: Sequence[Run]) -> list[Group]:
     for run in sorted(runs, key=lambda run: run.modified):
         groups.setdefault(json.dumps([run.recipe, _identity(run)], sort_keys=True), {})[run.seed] = run
     folded = [Group(sorted(group.values(), key=lambda run: (run.seed is None, run.seed))) for group in groups.values()]
-    for group in folded:
-        group.name = _name(group, [other for other in folded if other.runs[0].recipe == group.runs[0].recipe])
+    names, shared = name_all([(group.runs[0].recipe, _settings(group.runs[0])) for group in folded])
+    for group, name in zip(folded, names, strict=True):
+        # Two classes may have one name, in different modules.
+        group.name = name if names.count(name) == 1 else f"{name} in {group.runs[0].folder.as_posix()}"
+        group.shared = shared
     return sorted(folded, key=lambda group: -group.accuracy)
+
+
+def marks(groups: Sequence[Group]) -> list[str]:
+    """What was changed in all groups, and which were trained or tested in part: belongs beside their names."""
+    lines = [f"Changed in {_those(groups)}: {', '.join(groups[0].shared)}."] if groups[0].shared else []
+    for reason in dict.fromkeys(", ".join(group.partial) for group in groups if group.partial):
+        numbers = [number for number, group in enumerate(groups, 1) if ", ".join(group.partial) == reason]
+        lines.append(f"* partial, {reason}: {f'# {ranges(numbers)}' if len(groups) > len(numbers) else _those(groups)}")
+    return lines
+
+
+def _those(groups: Sequence[Group]) -> str:
+    return "all runs" if sum(len(group.runs) for group in groups) > 1 else "the run"
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """'1-3, 5'."""
+    known = sorted(set(numbers))
+    ends = [known[0], *(one for pair in pairwise(known) if pair[1] > pair[0] + 1 for one in pair), known[-1]]
+    pairs = zip(ends[::2], ends[1::2], strict=True)
+    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in pairs)
 
 
 def wilson(accuracy: float, images: int, z: float = 1.959964) -> tuple[float, float]:
@@ -102,24 +140,10 @@ def _identity(run: Run) -> dict[str, Any]:
     return found | {"precision": run.record["precision"], "machine": run.machine}
 
 
-def _name(group: Group, same_recipe: list[Group]) -> str:
-    """The recipe, and the settings in which it differs from the other groups of its recipe."""
-    first = group.runs[0]
-    mine, others = _identity(first), [_identity(other.runs[0]) for other in same_recipe]
-    written = flat(first.record["config"]) | mine
-    parts = []
-    for name in dict.fromkeys(name for other in others for name in other):
-        differs = any(other.get(name) != mine.get(name) for other in others)
-        if differs and written.get(name) is not None:
-            parts.append(f"{name.rpartition('.')[2]} {_short(written[name])}")
-    return f"{first.recipe} ({', '.join(parts)})" if parts else first.recipe
-
-
-def _short(value: Any) -> Any:
-    """A list of objects, such as callbacks, as the names of their classes; anything else as it is."""
-    if isinstance(value, list) and all(isinstance(one, dict) and "class_path" in one for one in value):
-        return ", ".join(str(one["class_path"]).rpartition(".")[2] for one in value)
-    return value
+def _settings(run: Run) -> dict[str, Any]:
+    """What a name may tell: like `_identity`, with what is off, and without what tells data sets apart."""
+    found = {name: value for name, value in leaves(run.record["config"]).items() if kind(name).parts}
+    return found | {"trainer.precision": run.record["precision"], MACHINE: run.machine}
 
 
 def _finite(value: float) -> float:

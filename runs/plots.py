@@ -4,18 +4,22 @@ Matplotlib is imported only where a report is drawn.
 """
 
 import math
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from errors import MissingPackage, plain
-from runs.groups import Group
+from runs.groups import Group, marks
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart (https://jfly.uni-koeln.de/color/).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B8000")
 MARKERS = "osD^vPX*"
-WIDE = 34  # characters of a name beside a plot, before the line is broken
+GREY = "#c8c8c8"
+MOST, BEST = 20, 12  # of more groups than the first number only the best ones have a colour and a name
+WIDE = 40  # characters of a name beside a plot, before the line is broken
+_STAGES: tuple[tuple[Literal["-", "--"], str], ...] = (("-", "validation"), ("--", "training"))
 
 
 def draw(groups: Sequence[Group], folder: Path) -> dict[str, str]:
@@ -31,6 +35,12 @@ def draw(groups: Sequence[Group], folder: Path) -> dict[str, str]:
     plots = {}
 
     def save(figure: Figure, title: str, name: str) -> None:
+        width = int(13 * figure.get_size_inches()[0])  # characters of this size in a line
+        few = found if len(found := marks(groups)) <= 4 else [*found[:3], "* others: see the table"]
+        lines = [line for mark in few for line in _drawable(mark, width).split("\n")]
+        if lines:
+            figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=8, color="#555555", linespacing=1.4)
+            figure.set_figheight(figure.get_figheight() + 0.17 * len(lines))
         figure.savefig(folder / name, dpi=110)
         plots[title] = name
 
@@ -53,29 +63,24 @@ def draw(groups: Sequence[Group], folder: Path) -> dict[str, str]:
 
 def _scatter(points: Sequence[tuple[Group, float]], label: str) -> Any:
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
+    from matplotlib.ticker import PercentFormatter
 
-    names = [_drawable(group.name, WIDE) for group, _ in points]
+    named = _named([group for group, _ in points])
+    names, handles = [_beside(number, group) for number, group in named], []
     figure = Figure(figsize=_size(6, 4.6, names), layout="constrained")
     axes = figure.subplots()
-    handles = []
-    for number, (group, x) in enumerate(points):
+    for number, (group, x) in reversed([*enumerate(points, 1)]):  # the best on top
         low, high = group.interval
         errors = [[max(0.0, group.accuracy - low)], [max(0.0, high - group.accuracy)]]
-        colour, marker = _style(number)
-        handles.append(axes.errorbar(x, group.accuracy, errors, fmt=marker, color=colour, capsize=3, markersize=7))
-    values = [x for _, x in points]
-    if max(values) > 8 * min(values) > 0:
-        axes.set_xscale("log")
-        decades = math.log10(max(values) / min(values))
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        colour, marker = _style(number, len(named))
+        look: dict[str, Any] = {"color": colour, "markerfacecolor": "white" if group.partial else colour}
+        handles.append(axes.errorbar(x, group.accuracy, errors, fmt=marker, capsize=3, markersize=7, **look))
+    _log_if_wide(axes, [x for _, x in points])
     axes.set(xlabel=label, ylabel="test accuracy, 95 % interval")
     axes.margins(0.12)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
     _tidy(axes)
-    _legend(figure, handles, names)
+    _legend(figure, handles[::-1], names, len(points))
     return figure
 
 
@@ -84,34 +89,39 @@ def _curves(groups: Sequence[Group]) -> Any:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    names = [*(label for _, label in _STAGES), *(_drawable(group.name, WIDE) for group in groups)]
+    named = _named(groups)
+    names = [*(label for _, label in _STAGES), *(_beside(number, group) for number, group in named)]
     figure = Figure(figsize=_size(9.5, 4.4, names), layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, metric in zip(panels, ("loss", "accuracy"), strict=True):
-        for number, group in enumerate(groups):
-            colour, marker = _style(number)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        for number, group in reversed([*enumerate(groups, 1)]):  # the best on top
+            colour, marker = _style(number, len(named))
             for stage, line in (("train", "--"), ("val", "-")):
                 curve = group.curve(f"{stage}/{metric}")
-                if not curve:
+                if not curve or (stage == "train" and number > len(named)):
                     continue
                 epochs, mean, low, high = zip(*curve, strict=True)
-                solid = stage == "val"
-                axes.plot(epochs, mean, line, color=colour, marker=marker if solid else None, markersize=4)
-                if len(group.runs) > 1 and solid:
+                look: dict[str, Any] = {"color": colour, "markersize": 4, "linewidth": 1.2}
+                if len(epochs) == 1:  # no line is drawn
+                    look |= {"marker": marker, "markerfacecolor": colour if stage == "val" else "white"}
+                elif stage == "val" and number <= len(named):
+                    look |= {"marker": marker, "markevery": 0.1}
+                axes.plot(epochs, mean, line, **look)
+                if len(group.runs) > 1 and "marker" in look:
                     axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.set(xlabel="epoch", ylabel=metric)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        _log_if_wide(axes, [len(run.record["epochs"]) for group in groups for run in group.runs])
         _tidy(axes)
     panels[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     handles = [Line2D([], [], color="#555555", linestyle=line) for line, _ in _STAGES]
-    for number in range(len(groups)):
-        colour, marker = _style(number)
+    for number, _ in named:
+        colour, marker = _style(number, len(named))
         handles.append(Line2D([], [], color=colour, marker=marker, markersize=4))
-    _legend(figure, handles, names)
+    if len(groups) > len(named):
+        handles.append(Line2D([], [], color=GREY))
+    _legend(figure, handles, names, len(groups) + len(_STAGES))
     return figure
-
-
-_STAGES: tuple[tuple[Literal["-", "--"], str], ...] = (("-", "validation"), ("--", "training"))
 
 
 def _class_accuracy(groups: Sequence[Group]) -> Any:
@@ -119,59 +129,90 @@ def _class_accuracy(groups: Sequence[Group]) -> Any:
 
     classes = list(groups[0].class_accuracy)
     table = [[group.class_accuracy.get(name, 0.0) for name in classes] for group in groups]
-    names = [_drawable(group.name, WIDE) for group in groups]
-    rows = [0.5 + 0.17 * name.count("\n") for name in names]
-    figure = Figure(figsize=(9.5, 1.9 + len(rows) * max(rows)), layout="constrained")
+    names = [_beside(number, group, 60) for number, group in enumerate(groups, 1)]
+    longest = max(len(line) for name in names for line in name.split("\n"))
+    height = 0.3 + 0.15 * max(name.count("\n") for name in names)
+    size = 1 + 0.65 * len(classes) + 0.075 * longest, 1.9 + len(names) * height
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    lowest = min(map(min, table))
     # The scale starts at the weakest class, but is never so narrow that noise looks like a difference.
-    axes.imshow(table, cmap="Blues", vmin=min(lowest, 0.8) - 0.05, vmax=1.05, aspect="auto")
+    lowest = min(0.8, *map(min, table)) - 0.05
+    axes.imshow(table, cmap="Blues", vmin=lowest, vmax=1.05, aspect="auto")
     axes.set_xticks(
         range(len(classes)),
         [_drawable(name, WIDE // 2) for name in classes],
         rotation=35,
-        ha="right",
+        ha="left",
         rotation_mode="anchor",
     )
-    axes.set_yticks(range(len(groups)), names)
-    middle = (min(lowest, 0.8) + 1) / 2
+    axes.set_yticks(range(len(groups)), names, fontsize=9)
     for row, values in enumerate(table):
         for column, value in enumerate(values):
-            ink = "white" if value > middle else "#222222"
+            ink = "white" if value > lowest + 0.6 * (1.05 - lowest) else "#222222"
             axes.text(column, row, f"{100 * value:.1f}", ha="center", va="center", color=ink, fontsize=10)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
+    axes.xaxis.tick_top()
     axes.set_title("test accuracy by class, in per cent", fontsize=11)
     return figure
 
 
-def _style(number: int) -> tuple[str, str]:
-    """Colour and marker: 64 pairs before one repeats."""
+def _named(groups: Sequence[Group]) -> list[tuple[int, Group]]:
+    """Number and group of those that have a colour and a name."""
+    return list(enumerate(groups[: MOST if len(groups) <= MOST else BEST], 1))
+
+
+def _style(number: int, named: int) -> tuple[str, str]:
+    """Colour and marker of a group by its number, from 1: 64 pairs before one repeats."""
+    if number > named:
+        return GREY, "o"
+    number -= 1
     return COLOURS[number % len(COLOURS)], MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
+
+
+def _log_if_wide(axes: Any, values: Sequence[float]) -> None:
+    """A logarithmic scale with numbers that one can read, if the values lie far apart."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    if not max(values) > 8 * min(values) > 0:
+        return
+    axes.set_xscale("log")
+    decades = math.log10(max(values) / min(values))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _size(width: float, height: float, names: Sequence[str]) -> tuple[float, float]:
     """Inches of a figure whose plots keep their size beside a legend with these names."""
     lines = [line for name in names for line in name.split("\n")]
-    return width + 0.5 + 0.075 * max(map(len, lines)), max(height, 0.4 + 0.185 * len(lines))
+    return width + 0.5 + 0.075 * max(map(len, lines)), max(height, 0.6 + 0.185 * len(lines))
 
 
-def _legend(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> None:
-    """The names beside the plots."""
+def _legend(figure: Any, handles: Sequence[Any], names: Sequence[str], all_there_are: int) -> None:
+    """The names beside the plots, and how many there are without one."""
+    if more := all_there_are - len(names):
+        names = [*names, f"{more} others, see the table"]
     # Set afterwards: Matplotlib leaves out labels that begin with an underscore.
-    legend = figure.legend(handles, ["-"] * len(names), loc="outside right upper", frameon=False, fontsize=9)
+    look = {"frameon": False, "fontsize": 9}
+    legend = figure.legend(handles[: len(names)], ["-"] * len(names), loc="outside right upper", **look)
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set_text(name)
 
 
+def _beside(number: int, group: Group, wide: int = WIDE) -> str:
+    """The number in the table and the name, for beside a plot."""
+    return _drawable(f"{number} {group.marked}", wide)
+
+
 def _drawable(name: str, wide: int) -> str:
-    """A name in at most three lines of this length; what the font lacks is escaped, and $ doesn't start a formula."""
+    """A name in at most four lines of this length; what the font lacks is escaped, and $ doesn't start a formula."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     known = get_font(findfont(FontProperties())).get_charmap()
     name = "".join(char if ord(char) in known else char.encode("unicode_escape").decode() for char in plain(name))
-    lines = textwrap.wrap(name, wide, max_lines=3, placeholder=" ...") or ["-"]
-    return "\n".join(lines).replace("$", r"\$")
+    name = re.sub(r"(?<!,) (?=[^ ,(]+[,)])", "\xa0", name)  # a setting and its value stay together
+    return "\n".join(textwrap.wrap(name, wide, max_lines=4, placeholder=" ...") or ["-"]).replace("$", r"\$")
 
 
 def _tidy(axes: Any) -> None:

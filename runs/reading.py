@@ -7,12 +7,12 @@ import json
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cli.recipes import load_yaml, recipes
-from errors import UserError, plain
+from errors import UserError, count, plain
+from runs.names import recipe_settings
 from runs.record import check, unpack_right
 from runs.settings import kind, shaping
 
@@ -57,6 +57,13 @@ class Run:
         each = int(size) * self.record["devices"]
         batches = limit if isinstance(limit, int) else int(limit * -(-images // each))
         return max(1, min(images, batches * each))
+
+    @cached_property
+    def data(self) -> str:
+        """The data set that it was tested on; the sample of it, say, is another one."""
+        whole = self.record["test"].get("test_set", self.record["test"]["images"])
+        name = self._setting("data.folder") or self._setting("data.dataset") or "Fashion-MNIST"
+        return f"{name}, {count(whole, 'test image')}"
 
     @cached_property
     def right(self) -> list[bool] | None:
@@ -158,13 +165,9 @@ def _printable(value: Any) -> Any:
     return value
 
 
-@cache
 def _epochs_of(recipe: str) -> int:
     """The number of epochs in one of the project's recipes; -1 if there is no such recipe."""
-    try:
-        epochs = load_yaml(recipes()[recipe])["trainer"]["max_epochs"]
-    except (KeyError, TypeError, UserError):
-        return -1
+    epochs = recipe_settings(recipe).get("trainer.max_epochs")
     return epochs if isinstance(epochs, int) else -1
 
 

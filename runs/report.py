@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, plain, print_error
+from errors import UserError, count, plain, print_error
 from runs.differences import POINTS, Difference, differences
-from runs.groups import Group, fold, wilson
+from runs.groups import Group, by_data, marks, ranges, wilson
 from runs.plots import draw
 from runs.reading import Run, find_runs
 from runs.training import Request, train_missing
 
-SCORES = ("network", "seeds", "test accuracy", "95 % interval")
+SCORES = ("#", "network", "seeds", "test accuracy", "95 % interval")
 COSTS = ("parameters", "FLOPs/image", "images/s", "epoch", "peak memory", "epochs")
 COLUMNS = SCORES + COSTS
 SHOWN = 8  # differences on the terminal
@@ -36,16 +36,20 @@ def compare(request: Request) -> int:
     if not finished and not failed:
         where = ", ".join(map(str, request.paths or [request.log_dir]))
         raise UserError(f"there is no finished run in {where}; start with: python train.py --model lenet")
-    groups = fold(finished)
-    if groups:
+    tables = by_data(finished)
+    for data, groups in tables.items():
+        if len(tables) > 1:
+            print(f"{data}:")
         print_table(groups)
     if left_out := len(runs) - len(finished):
-        print(f"{left_out} unfinished run{'s' if left_out > 1 else ''} left out")
-    if older := len(finished) - sum(len(group.runs) for group in groups):
-        print(f"{older} older run{'s' if older > 1 else ''} of the same seed left out")
-    if request.output and groups:
-        write_report(groups, request.output)
-        print(f"Wrote {plain(str(request.output / 'report.md'))}")
+        print(f"{count(left_out, 'unfinished run')} left out")
+    if older := len(finished) - sum(len(group.runs) for groups in tables.values() for group in groups):
+        print(f"{count(older, 'older run')} of the same seed left out")
+    if request.output:
+        for number, (data, groups) in enumerate(tables.items(), 1):
+            folder = request.output / f"data_{number}" if len(tables) > 1 else request.output
+            write_report(groups, folder, data)
+            print(f"Wrote {plain(str(folder / 'report.md'))}")
     for failure in failed:
         print_error("compare.py", failure)
     return 1 if failed else 0
@@ -58,11 +62,11 @@ def print_table(groups: Sequence[Group]) -> None:
         UserError: If Rich is not installed.
     """
     console = terminal()
-    rows = [dict(zip(COLUMNS, cells(group), strict=True)) for group in groups]
+    rows = [dict(zip(COLUMNS, cells(number, group), strict=True)) for number, group in enumerate(groups, 1)]
 
     def table(columns: Sequence[str]) -> Any:
         lines = [[row[column] for column in columns] for row in rows]
-        return rich_table(columns, lines, left=COLUMNS[:1], bold_first=len(rows) > 1)
+        return rich_table(columns, lines, left=("network",), bold_first=len(rows) > 1)
 
     whole = table(COLUMNS)
     fits = console.measure(whole, options=console.options.update(max_width=1000)).maximum <= console.width
@@ -95,7 +99,9 @@ def rich_table(
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        table.add_column(_as_text(column), justify="left" if column in left else "right")
+        # Names are broken into lines, numbers are not: nothing is cut.
+        name = column in left
+        table.add_column(_as_text(column), justify="left" if name else "right", no_wrap=not name, overflow="fold")
     for number, row in enumerate(rows):
         table.add_row(*map(_as_text, row), style="bold" if bold_first and number == 0 else "")
     return table
@@ -108,13 +114,14 @@ def _as_text(line: str) -> Any:
     return Text(plain(line))
 
 
-def cells(group: Group) -> list[str]:
-    """One line of the table."""
+def cells(number: int, group: Group) -> list[str]:
+    """One line of the table; its number stands in the plots too."""
     low, high = group.interval
     deviation = f" ± {group.deviation:.4f}" if group.deviation is not None else ""
     return [
-        group.name + (" *" if group.partial else ""),
-        _ranges([run.seed for run in group.runs]),
+        str(number),
+        group.marked,
+        str(len(group.runs)),
         f"{group.accuracy:.4f}{deviation}",
         f"{low:.4f} to {high:.4f}",
         _short(group.mean("parameters")),
@@ -122,7 +129,7 @@ def cells(group: Group) -> list[str]:
         _or_dash(group.mean("images_per_second"), "{:,.0f}"),
         _time(group.epoch_seconds),
         _memory(group.mean("peak_memory_bytes")),
-        _ranges([len(run.record["epochs"]) for run in group.runs]),
+        ranges([len(run.record["epochs"]) for run in group.runs]),
     ]
 
 
@@ -138,7 +145,7 @@ def notes(groups: Sequence[Group], most: int | None = None) -> list[str]:
     lines.append(f"Speed and memory on {'; '.join(machines)}; precision {', '.join(precisions)}.")
     if any("gpu" not in run.record["machine"] for run in runs):
         lines[-1] += " Without a GPU, memory is that of the whole process."
-    lines += [f"* partial: {group.name}: {', '.join(group.partial)}" for group in groups if group.partial]
+    lines += marks(groups)
     found = differences(groups)
     lines += [str(difference) for difference in found[:most]]
     if found:
@@ -163,7 +170,7 @@ def _what_is_compared(found: Sequence[Difference]) -> str:
     return text
 
 
-def write_report(groups: Sequence[Group], folder: Path) -> None:
+def write_report(groups: Sequence[Group], folder: Path, data: str) -> None:
     """Write report.md, runs.csv and the plots.
 
     Raises:
@@ -174,20 +181,22 @@ def write_report(groups: Sequence[Group], folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         plots = draw(groups, folder)
         _write_csv(groups, folder / "runs.csv")
-        (folder / "report.md").write_text(markdown(groups, plots), encoding="utf-8")
+        (folder / "report.md").write_text(markdown(groups, plots, data), encoding="utf-8")
     except OSError as error:
         raise UserError(f"the report can't be written to {folder}: {error.strerror or error}") from None
 
 
-def markdown(groups: Sequence[Group], plots: dict[str, str]) -> str:
+def markdown(groups: Sequence[Group], plots: dict[str, str], data: str) -> str:
     """The report, with the plots (title to file name) below the table."""
-    lines = ["# Comparison", "", *_markdown_table([list(COLUMNS), *(cells(group) for group in groups)])]
+    rows = [list(COLUMNS), *(cells(number, group) for number, group in enumerate(groups, 1))]
+    lines = [f"# Comparison: {_as_markdown(data)}", "", *_markdown_table(rows)]
     lines += ["", *(f"{_as_markdown(note)}  " for note in notes(groups))]
     classes = list(dict.fromkeys(name for group in groups for name in group.class_accuracy))
     if classes:
-        rows = [["test accuracy of", *(group.name for group in groups)]]
-        for name in classes:
-            rows.append([name, *(_or_dash(group.class_accuracy.get(name), "{:.3f}") for group in groups)])
+        rows = [["#", "test accuracy of", *classes]]
+        for number, group in enumerate(groups, 1):
+            by_class = group.class_accuracy
+            rows.append([str(number), group.marked, *(_or_dash(by_class.get(name), "{:.3f}") for name in classes)])
         lines += ["", *_markdown_table(rows)]
     for title, file in plots.items():
         lines += ["", f"![{title}]({file})"]
@@ -236,7 +245,7 @@ def _csv_row(group: Group, run: Run, classes: Sequence[str]) -> dict[str, Any]:
 
 
 def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    rule = ["---", *("---:" for _ in rows[0][1:])]
+    rule = ["---" if column in ("network", "test accuracy of") else "---:" for column in rows[0]]
     first, *others = [list(map(_as_markdown, row)) for row in rows]
     return [f"| {' | '.join(row)} |" for row in (first, rule, *others)]
 
@@ -276,13 +285,3 @@ def _memory(size: float | None) -> str:
 
 def _or_dash(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
-
-
-def _ranges(numbers: Sequence[int | None]) -> str:
-    """'0-2', '3' or '0, 4'."""
-    known = sorted({number for number in numbers if number is not None})
-    if not known:
-        return "-"
-    if len(known) > 2 and known == list(range(known[0], known[-1] + 1)):
-        return f"{known[0]}-{known[-1]}"
-    return ", ".join(map(str, known))

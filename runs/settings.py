@@ -15,6 +15,8 @@ class Kind(NamedTuple):
         recipe: It belongs in the recipe that a sweep writes, if it was given.
         fixed: Why a sweep can't search it; empty if it can.
         left_open: The value that leaves it to the machine, in a tuple; empty if there is none.
+        default: Its value where a recipe doesn't name it, if that is not off (null, false, 0).
+        named: compare.py calls runs by it, if it was changed.
     """
 
     parts: bool = True
@@ -22,12 +24,16 @@ class Kind(NamedTuple):
     recipe: bool = True
     fixed: str = ""
     left_open: tuple[Any, ...] = ()
+    default: Any = None
+    named: bool = True
 
 
 SHAPING = Kind()  # decides what is computed
 FREE = Kind(kept=False)  # decides what is computed from here on: a run that is continued may change it
 EXECUTION = Kind(parts=False, kept=False)  # how it is computed
 MACHINE = Kind(parts=False, kept=False, recipe=False)  # where
+SAME_TEST = "the trials are compared on the same images"
+OTHER_IMAGES = Kind(kept=False, fixed=SAME_TEST, named=False)  # compare.py has a table for each data set
 SAME_IMAGES = "the trials are compared on the same validation images"
 # Settings by their dotted names without `init_args`. All others are of the kind of their group.
 SETTINGS = {
@@ -36,27 +42,34 @@ SETTINGS = {
     "patience": FREE,
     "stop_at_chance": FREE,
     "model.net.image_size": Kind(parts=False, recipe=False),  # follows data.image_size
+    "model.net.in_channels": Kind(default=1),
+    "model.net.num_classes": Kind(default=10),
+    "model.num_classes": Kind(default=10),
+    "model.scheduler_interval": Kind(default="epoch"),
+    "model.initialization": Kind(default="default"),
     "model.compile": EXECUTION,
     "model.checkpoint_activations": EXECUTION,
     "model.channels_last": EXECUTION,
     "model.flip_test": FREE,  # changes nothing in training, but adds an accuracy to the record
-    "data.data_dir": MACHINE._replace(fixed="the trials are compared on the same images"),
+    "data.data_dir": MACHINE._replace(fixed=SAME_TEST),
     # Checkpoints name no folder; a run that is continued keeps its classes, whatever their pictures.
-    "data.folder": Kind(kept=False, fixed="the trials are compared on the same images"),
-    "data.dataset": Kind(kept=False, fixed="the trials are compared on the same images"),
+    "data.folder": OTHER_IMAGES,
+    "data.dataset": OTHER_IMAGES,
+    "data.channels": Kind(default=1),
+    "data.std": Kind(default=1.0),
     "data.num_workers": MACHINE,
     "data.dataset_on_device": MACHINE,
     "data.eval_batch_size": EXECUTION,
-    "data.val_size": Kind(fixed=SAME_IMAGES),
+    "data.val_size": Kind(fixed=SAME_IMAGES, default=5000),
     "data.split_seed": Kind(fixed=SAME_IMAGES),
     "trainer.accelerator": MACHINE,
-    "trainer.devices": Kind(kept=False, recipe=False, left_open=("auto",)),
-    "trainer.num_nodes": Kind(kept=False, recipe=False),
+    "trainer.devices": Kind(kept=False, recipe=False, left_open=("auto",), named=False),  # the machine says it
+    "trainer.num_nodes": Kind(kept=False, recipe=False, named=False),
     "trainer.enable_progress_bar": MACHINE,
-    "trainer.precision": Kind(kept=False, left_open=(None,)),
-    "trainer.accumulate_grad_batches": SHAPING,
+    "trainer.precision": Kind(kept=False, left_open=(None,), default="32-true"),
+    "trainer.accumulate_grad_batches": Kind(default=1),
     "trainer.max_epochs": Kind(kept="scheduled"),
-    "trainer.max_steps": Kind(kept="scheduled"),
+    "trainer.max_steps": Kind(kept="scheduled", default=-1),
     "trainer.max_time": FREE,
     "trainer.gradient_clip_val": FREE,
     "trainer.gradient_clip_algorithm": FREE,

@@ -106,7 +106,7 @@ def _run_trials(request: Request, command: Command, folder: Path, output: Path) 
             _remove_checkpoints(folder, keep=best.user_attrs["folder"])
             _write_recipe(output, _record(folder / best.user_attrs["folder"]), best, request, command, space)
     if not _completed(study):
-        raise RunError(f"none of the {len(done)} trials was finished; the reasons are in {folder}")
+        raise RunError(f"no trial was finished; the reasons are in {folder}")
     return study
 
 
@@ -320,6 +320,6 @@ def _print_table(study: "optuna.Study", request: Request) -> None:
     counts = {state: sum(trial.state == state for trial in finished) for state in TrialState}
     rest = {"given up early": counts[TrialState.PRUNED], "failed": counts[TrialState.FAIL]}
     if more := len(completed) - SHOWN:
-        rest["further ones finished"] = max(more, 0)
+        rest["more finished"] = max(more, 0)
     if left := ", ".join(f"{count} {what}" for what, count in rest.items() if count):
         print(left)

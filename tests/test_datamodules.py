@@ -1068,7 +1068,7 @@ def test_bad_files_are_named_and_left_out_or_refused(tmp_path, caplog):
     cut.write_bytes(cut.read_bytes()[:200])
     (folder / "dog" / "notes.txt").touch()
     data = of_folder(folder, tmp_path)
-    assert "2 pictures can't be read and are left out: " in caplog.text
+    assert "2 pictures can't be read; left out: " in caplog.text
     assert "cat/broken.jpg is not a picture" in caplog.text
     assert "dog/cut.png" in caplog.text
     assert sum(map(len, (data.train_set, data.val_set, data.test_set))) == 40
@@ -1085,7 +1085,7 @@ def test_pictures_both_trained_on_and_tested_on_are_named(tmp_path, caplog):
     shutil.copy(folder / "train" / "cat" / "3.png", folder / "test" / "cat" / "copy.png")
     other = PicturesDataModule(str(folder / "." / "..") + "/own", data_dir=str(tmp_path / "made"), image_size=16)
     other.setup("fit")
-    assert "1 pictures are both trained on and measured on" in caplog.text
+    assert "1 picture in both training and evaluation" in caplog.text
     assert "train/cat/3.png and test/cat/copy.png" in caplog.text
 
 

@@ -1246,7 +1246,7 @@ def test_out_of_memory_names_sizes_and_what_to_try(model: str, subcommand: str, 
     assert answer.code == 1, answer
     lines = answer.err.strip().splitlines()
     assert len(lines) == 1, answer.err
-    assert "out of memory with batches of 1200 images of 20000x20000" in lines[0]
+    assert "out of memory with batches of 1,200 images of 20000x20000" in lines[0]
     assert "--batch_size 600" in lines[0] and "--image_size 14976" in lines[0]
 
 

@@ -54,14 +54,14 @@ def compare_py(*arguments: str, folder: Path, timeout: float = 200) -> Answer:
 
 @pytest.fixture
 def logs(trained: Run, tmp_path: Path) -> Path:
-    """Records of lenet with seeds 0 to 2, of lenet with another learning rate, and of nin."""
+    """Records of lenet with seeds 0 to 2, of lenet with another learning rate, and of a recipe of the user's own."""
     record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
     for seed, accuracy in enumerate((0.80, 0.82, 0.87)):
         write(tmp_path / f"lenet/version_{seed}", record, seed=seed, accuracy=accuracy)
     other = copy.deepcopy(record)
     other["config"]["model"]["optimizer"]["init_args"]["lr"] = 0.5
     write(tmp_path / "lenet/version_3", other, accuracy=0.1)
-    write(tmp_path / "nin/version_0", record | {"recipe": "nin", "flops": 1_525_000_000}, accuracy=0.85)
+    write(tmp_path / "mine/version_0", record | {"recipe": "mine", "flops": 1_525_000_000}, accuracy=0.85)
     return tmp_path
 
 
@@ -76,6 +76,23 @@ def write(folder: Path, record: dict[str, Any], seed: int = 0, accuracy: float |
     (folder / "record.json").write_text(json.dumps(record), encoding="utf-8")
 
 
+def test_different_data_are_never_in_one_table(
+    logs: Path, trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
+    write(logs / "photos", changed(record, data__folder="photos"), accuracy=0.99)
+    record["test"] |= {"images": 10_000, "test_set": 10_000, "right": pack_right([True] * 10_000)}
+    write(logs / "whole", record, accuracy=0.95)
+    assert compare.main([str(logs), "--output", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    titles = ["Fashion-MNIST, 500 test images", "photos, 500 test images", "Fashion-MNIST, 10,000 test images"]
+    for number, title in enumerate(sorted(titles, key=out.index), 1):
+        assert f"{title}:" in out
+        text = (tmp_path / f"out/data_{number}/report.md").read_text(encoding="utf-8")
+        assert text.startswith(f"# Comparison: {title}\n")
+        assert text.count(", seed ") == (5 if title == titles[0] else 1)
+
+
 @pytest.mark.parametrize(
     ("accuracy", "images", "low", "high"),
     [(0.5, 100, 0.4038, 0.5962), (1.0, 10, 0.7225, 1.0), (0.0, 10, 0.0, 0.2775), (0.9, 10_000, 0.8940, 0.9057)],
@@ -86,7 +103,7 @@ def test_wilson_interval(accuracy: float, images: int, low: float, high: float) 
 
 def test_seeds_are_folded_and_other_settings_are_not(logs: Path) -> None:
     groups = fold(find_runs([logs]))
-    assert [group.name for group in groups] == ["nin", "lenet (lr 0.005)", "lenet (lr 0.5)"]
+    assert [group.name for group in groups] == ["mine", "lenet", "lenet (lr 0.5)"]
     lenet = groups[1]
     assert [run.seed for run in lenet.runs] == [0, 1, 2]
     assert lenet.accuracy == pytest.approx(0.83)
@@ -95,12 +112,53 @@ def test_seeds_are_folded_and_other_settings_are_not(logs: Path) -> None:
     assert groups[0].deviation is None
 
 
+def changed(record: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """The record of a run with other settings than the recipe's: their dotted names, with __ for the dots."""
+    record = copy.deepcopy(record)
+    record["config"]["data"] |= {"batch_size": 128, "val_size": 5000}
+    for name, value in settings.items():
+        *path, last = name.split("__")
+        inside = record["config"]
+        for key in path:
+            inside = inside[key]
+        inside[last] = value
+    return record
+
+
+def test_runs_are_named_by_what_was_changed_in_their_recipe(trained: Run, tmp_path: Path) -> None:
+    record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
+    sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05}}
+    runs = {
+        "lenet": changed(record),
+        "lenet (batch_size 64, crop_padding 2)": changed(record, data__batch_size=64, data__crop_padding=2),
+        "lenet (SGD, lr 0.1)": changed(record, model__optimizer=sgd),
+        "lenet (no scheduler)": changed(record, model__scheduler=None),
+        "lenet (pooling average)": changed(record, model__net__init_args__pooling="average"),
+        "lenet (callbacks EMA, horizontal_flip)": changed(
+            record, data__horizontal_flip=True, trainer__callbacks=[{"class_path": "callbacks.ema.EMA"}]
+        ),
+        "lenet (val_size 0)": changed(record, data__val_size=0),
+        "lenet (precision bf16-mixed)": changed(record | {"precision": "bf16-mixed"}),
+        **{
+            f"mine (width {width})": changed(
+                record | {"recipe": "mine"}, model__net={"class_path": "mine.Net", "init_args": {"width": width}}
+            )
+            for width in (8, 16)
+        },
+    }
+    for number, one in enumerate(runs.values()):
+        write(tmp_path / str(number), one, accuracy=0.8)
+    groups = fold(find_runs([tmp_path]))
+    assert {group.name for group in groups} == set(runs)
+    assert groups[0].shared == ["max_epochs 3"]
+
+
 def test_where_a_run_lies_and_reads_its_data_does_not_part_it(logs: Path, trained: Run) -> None:
     record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
     record["config"]["data"] |= {"data_dir": "elsewhere", "num_workers": 3}
     record["config"]["log_dir"] = "there"
     write(logs / "moved", record, seed=3, accuracy=0.9)
-    (group,) = (group for group in fold(find_runs([logs])) if group.name == "lenet (lr 0.005)")
+    (group,) = (group for group in fold(find_runs([logs])) if group.name == "lenet")
     assert [run.seed for run in group.runs] == [0, 1, 2, 3]
 
 
@@ -122,7 +180,7 @@ def test_records_may_lie_anywhere_under_any_name(
     for seed, file in enumerate(files):
         file.write_text(json.dumps(record | {"seed": seed}), encoding="utf-8")
     assert compare.main([str(file) for file in files]) == 0
-    assert "0-2" in capsys.readouterr().out
+    assert re.search(r"lenet\*  +3 ", capsys.readouterr().out)  # three seeds
 
 
 def test_unfinished_runs_are_left_out_and_counted(logs: Path, trained: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,8 +201,9 @@ def test_table_of_a_real_run(trained: Run, capsys: pytest.CaptureFixture[str]) -
     seconds = statistics.median(epoch["seconds"] for epoch in record["epochs"])
     memory = record["peak_memory_bytes"]
     assert cells == [
-        "lenet *",  # 3 epochs are not the recipe's 8
-        "0",
+        "1",
+        "lenet*",  # 3 epochs are not the recipe's 8
+        "1",
         f"{record['test']['accuracy']:.4f}",
         f"{low:.4f} to {high:.4f}",
         "61.71 k",
@@ -169,7 +228,7 @@ def test_report(logs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out" / "deep"
     assert compare.main([str(logs), "--output", str(folder)]) == 0
     text = (folder / "report.md").read_text(encoding="utf-8")
-    table = [line for line in text.splitlines() if line.startswith("| lenet (lr 0.005)")]
+    table = [line for line in text.splitlines() if line.startswith("| 2 | lenet\\* | 3 |")]
     assert len(table) == 1
     assert "0.8300 ± 0.0361" in table[0]
     for name in ("accuracy_time.png", "accuracy_flops.png", "curves.png", "class_accuracy.png"):
@@ -180,10 +239,10 @@ def test_report(logs: Path, tmp_path: Path) -> None:
     with (folder / "runs.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["network"], row["seed"], float(row["test_accuracy"])) for row in rows] == [
-        ("nin", "0", 0.85),
-        ("lenet (lr 0.005)", "0", 0.80),
-        ("lenet (lr 0.005)", "1", 0.82),
-        ("lenet (lr 0.005)", "2", 0.87),
+        ("mine", "0", 0.85),
+        ("lenet", "0", 0.80),
+        ("lenet", "1", 0.82),
+        ("lenet", "2", 0.87),
         ("lenet (lr 0.5)", "0", 0.1),
     ]
     assert float(rows[0]["flops"]) == 1_525_000_000
@@ -522,7 +581,7 @@ def test_partial_runs_are_marked(
     assert group.partial == ["3 of 8 epochs", *([reason] if reason else [])]
     assert group.interval == wilson(0.8, tested)
     assert compare.main([str(tmp_path), "--output", str(tmp_path / "out")]) == 0
-    line = f"* partial: lenet: {', '.join(group.partial)}"
+    line = f"* partial, {', '.join(group.partial)}: the run"
     assert line in capsys.readouterr().out
     assert f"\\{line}" in (tmp_path / "out/report.md").read_text(encoding="utf-8")
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from datamodules.files.finding import DatasetError
 from datamodules.files.listing import File, Listing, list_folder, printable, warn_once
 from datamodules.files.pictures import PictureError, read_picture
+from errors import count
 
 VERSION = 2  # of what a cache holds
 Fit = Literal["crop", "pad", "stretch"]
@@ -222,9 +223,9 @@ def _complain(where: str, found: dict[str, Any], bad_files: str) -> None:
     if bad := found["bad"]:
         named = "; ".join(f"{name} {why}" for name, why in bad[:3]) + ("; ..." if len(bad) > 3 else "")
         if bad_files == "refuse":
-            raise DatasetError(f"{len(bad):,} pictures in {where} can't be read: {named}; or --data.bad_files skip")
-        warn_once(f"{where}: {len(bad):,} pictures can't be read and are left out: {named}")
+            raise DatasetError(f"{count(len(bad), 'picture')} in {where} can't be read: {named}; or --data.bad_files skip")
+        warn_once(f"{where}: {count(len(bad), 'picture')} can't be read; left out: {named}")
     if twice := found["twice"]:
         named = "; ".join(f"{one} and {other}" for one, other in twice[:3]) + ("; ..." if len(twice) > 3 else "")
-        shared = "pictures are both trained on and measured on, which flatters the result"
-        warn_once(f"{where}: {len(twice):,} {shared}: {named}")
+        shared = f"{count(len(twice), 'picture')} in both training and evaluation, which flatters the result"
+        warn_once(f"{where}: {shared}: {named}")

@@ -1,0 +1,95 @@
+"""What each group of runs is called: its recipe, and in brackets what was changed in it.
+
+Imports nothing heavy.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from itertools import chain
+from typing import Any
+
+from cli.recipes import load_yaml, recipes
+from errors import UserError
+from runs.settings import kind, leaves
+
+CLASS, MACHINE = ".class_path", "machine"
+Settings = dict[str, Any]  # by dotted name, without `init_args`
+
+
+def name_all(runs: Sequence[tuple[str, Settings]]) -> tuple[list[str], list[str]]:
+    """A name for each run, and what was changed in all of them, which is in no name.
+
+    Args:
+        runs: The recipe and the settings of each.
+    """
+    changes = [_changes(recipe, mine, [other for name, other in runs if name == recipe]) for recipe, mine in runs]
+    # What was changed in a recipe of the user's own is not known; its runs share whatever they have.
+    have = [
+        changed if recipe_settings(recipe) else [_in_words(*setting) for setting in mine.items()]
+        for (recipe, mine), changed in zip(runs, changes, strict=True)
+    ]
+    shared = [text for text in dict.fromkeys(chain(*changes)) if all(text in texts for texts in have)]
+    own = [", ".join(text for text in texts if text not in shared) for texts in changes]
+    return [f"{recipe} ({texts})" if texts else recipe for (recipe, _), texts in zip(runs, own, strict=True)], shared
+
+
+def _changes(recipe: str, settings: Settings, others: Sequence[Settings]) -> list[str]:
+    """What was changed in a recipe, a few words each, in the recipe's order.
+
+    A setting that the recipe leaves to a default counts as changed in every run of the recipe as soon as they differ
+    in it, unless the default is known.
+    """
+    written = recipe_settings(recipe)
+    classes = {name for name in (*written, *settings) if name.endswith(CLASS)}
+
+    def is_changed(name: str, value: Any) -> bool:
+        owner = next((one for one in classes if f"{name}.".startswith(one.removesuffix(CLASS) + ".")), "")
+        if name in written:
+            replaced = name != owner and not _agree(written.get(owner), settings.get(owner))
+            return not _agree(written[name], value) and not (replaced and value is None)
+        default = kind(name).default
+        if written and (default is not None or not owner) and name != MACHINE:
+            return value is not None and not _agree(default, value)
+        comparable = [one for one in others if one.get(owner) == settings.get(owner)]
+        return bool(value) and not all(_agree(value, one.get(name)) for one in comparable)
+
+    names = [name for name in {**written, **settings} if name in settings or kind(name).parts]
+    return [
+        _in_words(name, settings.get(name))
+        for name in names
+        if kind(name).named and is_changed(name, settings.get(name))
+    ]
+
+
+@cache
+def recipe_settings(recipe: str) -> Settings:
+    """What the file of one of the project's recipes says; empty if there is no such recipe."""
+    try:
+        return leaves(load_yaml(recipes()[recipe]))
+    except (KeyError, UserError):
+        return {}
+
+
+def _agree(written: Any, value: Any) -> bool:
+    """Whether a value is what a recipe says: numbers may be written in any way, and objects without their defaults."""
+    if isinstance(written, dict) and isinstance(value, dict):
+        return all(key in value and _agree(one, value[key]) for key, one in written.items())
+    if isinstance(written, list) and isinstance(value, list):
+        return len(written) == len(value) and all(map(_agree, written, value))
+    try:
+        return float(written or 0) == float(value or 0)
+    except (TypeError, ValueError):
+        return str(written).rpartition(".")[2] == str(value).rpartition(".")[2]
+
+
+def _in_words(name: str, value: Any) -> str:
+    label = name.removesuffix(CLASS).rpartition(".")[2]
+    if name.endswith(CLASS) and value:
+        return str(value).rpartition(".")[2]
+    if value is None or isinstance(value, bool):
+        return label if value else f"no {label}"
+    if isinstance(value, list) and all(isinstance(one, dict) and "class_path" in one for one in value):
+        value = ", ".join(str(one["class_path"]).rpartition(".")[2] for one in value)
+    if isinstance(value, float):
+        value = f"{value:.6g}"
+    return str(value) if label == MACHINE else f"{label} {value}"
