@@ -194,7 +194,7 @@ def one_line(message: str) -> str:
 
 def count(number: int, noun: str) -> str:
     """The number with its noun, in the plural where it needs one: "1 epoch", "2,000 batches"."""
-    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith(('s', 'ch')) else 's'}"
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith(('s', 'tch')) else 's'}"
 
 
 def plain(text: str) -> str:

@@ -13,6 +13,7 @@ from errors import UserError
 from runs.settings import kind, leaves
 
 CLASS, MACHINE = ".class_path", "machine"
+MEASURED = ("data.mean", "data.std", "data.channels")  # on any data set but Fashion-MNIST
 Settings = dict[str, Any]  # by dotted name, without `init_args`
 
 
@@ -53,12 +54,10 @@ def _changes(recipe: str, settings: Settings, others: Sequence[Settings]) -> lis
         comparable = [one for one in others if one.get(owner) == settings.get(owner)]
         return bool(value) and not all(_agree(value, one.get(name)) for one in comparable)
 
-    names = [name for name in {**written, **settings} if name in settings or kind(name).parts]
-    return [
-        _in_words(name, settings.get(name))
-        for name in names
-        if kind(name).named and is_changed(name, settings.get(name))
-    ]
+    names = [name for name in {**written, **settings} if (name in settings or kind(name).parts) and kind(name).named]
+    if settings.get("data.folder") or settings.get("data.dataset"):
+        names = [name for name in names if name not in MEASURED]
+    return [_in_words(name, settings.get(name)) for name in names if is_changed(name, settings.get(name))]
 
 
 @cache

@@ -34,6 +34,7 @@ EXECUTION = Kind(parts=False, kept=False)  # how it is computed
 MACHINE = Kind(parts=False, kept=False, recipe=False)  # where
 SAME_TEST = "the trials are compared on the same images"
 OTHER_IMAGES = Kind(kept=False, fixed=SAME_TEST, named=False)  # compare.py has a table for each data set
+OF_THE_DATA = Kind(named=False)
 SAME_IMAGES = "the trials are compared on the same validation images"
 # Settings by their dotted names without `init_args`. All others are of the kind of their group.
 SETTINGS = {
@@ -42,9 +43,9 @@ SETTINGS = {
     "patience": FREE,
     "stop_at_chance": FREE,
     "model.net.image_size": Kind(parts=False, recipe=False),  # follows data.image_size
-    "model.net.in_channels": Kind(default=1),
-    "model.net.num_classes": Kind(default=10),
-    "model.num_classes": Kind(default=10),
+    "model.net.in_channels": OF_THE_DATA,
+    "model.net.num_classes": OF_THE_DATA,
+    "model.num_classes": OF_THE_DATA,
     "model.scheduler_interval": Kind(default="epoch"),
     "model.initialization": Kind(default="default"),
     "model.compile": EXECUTION,
@@ -55,6 +56,10 @@ SETTINGS = {
     # Checkpoints name no folder; a run that is continued keeps its classes, whatever their pictures.
     "data.folder": OTHER_IMAGES,
     "data.dataset": OTHER_IMAGES,
+    "data.class_names": OF_THE_DATA,
+    "data.stored_size": OF_THE_DATA,
+    "data.fit": Kind(default="crop"),
+    "data.bad_files": Kind(default="skip"),
     "data.channels": Kind(default=1),
     "data.std": Kind(default=1.0),
     "data.num_workers": MACHINE,

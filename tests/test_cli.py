@@ -10,7 +10,7 @@ import pytest
 from cli.command import parse_command_line
 from cli.flags import FLAGS, SUBCOMMANDS, help_text
 from cli.recipes import load_yaml, recipes
-from errors import UserError
+from errors import UserError, count
 
 REPO = Path(__file__).parents[1]
 
@@ -32,6 +32,18 @@ def test_a_recipe_alone_is_fit_followed_by_test():
     assert (command.subcommand, command.then_test, command.recipe) == ("fit", True, "alexnet")
     assert command.configs == [REPO / "configs" / "alexnet.yaml"]
     assert command.overrides == []
+
+
+def test_an_unknown_recipe_lists_them_all():
+    listed = refusal("--model zzzzz").partition("the recipes are: ")[2].split(", ")
+    assert set(listed) == set(recipes()) and "/" not in listed[0]
+
+
+def test_counts_agree_with_their_nouns():
+    counted = [count(number, noun) for number in (0, 1, 2000) for noun in ("epoch", "batch", "process")]
+    assert counted[:3] == ["0 epochs", "0 batches", "0 processes"]
+    assert counted[3:6] == ["1 epoch", "1 batch", "1 process"]
+    assert counted[6:] == ["2,000 epochs", "2,000 batches", "2,000 processes"]
 
 
 @pytest.mark.parametrize("subcommand", SUBCOMMANDS)

@@ -4,6 +4,7 @@ import base64
 import copy
 import csv
 import gzip
+import inspect
 import json
 import math
 import os
@@ -29,7 +30,7 @@ from PIL import Image
 import compare
 import sweep
 from benchmarks.harness.side_by_side import RESULTS
-from datamodules import CLASS_NAMES
+from datamodules import CLASS_NAMES, PicturesDataModule
 from errors import UserError
 from runs import report, training
 from runs import sweeps as sweeping
@@ -704,7 +705,8 @@ def test_many_comparisons_are_corrected(logs: Path) -> None:
 
 def test_every_setting_is_of_one_kind() -> None:
     config = json.loads((RESULTS / "runs/lenet-seed0-cpu.json").read_text(encoding="utf-8"))["config"]
-    known = set(leaves(config)) | {"model.net.image_size", "trainer.limit_test_batches", "data.folder"}
+    known = set(leaves(config)) | {"model.net.image_size", "trainer.limit_test_batches"}
+    known |= {f"data.{name}" for name in inspect.signature(PicturesDataModule).parameters}
     assert set(SETTINGS) - known <= {"model.checkpoint_activations", "model.flip_test", "pretrained"}, (
         "no such settings"
     )

@@ -223,7 +223,9 @@ def _complain(where: str, found: dict[str, Any], bad_files: str) -> None:
     if bad := found["bad"]:
         named = "; ".join(f"{name} {why}" for name, why in bad[:3]) + ("; ..." if len(bad) > 3 else "")
         if bad_files == "refuse":
-            raise DatasetError(f"{count(len(bad), 'picture')} in {where} can't be read: {named}; or --data.bad_files skip")
+            raise DatasetError(
+                f"{count(len(bad), 'picture')} in {where} can't be read: {named}; or --data.bad_files skip"
+            )
         warn_once(f"{where}: {count(len(bad), 'picture')} can't be read; left out: {named}")
     if twice := found["twice"]:
         named = "; ".join(f"{one} and {other}" for one, other in twice[:3]) + ("; ..." if len(twice) > 3 else "")
