@@ -85,6 +85,8 @@ def _value_and_reason(name: str, body: str) -> tuple[str, str]:
         return value, f"there is no module {match[1]} here (the working folder was searched too)"
     if match := re.search(r"Import path \S+ does not correspond to a subclass of (\w+)", body):
         return value, f"it is not a subclass of {match[1]}"
+    if " Subclass types expect one of" in value:
+        return value.partition(" Subclass types expect")[0], "the name of a class was expected"
     texts = re.findall(r"Expected an? (.+?)(?=\.? (?:- |Got value|Given value)|$)", body)
     expected = list(dict.fromkeys(kind for text in texts for kind in _kinds(text)))
     if not expected:

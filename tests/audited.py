@@ -24,23 +24,25 @@ def named(path: Any) -> str | None:
     return None if isinstance(path, int) else os.fsdecode(path).removeprefix("b'")  # TensorBoard's
 
 
+def noticed(event: str, args: tuple[Any, ...], mine: Path) -> str | None:
+    """What an audit event says of a process, a connection, or a change of files elsewhere than in a folder."""
+    if event in STARTS:
+        harmless = event == "subprocess.Popen" and args[1][:2] in (["git", "describe"], ["uname", "-p"])
+        return None if harmless else f"{event} {args[:2]}"
+    if event in CHANGES or (event == "open" and isinstance(args[2], int) and args[2] & WRITING):
+        path = named(args[0])
+        allowed = (str(mine), "/dev/", "/proc/self/")
+        if path is not None and not os.path.abspath(path).startswith(allowed):  # noqa: PTH100 - links as they stand
+            return f"{event} {path}"
+    return None
+
+
 def watch(folder: Path) -> None:
     """Report on standard error what starts a process, connects, or changes files elsewhere than in folder/logs."""
-    mine = (str(folder / "logs"), "/dev/", "/proc/self/")
 
     def see(event: str, args: tuple[Any, ...]) -> None:
-        if event in STARTS:
-            harmless = event == "subprocess.Popen" and args[1][:2] in (
-                ["git", "describe"],
-                ["uname", "-p"],
-            )
-            seen = None if harmless else str(args[:2])
-        elif event in CHANGES or (event == "open" and isinstance(args[2], int) and args[2] & WRITING):
-            seen = named(args[0])
-        else:
-            return
-        if seen is not None and not os.path.abspath(seen).startswith(mine):  # noqa: PTH100 - links as they stand
-            os.write(2, f"AUDIT {event} {seen}\n".encode(errors="replace"))
+        if seen := noticed(event, args, folder / "logs"):
+            os.write(2, f"AUDIT {seen}\n".encode(errors="replace"))
 
     sys.addaudithook(see)
 

@@ -4,23 +4,30 @@ Whatever is not refused must be right; whatever is refused must be refused with 
 """
 
 import contextlib
+import copy
 import gzip
+import hashlib
 import io
+import json
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
-from commands import DATA
-from conftest import examples
+from audited import noticed
+from commands import DATA, REPO
+from conftest import Run, examples
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from checkpoints.reading import read_checkpoint
+import compare
+from checkpoints.reading import listed, read_checkpoint
 from cli.command import Command, parse_command_line
 from cli.flags import FLAGS, SUBCOMMANDS
 from cli.recipes import load_yaml, recipes
@@ -264,3 +271,87 @@ def test_damaged_pictures(folder: Path, kind: str, edits: list) -> None:
         warnings.simplefilter("ignore")
         with contextlib.suppress(PictureError):
             assert min(read_picture(path).size) > 0
+
+
+# ---- Files in JSON: the record of a run, and the list beside released weights.
+
+HOSTILE = st.sampled_from(
+    ["\x1b]0;title\x07", "a\nb\r\u2028c", "\u202e", "\ud800", "[red]x[/]", "<script>", "a | b", "../..", "/etc/passwd"]
+)
+JSON = st.one_of(HOSTILE, NODES, st.sampled_from([10**400, -1, 1e308, 2**63, [[[[[]]]]], "x" * 5000]))
+WATCHED: list[list[str]] = []  # what happens is added to the last one, while there is one
+
+
+@pytest.fixture(scope="module")
+def audit(folder: Path) -> None:
+    def see(event: str, args: tuple[Any, ...]) -> None:
+        if WATCHED and (seen := noticed(event, args, folder / "none")):
+            WATCHED[-1].append(seen)
+
+    sys.addaudithook(see)  # for good: a hook can't be taken away
+
+
+def mutated(content: Any, where: float, kind: str, value: Any, name: str) -> Any:
+    """A copy in which one entry holds another value, has another name, or is missing; first its section is chosen."""
+    content = copy.deepcopy(content)
+    section = sorted(content)[int(where * len(content))]
+    found = [(section,), *((section, *place) for place in sorted(places(content[section])))]
+    *parents, key = found[int(where * len(content) % 1 * len(found))]
+    at = content
+    for parent in parents:
+        at = at[parent]
+    old = at.pop(key)
+    if kind != "delete":
+        at[key if kind == "replace" else name] = value if kind == "replace" else old
+    return content
+
+
+MUTATED = (st.floats(0, 1, exclude_max=True), st.sampled_from(["replace", "rename", "delete"]), JSON, HOSTILE)
+
+
+@FEW
+@given(*MUTATED)
+@pytest.mark.usefixtures("audit")
+def test_whatever_a_record_holds(folder: Path, trained: Run, where: float, kind: str, value: Any, name: str) -> None:
+    """One line that names the file, or a table in which every text is shown as text; nothing is touched."""
+    record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
+    for seed, content in enumerate((record, mutated(record, where, kind, value, name))):
+        path = folder / "runs" / str(seed) / "record.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content), encoding="utf-8")
+    out, err, seen = io.StringIO(), io.StringIO(), []
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        WATCHED.append(seen)
+        try:
+            code = compare.main([str(folder / "runs")])
+        finally:
+            WATCHED.pop()
+    assert not seen
+    said = out.getvalue() + err.getvalue()
+    assert all(char.isprintable() or char == "\n" for char in said)
+    assert code == 0 or (code, err.getvalue().count("\n"), str(path) in said) == (2, 1, True)
+
+
+@SOME
+@given(*MUTATED)
+@pytest.mark.usefixtures("audit")
+def test_whatever_a_list_of_weights_holds(
+    folder: Path, saved: bytes, where: float, kind: str, value: Any, name: str
+) -> None:
+    (folder / "listed").mkdir(exist_ok=True)
+    path = folder / "listed" / "lenet.ckpt"
+    path.write_bytes(saved)
+    content = json.loads((REPO / "weights" / "weights.json").read_text(encoding="utf-8"))
+    content["lenet.ckpt"]["sha256"] = hashlib.sha256(saved).hexdigest()
+    path.with_name("weights.json").write_text(json.dumps(mutated(content, where, kind, value, name)), encoding="utf-8")
+    seen: list[str] = []
+    WATCHED.append(seen)
+    try:
+        accuracy = listed(path).get("test_accuracy") or 0
+        assert isinstance(accuracy, float | int) and 0 <= accuracy <= 1
+        assert torch.equal(read_checkpoint(path)["state_dict"]["weights"], torch.arange(3000.0))
+    except UserError as error:
+        assert "weights.json" in str(error) and "\n" not in str(error)
+    finally:
+        WATCHED.pop()
+    assert not seen
