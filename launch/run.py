@@ -20,7 +20,7 @@ from callbacks.divergence_guard import ADVICE, is_overflow
 from callbacks.processes import Processes, end_process
 from cli.command import Command
 from datamodules import DatasetError
-from errors import Diverged, RunError, UserError, one_line, run_program
+from errors import Diverged, RunError, UserError, one_line, run_program, shown
 from launch import verbs
 from launch.classifier_cli import ClassifierCLI
 from launch.memory import advice, is_out_of_memory, keep_freed_memory
@@ -89,6 +89,7 @@ def _one_line_errors(cli: ClassifierCLI) -> Iterator[None]:
         if is_overflow(error):
             first = os.environ.get("LOCAL_RANK", "0") == "0"
             raise Diverged(f"the optimiser's step is too large for the weights; {ADVICE}" if first else "") from None
+        _check_folder(cli)
         if not is_out_of_memory(error):
             raise
         data = cli.config.data
@@ -97,6 +98,7 @@ def _one_line_errors(cli: ClassifierCLI) -> Iterator[None]:
             size, flag = data.eval_batch_size or size, "--data.eval_batch_size"
         raise RunError(advice(size, data.image_size, flag)) from None
     except OSError as error:
+        _check_folder(cli)
         if error.errno not in UNWRITABLE:
             raise
         raise RunError(f"{error.filename or 'a file of the run'} can't be written: {error.strerror}") from None
@@ -104,6 +106,13 @@ def _one_line_errors(cli: ClassifierCLI) -> Iterator[None]:
         if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning turns into exit code 1
             raise KeyboardInterrupt from None
         raise
+
+
+def _check_folder(cli: ClassifierCLI) -> None:
+    """Say so if the cause of an error is that somebody removed the folder of the run."""
+    folder = cli.callbacks.folder.path if hasattr(cli, "callbacks") else None
+    if folder and not folder.exists():
+        raise RunError(f"{shown(folder)} was removed while the run wrote to it; start it again") from None
 
 
 def _quiet() -> None:
