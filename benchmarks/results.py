@@ -1,4 +1,4 @@
-"""Trains what the READMEs' tables show, within a time budget, and writes tables and plot from the records.
+"""Trains what the tables of README and docs show, within a time budget, and writes tables and plot from the records.
 
     python -m benchmarks.results --accelerator gpu --hours 8    # the same command continues where it stopped
     python -m benchmarks.results --list                         # what would run, what is done, how long it may take

@@ -178,10 +178,10 @@ class ClassifierCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, AttributeError, AssertionError) as error:  # raised by the network itself
-            if "uninitialized parameter" in str(error):  # of a lazy layer, when weights are drawn or the optimiser is made
+            if "uninitialized parameter" in str(error):  # when weights are drawn, or the optimiser is made
                 raise UserError(
-                    f"{self.config.model.net.class_path} has lazy layers, which get their sizes when it is used; use it "
-                    "once at the end of its __init__: self(torch.zeros(1, CHANNELS, HEIGHT, WIDTH))"
+                    f"{self.config.model.net.class_path} has lazy layers, which get their sizes when it is first used; "
+                    "use it once at the end of its __init__: self(torch.zeros(1, CHANNELS, HEIGHT, WIDTH))"
                 ) from None
             raise UserError(one_line(str(error) or type(error).__name__)) from None
         except RuntimeError as error:

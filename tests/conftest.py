@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; idle OpenMP threads spin
-# Ignored under nohup and in the background. The processes of the tests would inherit that, and some are sent the signal.
-for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
-    if signal.getsignal(number := getattr(signal, name, signal.SIGINT)) == signal.SIG_IGN:
-        signal.signal(number, handler)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # As under nohup in the background. The processes of the tests would inherit it, and some are sent a Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as above
 
 import pytest
 from commands import DATA, Answer, run, start_server

@@ -1,7 +1,8 @@
 """The tables of the READMEs and the results in docs/, written from the records.
 
-What stands between `<!-- results FAMILY -->` and `<!-- /results -->` becomes the table of that family of entries, and
-after `<!-- results MODULE -->`, in a page of docs/, that of the entries whose network is in models/MODULE.py.
+What stands between `<!-- results FAMILY -->` and `<!-- /results -->` becomes the table of that family of entries;
+after `<!-- results MODULE -->`, in a page of docs/, that of the entries whose network is in models/MODULE.py; and after
+`<!-- results first -->` the short one with which the READMEs begin.
 `<!-- throughput DEVICE -->` and `<!-- measured DEVICE -->` are the tables of the benchmarks. Where a record is missing,
 so is its line or its cell.
 """
@@ -78,6 +79,8 @@ def results_table(name: str, results: Results, language: Language) -> str:
     Raises:
         UserError: If there is neither.
     """
+    if name == "first":
+        return _first(results, language)
     if name in {entry.family for entry in results.entries}:
         entries = [entry for entry in results.entries if entry.family == name]
         return _best(entries, results, language) if name == "best" else _family(entries, results, language)
@@ -119,6 +122,22 @@ def _best(entries: Sequence[Entry], results: Results, language: Language) -> str
             counts = ", ".join(filter(None, (seeds, more_seeds)))
             rows.append((*model, first, second, flipped, counts, _time(parts[1] or parts[0], device)))
     return _markdown([_header("best", language), *rows], left=1)
+
+
+def _first(results: Results, language: Language) -> str:
+    """What `tables.yaml` lists for the first look at the README."""
+    rows = []
+    for entry in [entry for name in TEXTS["first"] for entry in results.entries if entry.name == name]:
+        for device in [device for device in results.devices if results.of(entry, device)]:
+            runs = results.of(entry, device)
+            machine = " / ".join(dict.fromkeys(run.machine.removeprefix("NVIDIA ") for run in runs))
+            cores = {run.record["machine"].get("cores") for run in runs} if device == "cpu" else set()
+            place = machine + "".join(TEXTS["cores"][language.number].format(count) for count in cores if count)
+            command = " ".join([entry.recipe, *entry.flags])
+            network = entry.network[language.number] if entry.network else _class(entry)
+            time = _time(runs, device).partition(",")[0]
+            rows.append((f"`{command}`", network, *_score(runs, language)[:1], time, place))
+    return _markdown([_header("first", language), *rows], left=2)
 
 
 def throughput_table(record: dict[str, Any] | None, language: Language) -> str:
