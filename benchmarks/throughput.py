@@ -171,7 +171,7 @@ def _contest(
         fast = ["--fast"] if device == "cuda" or name == BF16_PEAK else []
         loop = ["-m", "benchmarks.peers.plain_loops", PEAK if name == BF16_PEAK else name, *settings, *fast]
         contestants[name] = partial(Contestant, [*loop, "--device", device, "--data_dir", options.data_dir])
-    return contest(contestants, budget, options.turn)
+    return contest(contestants, budget, options.turn, least_rounds=5, least_steps=10)
 
 
 def _in_bf16(ours: list[str], device: str) -> Contestant:

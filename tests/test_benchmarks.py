@@ -69,6 +69,13 @@ def test_contestants_take_turns(tmp_path):
     assert all(0 < turn["rate"] <= 10 / 0.02 for name in names for turn in turns[name])
 
 
+def test_a_turn_holds_as_many_steps_as_asked_for_after_two_that_do_not_count(tmp_path):
+    log = tmp_path / "log"
+    turns, _ = contest({"A": partial(contestant, "A", log)}, 0, 0.0, least_rounds=3, least_steps=4)
+    assert [turn["steps"] for turn in turns["A"]] == [4, 4, 4]
+    assert len(log.read_text()) >= 3 * (2 + 4)
+
+
 def test_a_contestant_that_can_not_take_part_is_named(tmp_path):
     absent = "from benchmarks.harness.side_by_side import Turns; Turns().missing('it is not installed')"
 

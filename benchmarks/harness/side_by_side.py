@@ -44,8 +44,8 @@ class Turns:
 
     Args:
         device: "cpu" or "cuda"; a turn waits for the latter at its beginning and its end.
-        warm_up: Seconds of unmeasured steps at the beginning of a turn. If one step takes longer than that, only
-            the very first is not measured.
+        warm_up: Seconds of unmeasured steps at the beginning of a turn, two steps at least: the first ones after a
+            pause are slow, with memory given back and caches cold. A turn of a single step has them only once.
     """
 
     def __init__(self, device: str = "cpu", warm_up: float = 0.3) -> None:
@@ -54,11 +54,12 @@ class Turns:
         self._device = device
         self._warm_up = warm_up
         self._step_seconds = 0.0
-        self._begin(0.0)
+        self._begin(0.0, 1)
 
-    def _begin(self, seconds: float) -> None:
-        self._seconds, self._amount, self._steps = seconds, 0.0, 0
-        self._measuring = self._step_seconds > self._warm_up  # long steps need no further warm-up
+    def _begin(self, seconds: float, least_steps: int) -> None:
+        self._seconds, self._least_steps, self._amount, self._steps = seconds, least_steps, 0.0, 0
+        self._measuring = least_steps == 1 and self._step_seconds > self._warm_up
+        self._unmeasured = 0 if least_steps == 1 else 2
         self._start_clocks()
         self._last = self._begun
 
@@ -78,14 +79,15 @@ class Turns:
         now = time.perf_counter()
         if not self._measuring:
             self._step_seconds, self._last = now - self._last, now
-            if now - self._begun >= self._warm_up:
+            self._unmeasured -= 1
+            if now - self._begun >= self._warm_up and self._unmeasured <= 0:
                 synchronize(self._device)
                 self._start_clocks()
                 self._measuring = True
             return
         self._steps += 1
         self._amount += amount
-        if now - self._begun >= self._seconds:
+        if now - self._begun >= self._seconds and self._steps >= self._least_steps:
             synchronize(self._device)
             elapsed = time.perf_counter() - self._begun
             self._step_seconds = elapsed / self._steps
@@ -103,7 +105,8 @@ class Turns:
         line = sys.stdin.readline()
         if not line:
             os._exit(0)  # the contest is over; nothing here is worth saving
-        self._begin(float(line))
+        seconds, least_steps = line.split()
+        self._begin(float(seconds), int(least_steps))
 
 
 class Contestant:
@@ -135,10 +138,10 @@ class Contestant:
             self.stop()
             raise
 
-    def turn(self, seconds: float) -> dict[str, Any]:
-        """Let it work for about this many seconds; returns what it reports."""
+    def turn(self, seconds: float, least_steps: int = 1) -> dict[str, Any]:
+        """Let it work for about this many seconds, and this many measured steps; returns what it reports."""
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{seconds}\n")
+        self.process.stdin.write(f"{seconds} {least_steps}\n")
         self.process.stdin.flush()
         return self._read()
 
@@ -172,15 +175,20 @@ class Contestant:
 
 
 def contest(
-    contestants: Mapping[str, Callable[[], Contestant]], budget: float, turn: float, least_rounds: int = 2
+    contestants: Mapping[str, Callable[[], Contestant]],
+    budget: float,
+    turn: float,
+    least_rounds: int = 2,
+    least_steps: int = 1,
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
     """Let all contestants take turns.
 
     Args:
         contestants: Name to command; they take turns in this order.
         budget: Seconds for the whole contest, start included.
-        turn: Seconds for each turn, at least; a turn holds at least one step.
+        turn: Seconds for each turn, at least.
         least_rounds: Number of rounds that are run even if the budget is used up.
+        least_steps: Number of measured steps in a turn, at least.
 
     Returns:
         The reports of each contestant's turns, and why others could not take part.
@@ -206,7 +214,7 @@ def contest(
             for name, contestant in [*running.items()]:
                 time.sleep(SETTLE)
                 try:
-                    turns[name].append(contestant.turn(turn))
+                    turns[name].append(contestant.turn(turn, least_steps))
                 except Ended as reason:  # often out of memory; the others go on
                     if name == next(iter(contestants)):
                         raise
