@@ -319,7 +319,8 @@ def test_whatever_a_record_holds(folder: Path, trained: Run, where: float, kind:
         path = folder / "runs" / str(seed) / "record.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content), encoding="utf-8")
-    out, err, seen = io.StringIO(), io.StringIO(), []
+    out, err = io.StringIO(), io.StringIO()
+    seen: list[str] = []
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         WATCHED.append(seen)
         try:
