@@ -4,6 +4,7 @@ Only light modules are imported here; training happens in processes of its own, 
 """
 
 import sys
+from pathlib import Path
 
 from cli.command import parse_command_line
 from cli.flags import FLAGS
@@ -32,8 +33,8 @@ def parser() -> Parser:
         NOT_PASSED,
     )
     parser.usage = (
-        "python compare.py [RUNS...] [--log_dir DIR] [--output DIR]\n"
-        "       python compare.py --train RECIPE... [--seeds N] [--output DIR] [flags of train.py]"
+        "python compare.py [RUNS...] [--log_dir DIR] [--output [DIR]]\n"
+        "       python compare.py --train RECIPE... [--seeds N] [--output [DIR]] [flags of train.py]"
     )
     parser.add_argument(
         "paths",
@@ -44,7 +45,12 @@ def parser() -> Parser:
     )
     parser.add_argument("--log_dir", type=path, metavar="DIR", help="folder of the runs (default: logs)")
     parser.add_argument(
-        "--output", type=path, metavar="DIR", help="also write report.md, runs.csv and plots (PNG) into this folder"
+        "--output",
+        type=path,
+        nargs="?",
+        const=Path("outputs", "comparison"),
+        metavar="DIR",
+        help="also write report.md, runs.csv and plots (PNG), into this folder or outputs/comparison",
     )
     parser.add_argument(
         "--train",

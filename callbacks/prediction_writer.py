@@ -10,6 +10,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from callbacks.run_folder import next_folder
+
 
 class PredictionWriter(Callback):
     """Writes one line per image: index, label, predicted class, and the probability of every class.
@@ -17,12 +19,16 @@ class PredictionWriter(Callback):
     With several processes, each writes its own batches, with the images' indices, into its own file.
 
     Args:
-        path: The CSV file.
+        parent: Where a folder is made for the file.
         class_names: Names of the classes, in order.
+
+    Attributes:
+        path: The file, when it is written.
+        images: How many lines it has.
     """
 
-    def __init__(self, path: Path, class_names: Sequence[str]) -> None:
-        self.path = path
+    def __init__(self, parent: Path, class_names: Sequence[str]) -> None:
+        self.path = parent
         self.class_names = class_names
         self.images = 0
         self._rows: list[list[Any]] = []
@@ -49,8 +55,9 @@ class PredictionWriter(Callback):
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the file."""
-        if trainer.world_size > 1:
-            self.path = self.path.with_stem(f"{self.path.stem}-{trainer.global_rank}")
+        folder = str(next_folder(self.path, "predict")) if trainer.is_global_zero else ""
+        number = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
+        self.path = Path(trainer.strategy.broadcast(folder)) / f"predictions{number}.csv"
         with self.path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["image", "label", "prediction", *self.class_names])

@@ -12,6 +12,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.tensorboard import SummaryWriter
 
+from errors import UserError, shown
+
+OUTPUTS = Path("outputs")  # of predict; compare.py's pictures lie there too
 SLURM_JOB = "slurm_job"  # file in the run's folder that names the job; launch/start.py finds a requeued job's run by it
 
 
@@ -40,11 +43,10 @@ class RunFolder(Callback):
         if self.path is None:
             # Absolute, or a run that is continued from another working folder would forget its best epoch.
             parent, start = self.log_dir.resolve() / self._recipe, self._start.resolve()
-            if start.parent == parent and _number(start) is not None:
+            if start.parent == parent and _number(start, "version") is not None:
                 self.path = start
             else:
-                parent.mkdir(parents=True, exist_ok=True)
-                self.path = _make_next(parent)
+                self.path = next_folder(parent, "version")
             if job := os.environ.get("SLURM_JOB_ID"):
                 (self.path / SLURM_JOB).write_text(job, encoding="utf-8")
         return self.path
@@ -94,7 +96,7 @@ class RunLogger(TensorBoardLogger):
         """N of the folder's name; only the first process, which alone writes, is asked before all know it."""
         first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
         folder = self._folder.path or (self._folder.claim() if first else None)
-        return (_number(folder) if folder else None) or 0
+        return (_number(folder, "version") if folder else None) or 0
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -139,16 +141,25 @@ class RunCheckpoint(ModelCheckpoint):
             self.best_k_models = {path: score}
 
 
-def _number(folder: Path) -> int | None:
-    digits = folder.name.removeprefix("version_")
-    return int(digits) if folder.name.startswith("version_") and digits.isdecimal() else None
+def next_folder(parent: Path, name: str) -> Path:
+    """Make the folder NAME_N with the next free number, which no other process gets.
 
-
-def _make_next(parent: Path) -> Path:
-    number = max((found for path in parent.iterdir() if (found := _number(path)) is not None), default=-1) + 1
+    Raises:
+        UserError: If the folder above it can't be made.
+    """
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{shown(parent)} can't be written: {error.strerror}") from None
+    number = max((found for path in parent.iterdir() if (found := _number(path, name)) is not None), default=-1) + 1
     while True:
         try:
-            (parent / f"version_{number}").mkdir()
-            return parent / f"version_{number}"
+            (parent / f"{name}_{number}").mkdir()
+            return parent / f"{name}_{number}"
         except FileExistsError:
             number += 1
+
+
+def _number(folder: Path, name: str) -> int | None:
+    digits = folder.name.removeprefix(f"{name}_")
+    return int(digits) if folder.name.startswith(f"{name}_") and digits.isdecimal() else None

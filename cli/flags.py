@@ -146,9 +146,7 @@ PREDICT_FLAGS = {
         "WHEN",
         "turn dark on light into light on dark: auto (default), always or never",
     ),
-    "--output": Flag(
-        "", _output, "FILE...", "files to write: .csv, .json, .png (contact sheet; default: pictures.png)"
-    ),
+    "--output": Flag("", _output, "FILE...", "files to write: .csv, .json, .png (contact sheet; default: in outputs/)"),
     "--gradcam": Flag(
         "", None, "", "write heat maps (Grad-CAM) of the pictures, or, without --images, of the worst mistakes"
     ),

@@ -20,7 +20,7 @@ from callbacks.no_profiler import NoProfiler
 from callbacks.prediction_writer import PredictionWriter
 from callbacks.processes import Processes
 from callbacks.progress import EpochProgress
-from callbacks.run_folder import RunCheckpoint, RunFolder, RunLogger
+from callbacks.run_folder import OUTPUTS, RunCheckpoint, RunFolder, RunLogger
 from callbacks.run_record import RunRecord
 from callbacks.speed import Speed
 from callbacks.temperature import Temperature
@@ -62,7 +62,7 @@ class RunCallbacks:
         """
         command = self.start.command
         self.confusion = Confusion(data.class_names)
-        self.predictions = PredictionWriter(self.start.folder / "predictions.csv", data.class_names)
+        self.predictions = PredictionWriter(OUTPUTS, data.class_names)
         callbacks = [SavedPrecision(), *_listed(built.trainer.callbacks)]
         logger: Any = False
         if command.subcommand == "fit":

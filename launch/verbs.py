@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Sequence, Sized
+from functools import partial
 from pathlib import Path
 
+from callbacks.run_folder import OUTPUTS, next_folder
 from callbacks.run_record import RunRecord, images_measured
 from errors import UserError, count
 from launch.classifier_cli import ClassifierCLI
@@ -62,14 +64,12 @@ def test(cli: ClassifierCLI) -> None:
 def predict(cli: ClassifierCLI) -> None:
     """Write the classes of the test images, or of the user's pictures."""
     command, trainer, model, data = cli.command, cli.trainer, cli.model, cli.datamodule
-    folder = cli.start.folder
     if command.images:
         from pictures.predict import predict_pictures  # here, not above: only this needs it
 
         wanted = {name: getattr(command, name) for name in ("images", "invert", "output", "gradcam")}
-        predict_pictures(
-            trainer, model, data, data.class_names, ckpt_path=str(command.ckpt_path), folder=folder, **wanted
-        )
+        wanted |= {"ckpt_path": str(command.ckpt_path), "new_folder": partial(next_folder, OUTPUTS, "predict")}
+        predict_pictures(trainer, model, data, data.class_names, **wanted)
         return
     if command.gradcam:
         from inspection.grad_cam import check_captum  # here, not above: only this needs it
@@ -82,7 +82,7 @@ def predict(cli: ClassifierCLI) -> None:
         from pictures.predict import write_mistakes
 
         mistakes = cli.callbacks.confusion.mistakes
-        write_mistakes(trainer, model, data, data.class_names, mistakes, folder / "mistakes.png")
+        write_mistakes(trainer, model, data, data.class_names, mistakes, written.path.with_name("mistakes.png"))
 
 
 def _print_scores(cli: ClassifierCLI, function: str, stage: str, images: Sized, batches: Sequence[int | float]) -> None:

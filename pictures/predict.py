@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ def predict_pictures(
     invert: Invert,
     output: Sequence[Path],
     gradcam: bool,
-    folder: Path,
+    new_folder: Callable[[], Path],
 ) -> None:
     """Print the table and write the files.
 
@@ -105,7 +105,7 @@ def predict_pictures(
         invert: Whether to negate; see `as_fashion_mnist` and `PicturesDataModule.fit_picture`.
         output: Files to write: .csv, .json, and .png for the contact sheet.
         gradcam: Also write a Grad-CAM overlay of each picture.
-        folder: Where the contact sheet goes if `output` names none, and the overlays.
+        new_folder: Makes the folder for the contact sheet, if `output` names none, and for the overlays.
 
     Raises:
         UserError: If no picture could be read, or a file can't be written.
@@ -118,8 +118,10 @@ def predict_pictures(
     probabilities = torch.cat(outputs).float().cpu()
     top = [_top(row, class_names) for row in probabilities]
     _print_table(pictures.paths, top)
+    own_sheet = any(path.suffix == ".png" for path in output)
+    folder = new_folder() if gradcam or not own_sheet else Path()
     written = []
-    for path in output if any(path.suffix == ".png" for path in output) else [*output, folder / "pictures.png"]:
+    for path in output if own_sheet else [*output, folder / "pictures.png"]:
         _write(path, pictures, probabilities, top, class_names)
         written.append(path)
     if gradcam:

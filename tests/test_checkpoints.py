@@ -510,7 +510,10 @@ def test_old_checkpoints_are_measured_and_continued_and_old_records_compared(
     measured = run_forked("test", best, *machine, folder=tmp_path)
     assert re.fullmatch(r"test on 500 images: accuracy 0.64\d\d, loss 0.94\d\d\n", measured.out), measured
     predicted = run_forked("predict", best, *machine, folder=tmp_path)
-    assert (predicted.code, len((old / "predictions.csv").read_text().splitlines())) == (0, 501), predicted.err
+    assert (predicted.code, len((tmp_path / "outputs/predict_0/predictions.csv").read_text().splitlines())) == (
+        0,
+        501,
+    ), predicted.err
     assert export.main([best, "--format=torch_export", machine[0]]) == 0
     recipe = ("--model=lenet", "--batch_size=64", "--image_size=12", "--val_size=100", "--max_epochs=2")
     last = f"--ckpt_path={old / 'checkpoints' / 'last.ckpt'}"

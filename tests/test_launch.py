@@ -178,11 +178,10 @@ def test_validate_measures_the_images_held_out(trained, tmp_path):
 
 
 def test_predict_writes_one_line_an_image(trained, tmp_path):
-    path = tmp_path / "best.ckpt"  # outside the run's folder, so that the file lands in the working folder
-    path.write_bytes(trained.best.read_bytes())
-    out = good(run_forked("predict", f"--ckpt_path={path}", folder=tmp_path))
-    assert out == "Wrote the class probabilities of 500 images to predictions.csv\n"
-    with (tmp_path / "predictions.csv").open(newline="") as file:
+    (tmp_path / "outputs" / "predict_0").mkdir(parents=True)  # an earlier one's
+    out = good(run_forked("predict", f"--ckpt_path={trained.best}", folder=tmp_path))
+    assert out == "Wrote the class probabilities of 500 images to outputs/predict_1/predictions.csv\n"
+    with (tmp_path / "outputs/predict_1/predictions.csv").open(newline="") as file:
         header, *lines = csv.reader(file)
     assert header == ["image", "label", "prediction", *CLASS_NAMES]
     assert [int(line[0]) for line in lines] == list(range(500))

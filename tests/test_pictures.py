@@ -403,6 +403,7 @@ def test_table_csv_json_and_contact_sheet_agree(checkpoint, tmp_path, pictures):
     with Image.open(tmp_path / "c.png") as sheet:
         assert sheet.width > 900
     assert not (tmp_path / "nowhere").exists()  # the data set is not needed
+    assert not (tmp_path / "outputs").exists()  # nor is a folder
 
 
 def test_probabilities_are_those_of_three_lines_of_python(checkpoint, tmp_path, pictures):
@@ -428,9 +429,8 @@ def test_broken_files_are_named_and_the_rest_goes_on(checkpoint, tmp_path, pictu
     assert len(answer.err.splitlines()) == len(reasons) - 1
     assert "\x1b" not in answer.out
     assert re.search(r"\?\[31m\[red\]Ünï☃.png +Trouser", answer.out)
-    run_folder = checkpoint.parent.parent
-    assert f"Wrote {run_folder / 'pictures.png'}" in answer.out
-    assert (run_folder / "pictures.png").is_file()
+    assert "Wrote outputs/predict_0/pictures.png" in answer.out
+    assert (tmp_path / "outputs/predict_0/pictures.png").is_file()
 
 
 @pytest.mark.parametrize(
@@ -438,11 +438,13 @@ def test_broken_files_are_named_and_the_rest_goes_on(checkpoint, tmp_path, pictu
     [
         (["--images", "empty"], "no picture could be read: empty holds none"),
         (["--images", "none.png"], "no picture could be read: none.png does not exist"),
-        (["--images", "pictures", "--output", "pictures/bag.png/a.csv"], "pictures/bag.png/a.csv can't be written"),
+        (["--images", "pictures", "--output", "pictures/bag.png/a.png"], "pictures/bag.png/a.png can't be written"),
+        (["--images", "pictures"], "outputs can't be written: File exists"),
     ],
 )
 def test_mistakes_answer_with_one_line(checkpoint, tmp_path, pictures, arguments, message):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "outputs").touch()
     answer = predict(checkpoint, tmp_path, *arguments)
     assert answer.code != 0
     assert answer.err.startswith(f"train.py: error: {message}")
@@ -451,11 +453,12 @@ def test_mistakes_answer_with_one_line(checkpoint, tmp_path, pictures, arguments
 
 def test_grad_cam_overlays(checkpoint, tmp_path, pictures):
     pytest.importorskip("captum")
+    (tmp_path / "outputs" / "predict_7").mkdir(parents=True)  # heat maps don't mix with an earlier run's
     answer = predict(checkpoint, tmp_path, "--images", "pictures", "--gradcam", "--output", "a.png")
     assert (answer.code, answer.err) == (0, "")
     names = [f"{number}-{name}" for number, name in enumerate(sorted(shape.__name__ for shape in SENSIBLE), start=1)]
     for name in names:
-        with Image.open(checkpoint.parent.parent / "gradcam" / f"{name}.png") as overlay:
+        with Image.open(tmp_path / "outputs" / "predict_8" / "gradcam" / f"{name}.png") as overlay:
             right = np.asarray(overlay.convert("RGB"), int)[60:280, 320:580]
             assert (right.max(axis=2) - right.min(axis=2)).max() > 60  # coloured
 
@@ -464,10 +467,10 @@ def test_worst_mistakes_of_the_test_images_are_explained(checkpoint, tmp_path):
     pytest.importorskip("captum")
     answer = predict(checkpoint, tmp_path, "--gradcam", f"--data_dir={DATA}")
     assert (answer.code, answer.err) == (0, "")
-    path = checkpoint.parent.parent / "mistakes.png"
-    assert f"Wrote the 16 most confident mistakes, explained, to {path}" in answer.out
+    path = tmp_path / "outputs" / "predict_0" / "mistakes.png"
+    assert "Wrote the 16 most confident mistakes, explained, to outputs/predict_0/mistakes.png" in answer.out
 
-    rows = list(csv.DictReader((checkpoint.parent.parent / "predictions.csv").read_text().splitlines()))
+    rows = list(csv.DictReader(path.with_name("predictions.csv").read_text().splitlines()))
     wrong = [row for row in rows if row["label"] != row["prediction"]]
     worst = sorted(wrong, key=lambda row: -float(row[row["prediction"]]))[:16]
     mistakes = [

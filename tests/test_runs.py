@@ -283,7 +283,6 @@ def test_missing_package_is_named_in_one_line(
         (["--outptu", "x"], "did you mean --output"),
         (["--max_epochs", "3"], "--max_epochs goes with --train"),
         (["--seeds", "3"], "--seeds goes with --train"),
-        (["--output"], "--output needs a value"),
         (["--train"], "--train needs the names of recipes"),
         (["--train", "lenett"], "did you mean lenet"),
         (["--train", "lenet", "--seeds", "0"], "--seeds must be an integer of at least 1, got '0'"),
