@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.metadata import version
@@ -25,6 +26,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import slurm
 import torch
 import yaml
 from commands import DATA, ENVIRONMENT, REPO, Answer, run, run_forked
@@ -1015,7 +1017,7 @@ def test_torchrun_without_devices(tmp_path: Path) -> None:
 
 
 def test_slurm_job_is_saved_and_requeued(tmp_path: Path) -> None:
-    """With a stand-in for `scontrol`, which is not on this machine; Lightning's SLURM environment is the real one."""
+    """With a stand-in for `scontrol`; Lightning's SLURM environment is the real one."""
     folder = write(tmp_path / "run")
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
@@ -1040,6 +1042,47 @@ def test_slurm_job_is_saved_and_requeued(tmp_path: Path) -> None:
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=2 * MINUTE)
         assert done.returncode == 0, done.stderr
         assert len(list((folder / SAVED.parents[1]).iterdir())) == 1 + number
+    expected, found = checkpoint(whole), checkpoint(folder)
+    assert not [d for key in COMPUTED for d in differences(expected[key], found[key], key)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(slurm.why_not()), reason=slurm.why_not())
+def test_slurm_itself_requeues_the_job(tmp_path: Path) -> None:
+    """Two tasks, SIGUSR1, requeue: in the end the weights of the job that nobody stopped."""
+    whole, folder = (write(tmp_path / name, batch_size=125) for name in ("whole", "run"))
+    (whole / "command.json").write_text("{}")
+    (folder / "command.json").write_text('{"sleep": 0.5, "at": ["train", 1, 0, 0], "signals": []}')
+    job = "#!/bin/sh\nexec srun --ntasks=2 " + shlex.join(
+        [sys.executable, str(REPO / "train.py"), *flags("--devices", "2")]
+    )
+    (tmp_path / "job").write_text(job + "\n")
+    sbatch = ["sbatch", "--parsable", "--ntasks=2", "--requeue", "--open-mode=append", "--output=%x.out"]
+
+    def wait(what: Callable[[], object]) -> None:
+        end = time.monotonic() + 3 * MINUTE
+        while not what():
+            assert time.monotonic() < end, [path.read_text() for path in tmp_path.rglob("*.out")]
+            time.sleep(0.2)
+
+    with slurm.cluster(tmp_path / "slurm") as cluster:
+        environment = {**ENVIRONMENT, **cluster}
+        number = slurm.ask(environment, *sbatch, f"--chdir={folder}", str(tmp_path / "job")).strip()
+
+        def has_ended() -> bool:
+            # A requeued job waits two minutes unless it is told not to; that is an error until it has stopped.
+            slurm.ask(environment, "scontrol", "update", f"JobId={number}", "StartTime=now")
+            return not slurm.ask(environment, "squeue", "--noheader")
+
+        wait((folder / "pid-0").exists)
+        slurm.ask(environment, "scancel", "--signal=USR1", number)
+        wait(lambda: "Stopped by SIGUSR1" in (folder / "job.out").read_text())
+        (folder / "command.json").write_text("{}")
+        wait(has_ended)
+        assert "Restarts=1" in slurm.ask(environment, "scontrol", "show", "job", number)
+        number = slurm.ask(environment, *sbatch, f"--chdir={whole}", str(tmp_path / "job")).strip()
+        wait(has_ended)
+    assert len(list((folder / SAVED.parents[1]).iterdir())) == 1
     expected, found = checkpoint(whole), checkpoint(folder)
     assert not [d for key in COMPUTED for d in differences(expected[key], found[key], key)]
 
