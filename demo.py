@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         nargs="*",
         metavar="CHECKPOINT",
-        help="checkpoints of the networks (default: all in weights/)",
+        help="checkpoints of further networks, beside those in weights/",
     )
     parser.add_argument("--port", type=int, default=7860, metavar="N", help="port of the page (default: 7860)")
     parser.add_argument(
@@ -64,7 +64,8 @@ def _run(arguments: list[str]) -> None:
     options: Any = parser().parse_args(arguments)
     if not 0 < options.port < 65536:
         raise UserError(f"--port must be an integer from 1 to 65535, got {options.port}")
-    checkpoints = options.checkpoints or sorted(WEIGHTS.glob("*.ckpt"))
+    given = {path.resolve(): path for path in (*sorted(WEIGHTS.glob("*.ckpt")), *options.checkpoints)}
+    checkpoints = list(given.values())
     if not checkpoints:
         raise UserError(f"{WEIGHTS} holds no weights; give the checkpoints of trained networks")
     for package in ("gradio", "captum"):

@@ -40,7 +40,7 @@ def without_pictures(arguments: list[str]) -> int:
     """train.py without the callbacks that draw."""
     import train
     from callbacks.confusion import Confusion
-    from callbacks.tensorboard.grad_cam import MistakesExplained
+    from callbacks.tensorboard.mistakes import MistakesExplained
     from callbacks.tensorboard.pictures import TensorBoardPictures
     from launch import classifier_cli, trainer
 

@@ -148,7 +148,7 @@ PREDICT_FLAGS = {
     ),
     "--output": Flag("", _output, "FILE...", "files to write: .csv, .json, .png (contact sheet; default: in outputs/)"),
     "--gradcam": Flag(
-        "", None, "", "write heat maps (Grad-CAM) of the pictures, or, without --images, of the worst mistakes"
+        "", None, "", "write heat maps (LayerCAM) of the pictures, or, without --images, of the worst mistakes"
     ),
 }
 # LightningCLI's own flags, passed through and checked there.

@@ -87,6 +87,26 @@ def walk(
             handle.remove()
 
 
+def stage_outputs(net: nn.Module, image: Tensor) -> list[tuple[str, str, Tensor]]:
+    """Name, kind and output, (C, H, W) or (C,) on the CPU, of each stage for one image (1, C, H, W).
+
+    What follows a convolution or a linear layer and keeps its shape (normalisation, activation, dropout) counts as part
+    of it.
+    """
+    image = image.to(next(net.parameters()).dtype)
+    walked, _ = walk(net, lambda: net.forward(image), lambda output: output[0].clone())
+    found: list[tuple[str, str, Tensor]] = []
+    for name, module, output in walked:
+        if output is None:
+            continue
+        follows = all(parameter.dim() < 2 for parameter in module.parameters())
+        if follows and found and output.shape == found[-1][2].shape:
+            found[-1] = (*found[-1][:2], output)
+        else:
+            found.append((name, type(module).__name__, output))
+    return [(name, kind, output.float().cpu()) for name, kind, output in found]
+
+
 def stage_modules(net: nn.Module) -> dict[nn.Module, str]:
     """Module to name of a network's stages: its children, where a Sequential counts as its members."""
     names: dict[nn.Module, str] = {}

@@ -108,7 +108,7 @@ class Start:
             arguments.append(f"--ckpt_path={command.ckpt_path}")
         arguments += ["--weights_only=true", *command.overrides]
         if command.images:
-            # A few pictures are worth neither processes nor a bar nor compiling, and Grad-CAM hooks into plain modules.
+            # A few pictures are worth neither processes nor a bar nor compiling, and LayerCAM hooks into plain modules.
             arguments += ["--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.enable_progress_bar=false"]
             arguments.append("--model.compile=false")
         return arguments

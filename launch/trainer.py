@@ -24,7 +24,7 @@ from callbacks.run_folder import OUTPUTS, RunCheckpoint, RunFolder, RunLogger
 from callbacks.run_record import RunRecord
 from callbacks.speed import Speed
 from callbacks.temperature import Temperature
-from callbacks.tensorboard.grad_cam import MistakesExplained
+from callbacks.tensorboard.mistakes import MistakesExplained
 from callbacks.tensorboard.pictures import TensorBoardPictures
 from checkpoints.writing import AtomicCheckpointIO
 from errors import UserError

@@ -72,7 +72,7 @@ def predict(cli: ClassifierCLI) -> None:
         predict_pictures(trainer, model, data, data.class_names, **wanted)
         return
     if command.gradcam:
-        from inspection.grad_cam import check_captum  # here, not above: only this needs it
+        from inspection.layer_cam import check_captum  # here, not above: only this needs it
 
         check_captum()
     trainer.predict(model, data, ckpt_path=command.ckpt_path, return_predictions=False, weights_only=True)

@@ -1,1 +1,1 @@
-"""Classifying your own pictures: reading, cleaning, the table and the contact sheet, Grad-CAM."""
+"""Classifying your own pictures: reading, cleaning, the table and the contact sheet, LayerCAM."""

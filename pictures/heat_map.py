@@ -1,4 +1,4 @@
-"""Grad-CAM drawn over the image that it explains."""
+"""LayerCAM drawn over the image that it explains."""
 
 import numpy as np
 from PIL import Image
@@ -16,14 +16,14 @@ def overlay(image: np.ndarray, cam: Tensor, caption: str) -> Image.Image:
 
     Args:
         image: What the network saw, (H, W) or (H, W, 3) uint8.
-        cam: Its Grad-CAM (h, w), 0 to 1.
+        cam: Its LayerCAM (h, w), 0 to 1.
         caption: Written above.
     """
     return sheet([Entry((square(image, EDGE), heat_map(image, cam)), title=caption)], 1, EDGE)
 
 
 def heat_map(image: np.ndarray, cam: Tensor, edge: int = EDGE) -> Image.Image:
-    """The image (H, W) or (H, W, 3) uint8, resized to `edge` x `edge` pixels, under its Grad-CAM (h, w), 0 to 1."""
+    """The image (H, W) or (H, W, 3) uint8, resized to `edge` x `edge` pixels, under its LayerCAM (h, w), 0 to 1."""
     heat = np.asarray(Image.fromarray(cam.numpy()).resize((edge, edge), Image.Resampling.BICUBIC)).clip(0, 1)
     position = heat[..., None] * (len(COLOURS) - 1)
     lower = np.minimum(position.astype(int), len(COLOURS) - 2)

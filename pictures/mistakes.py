@@ -1,4 +1,4 @@
-"""The most confident mistakes, each beside its Grad-CAM for the guess and for the true class."""
+"""The most confident mistakes, each beside its LayerCAM for the guess and for the true class."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from inspection.grad_cam import grad_cam
+from inspection.layer_cam import layer_cam
 from pictures.heat_map import heat_map
 from pictures.sheet import TRUE, WRONG, Entry, Line, drawable, sheet, square
 
@@ -16,7 +16,7 @@ COLUMNS = 2
 BATCH = 8  # their gradients take memory
 HEADING = (
     "Each image, then the parts that made the network guess its class, and those that point to the true one.",
-    "Grad-CAM: from dark violet (nothing) to yellow (most); each heat map has its own scale.",
+    "LayerCAM: from dark violet (nothing) to yellow (most); each heat map has its own scale.",
 )
 
 
@@ -57,7 +57,7 @@ def explain_mistakes(
     heats: list[tuple[Tensor, Tensor]] = []
     for few, guess, label in zip(images.split(BATCH), guesses.split(BATCH), labels.split(BATCH), strict=True):
         batch = data.preprocess(few.to(device))
-        heats += zip(grad_cam(net, batch, guess), grad_cam(net, batch, label), strict=True)
+        heats += zip(layer_cam(net, batch, guess), layer_cam(net, batch, label), strict=True)
     entries = []
     for image, mistake, (wrong, true) in zip(map(drawable, images), mistakes, heats, strict=True):
         label_name, guess_name = class_names[mistake.label], class_names[mistake.guess]

@@ -1,9 +1,13 @@
 """`python demo.py`: a page that shows what several networks make of one picture, in English and Chinese."""
 
+import base64
+import io
+import math
 import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +19,17 @@ import gradio as gr
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from checkpoints.reading import listed
 from datamodules import CLASS_NAMES, FashionMNISTDataModule
 from datamodules.files.pictures import PictureError, read_picture
 from errors import RunError, UserError
-from inspection.grad_cam import grad_cam
+from inspection.layer_cam import layer_cam
+from inspection.stages import stage_outputs
 from lit_modules import LitClassifier
 from pictures.cleaning import as_fashion_mnist
+from pictures.feature_maps import feature_maps
 from pictures.heat_map import EDGE, heat_map
 from weights.trained import load_trained
 
@@ -35,21 +42,54 @@ LARGEST_FILE = "64mb"
 TITLE = "Classic CNNs on Fashion-MNIST · 经典卷积网络"
 HEADING = f"""# {TITLE}
 Upload a photograph of one garment, shoe or bag on a plain background, or draw one and fill it in.
-Each network shows what it sees in the picture; warm colours mark where it looked (Grad-CAM).
+Each network says what it takes the picture for; warm colours mark what that answer rests on (LayerCAM).
 <br>上传一张照片（一件衣服、一只鞋（侧面）或一个包，背景尽量单一），或者自己画一件并涂满。
-各个网络分别给出判断；暖色表示判断的依据（Grad-CAM）。"""
+各个网络分别给出判断；暖色表示判断的依据（LayerCAM）。"""
+STAGES = """### What comes out of each stage · 每个阶段输出了什么
+Click a stage to enlarge it: each small square is one feature map, dark at its lowest value, yellow at its highest.
+<br>点击某个阶段可放大：每个小方格是一张特征图，最暗处值最小，最黄处值最大。"""
 CSS = """
 .gradio-container {max-width: 1240px !important; margin: auto}
-.cards {display: grid !important; grid-template-columns: repeat(auto-fill, minmax(225px, 1fr)); align-items: start}
+.cards {display: grid !important; grid-template-columns: repeat(auto-fill, minmax(175px, 1fr)); align-items: start}
 .card {gap: 8px !important}
-.card .prose {min-height: 78px}
-.card h3 {margin: 0 !important}
-.card p {margin: 0 !important; font-size: 0.85rem}
+.card .prose {min-height: 92px}
+.card h3 {margin: 0 !important; font-size: 1rem !important}
+.card p {margin: 0 !important; font-size: 0.75rem}
 .square {aspect-ratio: 1}
-.square img {image-rendering: pixelated}
-.answer .output-class {font-size: 1.2rem !important; padding: 6px 0 !important}
+.square img, #stages img {image-rendering: pixelated}
+.answer .output-class {font-size: 1.1rem !important; padding: 6px 0 !important}
+.answer .confidence-set {font: 0.75rem system-ui !important}
+#stages .caption-label {font-size: 0.7rem; padding: 1px 5px}
 #examples .gallery-item, #examples .gallery-item div {width: 64px; height: 64px}
 #examples .gallery-item img {object-fit: contain}
+"""
+# Gradio's own sketchpad takes no stroke before its brush is picked.
+PAD_EDGE = 320  # pixels
+PAD = f"""<canvas width="{PAD_EDGE}" height="{PAD_EDGE}"
+  style="display: block; border: 1px solid #bbb; cursor: crosshair; touch-action: none"></canvas>
+<label>Pen · 画笔 <input type="range" min="4" max="60" value="16" style="width: 90px; vertical-align: middle"></label>
+<input type="color" value="#303040" style="width: 36px; vertical-align: middle"> <button>Clear · 清除</button>"""
+PAD_SCRIPT = """
+const canvas = element.querySelector("canvas"), pen = canvas.getContext("2d");
+const [width, colour] = element.querySelectorAll("input");
+const clear = () => { pen.fillStyle = "white"; pen.fillRect(0, 0, canvas.width, canvas.height); };
+const send = picture => trigger("submit", {picture});
+canvas.addEventListener("pointerdown", event => {
+  canvas.setPointerCapture(event.pointerId);
+  Object.assign(pen, {lineCap: "round", lineJoin: "round", lineWidth: width.value, strokeStyle: colour.value});
+  pen.beginPath();
+  pen.moveTo(event.offsetX, event.offsetY);
+  pen.lineTo(event.offsetX, event.offsetY);
+  pen.stroke();
+});
+canvas.addEventListener("pointermove", event => {
+  if (!event.buttons) return;
+  pen.lineTo(event.offsetX, event.offsetY);
+  pen.stroke();
+});
+canvas.addEventListener("pointerup", () => send(canvas.toDataURL("image/png").split(",")[1]));
+element.querySelector("button").addEventListener("click", () => { clear(); send(null); });
+clear();
 """
 
 
@@ -76,16 +116,28 @@ class Network:
         facts = f"{parameters:,} parameters · 参数"
         return facts if self.accuracy is None else f"{facts}<br>test accuracy · 测试准确率 {self.accuracy:.1%}"
 
-    def explain(self, image: np.ndarray) -> tuple[dict[str, float], Image.Image]:
-        """Calibrated probabilities of all classes for an image (28, 28) uint8, and the heat map of the likeliest."""
+    def explain(self, image: np.ndarray) -> tuple[dict[str, float], Image.Image | None]:
+        """Calibrated probabilities of all classes for an image (28, 28) uint8, and the heat map of the likeliest.
+
+        There is no heat map where nothing contributes, or the network has no feature maps.
+        """
         batch = self.data.preprocess(torch.from_numpy(image)[None])
         probabilities = self.classifier.probabilities(batch)[0]
-        cam = grad_cam(self.classifier.net, batch, probabilities.argmax()[None])[0]
-        return dict(zip(NAMES, probabilities.tolist(), strict=True)), heat_map(image, cam)
+        try:
+            cam = layer_cam(self.classifier.net, batch, probabilities.argmax()[None])[0]
+        except UserError:
+            cam = torch.zeros(1, 1)
+        shares = dict(zip(NAMES, probabilities.tolist(), strict=True))
+        return shares, heat_map(image, cam) if cam.any() else None
+
+    def stages(self, image: np.ndarray) -> list[tuple[Image.Image, str]]:
+        """What each stage makes of an image (28, 28) uint8, and its shape and kind."""
+        outputs = stage_outputs(self.classifier.net, self.data.preprocess(torch.from_numpy(image)[None]))
+        return [(_drawn(output), f"{'×'.join(map(str, output.shape))} {kind}") for _, kind, output in outputs]
 
 
 def load_networks(checkpoints: Sequence[Path], trust: bool = False) -> list[Network]:
-    """The networks of some checkpoints, each under its recipe's name, with the path if names repeat.
+    """The networks of some checkpoints, each under its architecture and its recipe, with the path if both repeat.
 
     Raises:
         UserError: If one can't be used.
@@ -94,32 +146,34 @@ def load_networks(checkpoints: Sequence[Path], trust: bool = False) -> list[Netw
     for path, _, data, _ in loaded:
         if tuple(data.class_names) != CLASS_NAMES:
             raise UserError(f"{path} was trained on pictures of other classes; the page is for Fashion-MNIST's")
-    recipes = [str(checkpoint.get("recipe") or path.stem) for path, _, _, checkpoint in loaded]
-    networks = []
-    for recipe, (path, classifier, data, _) in zip(recipes, loaded, strict=True):
-        title = recipe if recipes.count(recipe) == 1 else f"{recipe} ({path})"
-        accuracy = listed(path).get("test_accuracy")
-        networks.append(Network(title, classifier, data, accuracy))
-    return networks
+    names = []
+    for path, classifier, _, checkpoint in loaded:
+        architecture, recipe = type(classifier.net).__name__, str(checkpoint.get("recipe") or path.stem)
+        names.append(architecture if recipe == architecture.lower() else f"{architecture} · {recipe}")
+    paths = [path for path, *_ in loaded]
+    titles = [name if names.count(name) == 1 else f"{name} ({path})" for name, path in zip(names, paths, strict=True)]
+    return [
+        Network(title, classifier, data, listed(path).get("test_accuracy"))
+        for title, (path, classifier, data, _) in zip(titles, loaded, strict=True)
+    ]
 
 
-def answers(networks: Sequence[Network], picture: Image.Image | None) -> list[Any]:
-    """What the networks see, then the probabilities and the heat map of each; None for each of them without a picture.
+def answers(networks: Sequence[Network], image: np.ndarray | None, chosen: Sequence[str]) -> list[Any]:
+    """What the page shows: the image, then for each network its card, its probabilities and its heat map.
 
     Args:
         networks: The page's networks.
-        picture: Of mode RGB or RGBA.
+        image: What they see, (28, 28) uint8; None if there is no picture.
+        chosen: Titles of those that answer; the cards of the others are hidden.
     """
-    nothing: list[Any] = [None] * (1 + 2 * len(networks))
-    if picture is None:
-        return nothing
-    try:
-        image = as_fashion_mnist(picture)
-    except ValueError as error:
-        gr.Warning(f"The picture {error}. · 图片上看不出主体。")
-        return nothing
-    seen = Image.fromarray(image).resize((EDGE, EDGE), Image.Resampling.NEAREST)
-    return [seen, *(part for network in networks for part in network.explain(image))]
+    shown: list[Any] = [
+        None if image is None else Image.fromarray(image).resize((EDGE, EDGE), Image.Resampling.NEAREST)
+    ]
+    for network in networks:
+        asked = network.title in chosen
+        shares, heat = network.explain(image) if asked and image is not None else (None, None)
+        shown += [gr.update(visible=asked), shares, gr.update(value=heat, visible=heat is not None)]
+    return shown
 
 
 def build(networks: Sequence[Network], folder: Path) -> gr.Blocks:
@@ -130,68 +184,59 @@ def build(networks: Sequence[Network], folder: Path) -> gr.Blocks:
         folder: For the files of the examples.
     """
 
-    def of_photograph(path: str | None) -> list[Any]:
-        try:
-            return answers(networks, read_picture(Path(path)) if path else None)
-        except PictureError as error:
-            gr.Warning(f"The file {error}. · 无法读取该图片。")
-            return answers(networks, None)
+    titles = [network.title for network in networks]
 
-    def of_drawing(value: dict[str, Any] | None) -> list[Any]:
-        drawing = value["composite"] if value else None
-        blank = drawing is None or drawing.getextrema() == ((255, 255),) * 3
-        return answers(networks, None if blank else drawing)
+    def of_networks(image: np.ndarray | None, chosen: list[str]) -> list[Any]:
+        return answers(networks, image, chosen)
+
+    def of_stages(image: np.ndarray | None, title: str) -> list[tuple[Image.Image, str]]:
+        return [] if image is None else networks[titles.index(title)].stages(image)
 
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         gr.Markdown(HEADING)
+        image = gr.State()
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
                 with gr.Tab("Photograph · 照片"):
                     photograph = gr.Image(
-                        type="filepath",
-                        image_mode=None,
-                        sources=["upload", "clipboard"],
-                        height=320,
-                        buttons=[],
-                        show_label=False,
-                        elem_id="photograph",
+                        sources=["upload", "clipboard"], height=320, buttons=[], show_label=False, elem_id="photograph"
                     )
                     examples = [[str(file)] for file in _examples(folder)]
                     gr.Examples(examples, photograph, label="Examples · 示例", elem_id="examples")
                 with gr.Tab("Drawing · 手绘"):
-                    drawing = gr.Sketchpad(
-                        type="pil",
-                        image_mode="RGB",
-                        canvas_size=(400, 400),
-                        fixed_canvas=True,
-                        layers=False,
-                        transforms=(),
-                        buttons=[],
-                        brush=gr.Brush(default_size=10, colors=["#303040", "#808090"], color_mode="fixed"),
-                        placeholder="Pick the brush on the left · 先点左边的画笔",
-                        show_label=False,
-                        elem_id="drawing",
-                    )
+                    drawing = gr.HTML(html_template=PAD, js_on_load=PAD_SCRIPT, elem_id="drawing")
+                chosen = gr.CheckboxGroup(titles, value=titles, label="Networks · 网络", elem_id="networks")
             with gr.Column(scale=2, min_width=320), gr.Row(elem_classes="cards"):
                 with gr.Column(elem_classes="card"):
                     gr.Markdown("### What they see · 网络看到的\n28 × 28 pixels · 像素")
                     outputs: list[Any] = [_picture()]
                 for network in networks:
-                    with gr.Column(elem_classes="card"):
+                    with gr.Column(elem_classes="card") as card:
                         gr.Markdown(f"### {network.title}\n{network.facts}")
-                        outputs.append(gr.Label(num_top_classes=TOP, show_label=False, elem_classes="answer"))
-                        outputs.append(_picture())
-        for asked, given in ((of_photograph, photograph), (of_drawing, drawing)):
-            # One picture at a time: Grad-CAM hooks into the networks.
-            given.change(
-                asked,
-                given,
-                outputs,
-                show_progress="hidden",
-                trigger_mode="always_last",
-                concurrency_limit=1,
-                concurrency_id="networks",
-            )
+                        label = gr.Label(num_top_classes=TOP, show_label=False, elem_classes="answer")
+                        outputs += [card, label, _picture()]
+        gr.Markdown(STAGES)
+        opened = gr.Radio(titles, value=titles[0], show_label=False, elem_id="opened")
+        gallery = gr.Gallery(
+            columns=6,
+            height="auto",
+            object_fit="contain",
+            format="png",
+            show_label=False,
+            buttons=[],
+            interactive=False,
+            elem_id="stages",
+        )
+        # One picture at a time: LayerCAM and the stages hook into the networks.
+        latest: Any = {"show_progress": "hidden", "trigger_mode": "always_last", "concurrency_limit": 1}
+        latest["concurrency_id"] = "networks"
+        # Not read by Gradio, so that our message says what is wrong with a file.
+        of_file = photograph.change(partial(_photograph, folder), photograph, image, preprocess=False)
+        for read in (of_file, drawing.submit(_drawing, None, image)):
+            answer = read.then(of_networks, [image, chosen], outputs, **latest)
+            answer.then(of_stages, [image, opened], gallery, **latest)
+        chosen.change(of_networks, [image, chosen], outputs, **latest)
+        opened.change(of_stages, [image, opened], gallery, **latest)
     return page
 
 
@@ -237,6 +282,46 @@ def serve(checkpoints: Sequence[Path], host: str, port: int, folder: Path, trust
         threading.Event().wait()
     finally:
         page.close(verbose=False)
+
+
+def _photograph(folder: Path, file: dict[str, Any] | None) -> np.ndarray | None:
+    """What the networks see of a file that was uploaded to `folder`; None, and a message, if it can't be used."""
+    if file is None:
+        return None
+    path = Path(file["path"])
+    try:
+        if not path.resolve().is_relative_to(folder.resolve()):  # the browser names it, and could name any
+            raise PictureError("was not uploaded")
+        return _seen(read_picture(path))
+    except PictureError as error:
+        gr.Warning(f"The file {error}. · 无法读取该图片。")
+        return None
+
+
+def _drawing(event: gr.EventData) -> np.ndarray | None:
+    """What the networks see of the pad; None if it was cleared."""
+    if event.picture is None:
+        return None
+    with Image.open(io.BytesIO(base64.b64decode(event.picture)), formats=["PNG"]) as picture:
+        # Of any other size it does not come from the pad, and might be one that fills the memory.
+        return _seen(picture.convert("RGB")) if picture.size == (PAD_EDGE, PAD_EDGE) else None
+
+
+def _seen(picture: Image.Image) -> np.ndarray | None:
+    try:
+        return as_fashion_mnist(picture)
+    except ValueError as error:
+        gr.Warning(f"The picture {error}. · 图片上看不出主体。")
+        return None
+
+
+def _drawn(output: Tensor) -> Image.Image:
+    """The feature maps (C, H, W) of a stage, or its numbers (C,) as one nearly square map, row by row."""
+    if output.dim() != 3:
+        numbers = output.flatten()
+        width = math.ceil(math.sqrt(len(numbers)))
+        output = torch.cat([numbers, numbers.min().expand(-len(numbers) % width)]).view(1, -1, width)
+    return feature_maps(output).convert("RGB")
 
 
 def _picture() -> gr.Image:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from datamodules import FashionMNISTDataModule, PicturesDataModule
 from datamodules.files.pictures import PictureError, find_pictures, read_picture
 from errors import UserError, count
-from inspection.grad_cam import check_captum, grad_cam
+from inspection.layer_cam import check_captum, layer_cam
 from lit_modules import LitClassifier
 from pictures.cleaning import Invert, as_fashion_mnist
 from pictures.contact_sheet import Tile, contact_sheet, thumbnail
@@ -104,7 +104,7 @@ def predict_pictures(
         images: Pictures and folders of pictures.
         invert: Whether to negate; see `as_fashion_mnist` and `PicturesDataModule.fit_picture`.
         output: Files to write: .csv, .json, and .png for the contact sheet.
-        gradcam: Also write a Grad-CAM overlay of each picture.
+        gradcam: Also write a LayerCAM overlay of each picture.
         new_folder: Makes the folder for the contact sheet, if `output` names none, and for the overlays.
 
     Raises:
@@ -263,7 +263,7 @@ def _write_overlays(
         images = pictures.images[first : first + CAM_BATCH]
         batch = data.preprocess(_batch(images).to(device))
         guesses = torch.tensor([class_names.index(row[0][0]) for row in top[first : first + CAM_BATCH]], device=device)
-        for image, cam in zip(images, grad_cam(net, batch, guesses), strict=True):
+        for image, cam in zip(images, layer_cam(net, batch, guesses), strict=True):
             number = next(numbers)
             path, (name, probability) = pictures.paths[number - 1], top[number - 1][0]
             png = io.BytesIO()

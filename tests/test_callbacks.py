@@ -48,6 +48,8 @@ from errors import Diverged, UserError
 from inspection.graph import network_graph
 from lit_modules import LitClassifier
 from models import VGG, GoogLeNet, LeNet, NiN
+from pictures.feature_maps import feature_maps
+from pictures.feature_maps import grid as grid_of
 from pictures.mistakes import Mistake, explain_mistakes
 from weights.imagenet import _first_convolution, _weights_for, start_from_imagenet
 
@@ -413,7 +415,7 @@ def test_feature_maps_are_the_outputs_of_the_stages(
 ) -> None:
     with torch.no_grad():
         maps = apart.net.features[:layers](normalised(apart.images[:1]))[0]
-    assert torch.equal(last_picture(events, tag), pixels(pictures.feature_maps(maps)))
+    assert torch.equal(last_picture(events, tag), pixels(feature_maps(maps)))
 
 
 def test_inputs_are_the_first_training_batch(events: EventAccumulator, apart: Apart) -> None:
@@ -573,7 +575,7 @@ def test_two_processes_count_every_image_once(tmp_path: Path) -> None:
 
 def test_grid_places_tiles_row_by_row() -> None:
     tiles = torch.arange(1, 4, dtype=torch.uint8)[:, None, None].expand(3, 2, 2)
-    grid = pixels(pictures.grid(tiles, columns=2, scale=2, background=9))[:, :, 0]
+    grid = pixels(grid_of(tiles, columns=2, scale=2, background=9))[:, :, 0]
     assert grid.shape == (4 + 2 + 4, 4 + 2 + 4)
     assert grid[:4, :4].unique().tolist() == [1]
     assert grid[:4, 6:].unique().tolist() == [2]
@@ -593,7 +595,7 @@ def test_filters_show_zero_as_grey_and_each_at_full_contrast() -> None:
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_feature_maps_without_contrast_are_drawn(value: float) -> None:
-    picture = pictures.feature_maps(torch.full((5, 6, 6), value))
+    picture = feature_maps(torch.full((5, 6, 6), value))
     assert pixels(picture)[0, 0].tolist() == [68, 1, 84]
 
 

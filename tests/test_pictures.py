@@ -28,7 +28,7 @@ from datamodules import CLASS_NAMES, FashionMNISTDataModule
 from datamodules.files.finding import NAMES, SYSTEM_DIR, load
 from datamodules.files.pictures import LONGEST_EDGE, PictureError, find_pictures, read_picture
 from errors import UserError
-from inspection.grad_cam import grad_cam, last_feature_maps
+from inspection.layer_cam import explained_stage, layer_cam
 from lit_modules import LitClassifier
 from lit_modules.initialization import he_initialization
 from models import VGG, AlexNet, GoogLeNet, LeNet, NiN
@@ -451,7 +451,7 @@ def test_mistakes_answer_with_one_line(checkpoint, tmp_path, pictures, arguments
     assert len(answer.err.splitlines()) == 1
 
 
-def test_grad_cam_overlays(checkpoint, tmp_path, pictures):
+def test_layer_cam_overlays(checkpoint, tmp_path, pictures):
     pytest.importorskip("captum")
     (tmp_path / "outputs" / "predict_7").mkdir(parents=True)  # heat maps don't mix with an earlier run's
     answer = predict(checkpoint, tmp_path, "--images", "pictures", "--gradcam", "--output", "a.png")
@@ -503,7 +503,7 @@ def test_worst_mistakes_of_the_test_images_are_explained(checkpoint, tmp_path):
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
-def test_grad_cam_of_every_network_leaves_no_trace(network, arguments, size):
+def test_layer_cam_of_every_network_leaves_no_trace(network, arguments, size):
     """In inference mode, as in a test; as it would be computed by hand, of a compiled network too."""
     pytest.importorskip("captum")
     torch.manual_seed(0)
@@ -515,7 +515,7 @@ def test_grad_cam_of_every_network_leaves_no_trace(network, arguments, size):
     net.train()
     before, state = {name: tensor.clone() for name, tensor in net.state_dict().items()}, torch.get_rng_state()
     with torch.inference_mode():
-        cams = grad_cam(net, images.clone(), classes.clone())
+        cams = layer_cam(net, images.clone(), classes.clone())
     assert torch.equal(torch.get_rng_state(), state)
     assert net.training
     assert all(parameter.grad is None for parameter in net.parameters())
@@ -528,14 +528,14 @@ def test_grad_cam_of_every_network_leaves_no_trace(network, arguments, size):
         kept.append(output)
         return output.clone()  # a ReLU that follows may work in place
 
-    handle = last_feature_maps(net.eval(), images).register_forward_hook(keep)
+    handle = explained_stage(net.eval(), images).register_forward_hook(keep)
     net(images)[[0, 1], classes].sum().backward(inputs=kept)
     handle.remove()
-    maps = (kept[0] * kept[0].grad.mean(dim=(2, 3), keepdim=True)).sum(dim=1).relu().detach()
+    maps = (kept[0] * kept[0].grad).relu().sum(dim=1).detach()
     assert maps.any()
     assert torch.allclose(cams * maps.amax(dim=(1, 2), keepdim=True), maps, rtol=1e-3, atol=1e-6)
     net.compile()
-    assert torch.equal(grad_cam(net, images, classes), cams)
+    assert torch.equal(layer_cam(net, images, classes), cams)
 
 
 # Names in any script
@@ -594,7 +594,7 @@ def test_long_names_lose_their_middle():
 # ---- The page of demo.py: its answers, and the whole of it in a browser.
 
 CHROMIUM = find_chromium()
-LENET = REPO / "weights" / "lenet.ckpt"
+LENET, VGG11 = REPO / "weights" / "lenet.ckpt", REPO / "weights" / "vgg11_quarter.ckpt"
 needs_gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="the package gradio is missing")
 
 
@@ -616,21 +616,58 @@ def page():
 
 @needs_gradio
 def test_networks_answer_beside_each_other(page, trained):
-    networks = page.load_networks([LENET, trained.best])
-    assert [network.title for network in networks] == [f"lenet ({LENET})", f"lenet ({trained.best})"]
+    networks = page.load_networks([LENET, trained.best, VGG11])
+    titles = [network.title for network in networks]
+    assert titles == [f"LeNet ({LENET})", f"LeNet ({trained.best})", "VGG · fast/5min"]
     assert "61,706 parameters" in networks[0].facts
     assert "test accuracy" in networks[0].facts
     assert "test accuracy" not in networks[1].facts  # no list tells
-    seen, *parts = page.answers(networks, photo(1))
     image = as_fashion_mnist(photo(1))
+    seen, *parts = page.answers(networks, image, titles[:2])
     assert np.array_equal(np.asarray(seen.resize((28, 28), Image.Resampling.NEAREST)), image)
-    for network, shares, heat in zip(networks, parts[::2], parts[1::2], strict=True):
+    assert [card["visible"] for card in parts[::3]] == [True, True, False]
+    for network, shares, heat in zip(networks[:2], parts[1:6:3], parts[2:6:3], strict=True):
         expected = network.classifier.probabilities(network.data.preprocess(page.torch.from_numpy(image)[None]))[0]
         assert list(shares.values()) == expected.tolist()
-        assert np.ptp(np.asarray(heat).reshape(-1, 3), axis=0).min() > 50  # neither blank nor grey alone
-    assert parts[0] != parts[2]
-    assert max(parts[0], key=parts[0].get) == "Pullover 套头衫"
-    assert page.answers(networks, None) == [None] * 5
+        assert heat["visible"]
+        assert np.ptp(np.asarray(heat["value"]).reshape(-1, 3), axis=0).min() > 50  # neither blank nor grey alone
+    assert parts[1] != parts[4]
+    assert max(parts[1], key=parts[1].get) == "Pullover 套头衫"
+    assert parts[7] is None
+    assert not any(page.answers(networks, None, titles)[part] for part in (0, 2, 5, 8))
+
+
+@needs_gradio
+def test_there_is_no_heat_map_where_there_is_nothing_to_see(page):
+    network = page.load_networks([LENET])[0]
+    for parameter in network.classifier.net.parameters():
+        torch.nn.init.zeros_(parameter)  # no part of the picture changes any class
+    shares, heat = network.explain(as_fashion_mnist(photo(1)))
+    assert heat is None
+    assert list(shares.values()) == pytest.approx([0.1] * 10)
+    network.classifier.net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
+    assert network.explain(as_fashion_mnist(photo(1)))[1] is None  # no feature maps
+
+
+@pytest.mark.parametrize(
+    ("network", "arguments", "side", "size"),
+    [
+        (LeNet, {}, 28, 10),
+        (AlexNet, {}, 224, 12),
+        (VGG, {"depth": 11, "width_divisor": 8}, 224, 14),
+        (VGG, {"depth": 11, "width_divisor": 4, "image_size": 32, "batch_norm": True}, 32, 8),
+        (NiN, {}, 224, 12),
+        (GoogLeNet, {}, 96, 6),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_heat_maps_are_fine_enough(network, arguments, side, size):
+    net, image = network(**arguments).eval(), torch.rand(1, 1, side, side)
+    stage, shapes = explained_stage(net, image), []
+    handle = stage.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[2:]))
+    net(image)
+    handle.remove()
+    assert shapes == [(size, size)]
 
 
 def test_mistakes_at_the_page_answer_with_one_line(capsys, monkeypatch, tmp_path):
@@ -657,16 +694,24 @@ def test_taken_port_is_named(capsys):
     assert capsys.readouterr().err.splitlines() == [expected]
 
 
+SHOWN = "[...document.querySelectorAll('.square img')].filter(image => image.naturalWidth > 0).length"
+ANSWERS = (
+    "[...document.querySelectorAll('.answer')].map(answer => "
+    "[...answer.querySelectorAll('.confidence-set')].map(row => row.innerText))"
+)
+CAPTIONS = "[...document.querySelectorAll('#stages .caption-label')].map(caption => caption.innerText)"
+
+
 @needs_gradio
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
-def test_a_browser_shows_the_answers(trained, page, tmp_path):
-    photo(1).save(tmp_path / "photo.jpg", quality=80)
+def test_the_page_in_a_browser(trained, page, tmp_path):
+    """One page for all: it takes as long to start as everything that is done with it."""
     uploads = tmp_path / "uploads"
     uploads.mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(REPO / "demo.py"), str(LENET), str(trained.best), f"--port={port}"]
+    command = [sys.executable, str(REPO / "demo.py"), str(trained.best), f"--port={port}"]
     environment = {**ENVIRONMENT, "TMPDIR": str(uploads)}
     server = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
     browser = None
@@ -676,22 +721,20 @@ def test_a_browser_shows_the_answers(trained, page, tmp_path):
         browser = Page(str(CHROMIUM), tmp_path / "profile")
         browser.send("Page.navigate", url=f"http://127.0.0.1:{port}")
         browser.wait("document.querySelector('#photograph input[type=file]') !== null")
+        photo(1).save(tmp_path / "photo.jpg", quality=80)
         browser.upload("#photograph input[type=file]", tmp_path / "photo.jpg")
-        shown = "[...document.querySelectorAll('.square img')].filter(image => image.naturalWidth > 0)"
-        browser.wait(f"{shown}.length == 3")
-        answers = json.loads(
-            browser.evaluate(
-                "JSON.stringify([...document.querySelectorAll('.answer')].map(answer => "
-                "[...answer.querySelectorAll('.confidence-set')].map(row => row.innerText)))"
-            )
-        )
-        networks = page.load_networks([LENET, trained.best])
-        for rows, network in zip(answers, networks, strict=True):
-            shares, _ = network.explain(as_fashion_mnist(Image.open(tmp_path / "photo.jpg").convert("RGB")))
-            top = sorted(shares, key=lambda name: -shares[name])[:3]
-            assert [row.split("\n")[0] for row in rows] == top
-            assert [int(row.split("\n")[-1].rstrip("%")) for row in rows] == [round(100 * shares[name]) for name in top]
-        assert {urlsplit(address).netloc for address in browser.requests} == {f"127.0.0.1:{port}"}
+        networks = page.load_networks([*sorted((REPO / "weights").glob("*.ckpt")), trained.best])
+        all_networks_answer_and_can_be_chosen(browser, networks, as_fashion_mnist(read_picture(tmp_path / "photo.jpg")))
+        stages_are_opened(browser)
+        browser.evaluate("document.querySelector('#photograph button[title=\"Remove Image\"]').click()")
+        browser.wait(f"{SHOWN} == 0")
+        (tmp_path / "broken.jpg").write_text("no picture", encoding="utf-8")
+        browser.upload("#photograph input[type=file]", tmp_path / "broken.jpg")
+        browser.wait("document.body.innerText.includes('The file is not a picture that can be read (PNG, JPEG')")
+        assert "cannot identify" not in browser.evaluate("document.body.innerText")  # what Pillow says
+        the_first_stroke_is_answered(browser, len(networks))
+        # An address without a place is the picture itself (data:, blob:).
+        assert {urlsplit(address).netloc for address in browser.requests} - {""} == {f"127.0.0.1:{port}"}
         assert browser.errors == []
         server.send_signal(signal.SIGINT)
         assert server.wait(30) == 0
@@ -701,3 +744,39 @@ def test_a_browser_shows_the_answers(trained, page, tmp_path):
         server.communicate()
         if browser:
             browser.close()
+
+
+def all_networks_answer_and_can_be_chosen(browser, networks, image):
+    browser.wait(f"{SHOWN} == {len(networks) + 1}")
+    for rows, network in zip(browser.evaluate(ANSWERS), networks, strict=True):
+        shares, _ = network.explain(image)
+        top = sorted(shares, key=lambda name: -shares[name])[:3]
+        assert [row.split("\n")[0] for row in rows] == top
+        assert [int(row.split("\n")[-1].rstrip("%")) for row in rows] == [round(100 * shares[name]) for name in top]
+    for count in (len(networks) - 1, len(networks)):  # the first is left out, and comes back
+        browser.evaluate("document.querySelector('#networks input').click()")
+        browser.wait(f"{SHOWN} == {count + 1} && {ANSWERS}.length == {count}")
+
+
+def stages_are_opened(browser):
+    lenet = ["6×28×28 Conv2d", "6×14×14 MaxPool2d", "16×10×10 Conv2d", "16×5×5 MaxPool2d", "400 Flatten"]
+    lenet += ["120 Linear", "84 Linear", "10 Linear"]
+    browser.wait(f"{CAPTIONS}.length == {len(lenet)}")
+    assert [caption.strip() for caption in browser.evaluate(CAPTIONS)] == lenet
+    browser.evaluate("document.querySelectorAll('#stages .thumbnail-item')[2].click()")
+    browser.wait("document.querySelector('#stages [data-testid=detailed-image]')?.naturalWidth > 300")
+    browser.evaluate("document.querySelector('#stages button[title=Close]').click()")
+    browser.evaluate("document.querySelectorAll('#opened input')[1].click()")
+    browser.wait(f"{CAPTIONS}[0]?.trim() == '16×32×32 Conv2d'")
+
+
+def the_first_stroke_is_answered(browser, networks):
+    browser.evaluate("[...document.querySelectorAll('button[role=tab]')].at(-1).click()")
+    browser.wait("document.querySelector('#drawing canvas')?.offsetWidth > 300")
+    browser.evaluate("window.scrollTo(0, 0)")
+    box = "document.querySelector('#drawing canvas').getBoundingClientRect()"
+    left, top = browser.evaluate(f"[{box}.left, {box}.top]")
+    browser.drag((left + 60, top + 150), (left + 160, top + 150), (left + 260, top + 150))
+    browser.wait(f"{SHOWN} > 1 && {ANSWERS}.filter(rows => rows.length).length == {networks}")
+    browser.evaluate("document.querySelector('#drawing button').click()")
+    browser.wait(f"{SHOWN} == 0")

@@ -3,52 +3,18 @@
 from collections.abc import Sequence
 from functools import lru_cache
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
 from pictures import sheet
+from pictures.feature_maps import columns, grid
 from pictures.sheet import Entry, Line
 
-INK, GREY, PAPER, GAP = (40, 40, 40), (110, 110, 110), (255, 255, 255), 2
+INK, GREY, PAPER = (40, 40, 40), (110, 110, 110), (255, 255, 255)
 # Both ends of the ramps of the confusion matrix: right answers, wrong ones.
 RIGHT = ((247, 251, 255), (8, 81, 156))
 WRONG = ((255, 255, 255), (217, 72, 1))
-# Eight colours of viridis (https://bids.github.io/colormap), which is even in lightness; the rest is interpolated.
-_VIRIDIS = np.array(
-    [
-        (68, 1, 84),
-        (70, 50, 127),
-        (54, 92, 141),
-        (39, 127, 142),
-        (31, 161, 135),
-        (74, 194, 109),
-        (159, 218, 58),
-        (253, 231, 37),
-    ]
-)
-
-
-def grid(tiles: Tensor, columns: int, scale: int = 1, background: int = 255) -> Image.Image:
-    """Tiles side by side, `GAP` pixels between them.
-
-    Args:
-        tiles: Grey values (N, H, W) uint8, or colours (N, H, W, 3) uint8.
-        columns: Tiles in a row.
-        scale: Each pixel becomes a square of this many.
-        background: Grey value between the tiles.
-    """
-    count, height, width = tiles.shape[:3]
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    down, right = height * scale + GAP, width * scale + GAP
-    canvas = np.full((rows * down - GAP, columns * right - GAP, *tiles.shape[3:]), background, dtype=np.uint8)
-    enlarged = tiles.numpy().repeat(scale, axis=1).repeat(scale, axis=2)
-    for index, tile in enumerate(enlarged):
-        top, left = index // columns * down, index % columns * right
-        canvas[top : top + height * scale, left : left + width * scale] = tile
-    return Image.fromarray(canvas)
 
 
 def confusion_matrix(matrix: Tensor, class_names: Sequence[str]) -> Image.Image:
@@ -100,25 +66,8 @@ def filters(weight: Tensor) -> Image.Image:
     largest = weight.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)
     tiles = (weight / largest * 127.5 + 127.5).nan_to_num(0.0).round().byte()
     tiles = tiles[:, 0] if tiles.shape[1] == 1 else tiles.permute(0, 2, 3, 1)
-    columns = min(12, _columns(len(tiles)))
-    return grid(tiles, columns, scale=max(1, 440 // (columns * tiles.shape[1])))
-
-
-def feature_maps(maps: Tensor, most: int = 64) -> Image.Image:
-    """Feature maps side by side, dark blue at each map's lowest value and yellow at its highest.
-
-    Args:
-        maps: Activations (C, H, W).
-        most: Only the first `most` maps are drawn.
-    """
-    maps = maps[:most].float()
-    low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
-    levels = ((maps - low) / (high - low).clamp(min=1e-12) * 254).nan_to_num(0.0).round().byte()
-    columns = _columns(len(levels))
-    size = levels.shape[-1]
-    picture = grid(levels, columns, scale=max(1, 440 // (columns * size)))
-    picture.putpalette(_palette())
-    return picture
+    across = min(12, columns(len(tiles)))
+    return grid(tiles, across, scale=max(1, 440 // (across * tiles.shape[1])))
 
 
 def inputs(images: Tensor, captions: Sequence[str]) -> Image.Image:
@@ -173,11 +122,6 @@ def _captioned(tiles: Tensor, captions: Sequence[Sequence[Line]]) -> Image.Image
     return sheet.sheet(entries, 4, large.shape[-1])
 
 
-def _columns(count: int) -> int:
-    """The number of columns, a power of two, that makes a grid of `count` tiles about square."""
-    return 1 << max(0, (count - 1).bit_length() + 1) // 2
-
-
 def _between(low: tuple[int, int, int], high: tuple[int, int, int], share: float) -> tuple[int, int, int]:
     red, green, blue = (round(a + (b - a) * share) for a, b in zip(low, high, strict=True))
     return red, green, blue
@@ -186,11 +130,3 @@ def _between(low: tuple[int, int, int], high: tuple[int, int, int], share: float
 @lru_cache
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
-
-
-@lru_cache
-def _palette() -> bytes:
-    """Viridis at the levels 0 to 254; 255, the gap between the maps, is white."""
-    levels = np.linspace(0, len(_VIRIDIS) - 1, 255)
-    colours = np.stack([np.interp(levels, np.arange(len(_VIRIDIS)), channel) for channel in _VIRIDIS.T], axis=1)
-    return np.concatenate([colours.round(), [[255, 255, 255]]]).astype(np.uint8).tobytes()

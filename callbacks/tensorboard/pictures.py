@@ -4,7 +4,6 @@ TensorBoard sorts by name: curves, errors, filters, inputs, learning_rate, per_c
 """
 
 import io
-from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 from callbacks.confusion import Confusion
 from callbacks.tensorboard import drawing as pictures
 from inspection.graph import network_graph
-from inspection.stages import walk
+from inspection.stages import stage_outputs
+from pictures.feature_maps import feature_maps
 
 INPUTS = 16
 # A run draws its pictures about this many times: they take a hundred times the space of an epoch's scalars.
@@ -111,8 +111,11 @@ class TensorBoardPictures(Callback):
             show(trainer, "filters/first_layer", pictures.filters(first.weight.detach().cpu()), step)
         data = _data(trainer)
         image = (data.val_set if len(data.val_set) else data.train_set).images[:1].to(pl_module.device)
-        for number, (title, maps) in enumerate(_feature_maps(net, data.preprocess(image)), start=1):
-            show(trainer, f"stages/{number:02}_{title}", pictures.feature_maps(maps), step)
+        outputs = [found for found in stage_outputs(net, data.preprocess(image)) if found[2].dim() == 3]
+        outputs = [found for found in outputs if found[2].shape[-1] > 1]  # with a height and a width
+        for number, (name, kind, maps) in enumerate(outputs, start=1):
+            shape = "x".join(map(str, maps.shape))
+            show(trainer, f"stages/{number:02}_{name}_{kind}_{shape}", feature_maps(maps), step)
 
     def _draw_validation(self, trainer: pl.Trainer, step: int) -> None:
         """Draw the confusion matrix and the most confident mistakes."""
@@ -146,25 +149,6 @@ def is_drawn(epoch: int, max_epochs: int) -> bool:
     if max_epochs < 1:
         return epoch & (epoch - 1) == 0
     return epoch in (1, max_epochs) or epoch % -(-max_epochs // TIMES) == 0
-
-
-def _feature_maps(net: nn.Module, image: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Name and output (C, H, W), on the CPU, of each stage that has a height and a width.
-
-    A stage that neither has parameters nor changes the shape (an activation) is shown as part of the one before it.
-    """
-    image = image.to(next(net.parameters()).dtype)
-    walked, _ = walk(net, lambda: net.forward(image), lambda output: output[0].clone())
-    found: list[tuple[str, nn.Module, Tensor]] = []
-    for name, module, maps in walked:
-        if maps is None or maps.dim() != 3 or maps.shape[-1] < 2:
-            continue
-        if found and maps.shape == found[-1][2].shape and next(module.parameters(), None) is None:
-            found[-1] = (*found[-1][:2], maps)
-        else:
-            found.append((name, module, maps))
-    for name, module, maps in found:
-        yield f"{name}_{type(module).__name__}_{'x'.join(map(str, maps.shape))}", maps.float().cpu()
 
 
 def show(trainer: pl.Trainer, tag: str, picture: Image.Image, step: int) -> None:

@@ -1,4 +1,4 @@
-"""The most confident mistakes explained by Grad-CAM, in TensorBoard."""
+"""The most confident mistakes explained by LayerCAM, in TensorBoard."""
 
 import importlib.util
 from typing import Any

@@ -1,7 +1,8 @@
-"""Grad-CAM: which parts of an image a network bases a class on.
+"""LayerCAM: which parts of an image a network bases a class on.
 
-R. R. Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization", 2017
-(arXiv:1610.02391), in the implementation of Captum.
+P.-T. Jiang et al., "LayerCAM: Exploring Hierarchical Class Activation Maps for Localization", IEEE TIP 2021
+(doi:10.1109/TIP.2021.3089943). Unlike Grad-CAM, from which it comes, it weights each place of a map by that place's own
+gradient, so that it works on maps larger than the last ones, which for images of 32 pixels are 2x2.
 """
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from errors import MissingPackage, UserError
 from inspection.stages import walk
+
+SMALLEST = 6  # pixels of a map on which one can see what a heat map points at
 
 
 def check_captum() -> None:
@@ -23,8 +26,10 @@ def check_captum() -> None:
         raise MissingPackage("--gradcam needs", "captum") from None
 
 
-def last_feature_maps(net: nn.Module, images: Tensor) -> nn.Module:
-    """The stage whose output Grad-CAM weights: the last with convolutions, or what follows it at the same size.
+def explained_stage(net: nn.Module, images: Tensor) -> nn.Module:
+    """The last stage with convolutions whose maps are at least `SMALLEST` wide and high, or what follows at that size.
+
+    If none are as large, it is the first with maps.
 
     Args:
         net: The network; its children are the stages, and a Sequential counts as its members.
@@ -39,14 +44,14 @@ def last_feature_maps(net: nn.Module, images: Tensor) -> nn.Module:
         if size is None or len(size) != 2 or size == (1, 1):
             continue
         convolves = any(isinstance(module, nn.Conv2d) for module in stage.modules())
-        if convolves or (found and size == found[1] and stage is not found[0]):
+        if (convolves and (found is None or min(size) >= SMALLEST)) or (found and size == found[1]):
             found = stage, size
     if found is None:
         raise UserError(f"{type(net).__name__} has no feature maps for --gradcam to show")
     return found[0]
 
 
-def grad_cam(net: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+def layer_cam(net: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
     """How much each part of each image contributes to its class.
 
     Parameters, their gradients, random generators and the network's mode stay as they are. It also works where
@@ -63,7 +68,7 @@ def grad_cam(net: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
     Raises:
         UserError: If no stage of the network has feature maps larger than 1x1.
     """
-    from captum.attr import LayerGradCam
+    from captum.attr import LayerGradientXActivation
 
     was_training = net.training
     try:
@@ -71,9 +76,10 @@ def grad_cam(net: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
             # Copies: what was made in inference mode can't take part in a backward pass.
             images, classes = images.to(next(net.parameters()).dtype).clone(), classes.clone()
-            layer = last_feature_maps(net, images)
-            maps = LayerGradCam(net.forward, layer).attribute(images, classes, relu_attributions=True)
+            contributions = LayerGradientXActivation(net.forward, explained_stage(net, images)).attribute(
+                images, classes
+            )
     finally:
         net.train(was_training)
-    maps = maps.detach()[:, 0].float().cpu()
+    maps = contributions.detach().float().relu().sum(dim=1).cpu()
     return maps / maps.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
