@@ -51,7 +51,11 @@ class CheckedLoading:
             return load(str(Path(path).resolve()), *args, **kwargs)  # an absolute path can't be taken for an address
         settings, left_out = cls._checked(checkpoint, str(path), kwargs)
         kept = {cls.CHECKPOINT_HYPER_PARAMS_KEY: settings, "pytorch-lightning_version": lightning.__version__}
-        kept |= {name: checkpoint[name] for name in ("state_dict", "temperature") if name in checkpoint}
+        kept |= {
+            name: checkpoint[name]
+            for name in ("state_dict", "temperature", "out_of_distribution")
+            if name in checkpoint
+        }
         file = io.BytesIO()
         torch.save(kept, file)
         file.seek(0)

@@ -131,6 +131,7 @@ FLAGS = {
     "--config": Flag("", _path, "FILE", "YAML file whose settings override the recipe's"),
     "--histograms": Flag("--histograms=true", None, "", "histograms of weights and gradients in TensorBoard; slower"),
     "--stop_at_chance": Flag("--stop_at_chance=true", None, "", "stop a network that learns nothing in 500 batches"),
+    "--class_weights": Flag("--class_weights=true", None, "", "count the rare classes' images more in the loss"),
     "--pretrained": Flag("--pretrained=true", None, "", "start VGG from ImageNet's weights; see pretrained/vgg16"),
     "--compile": Flag("--model.compile=true", None, "", "compile the network with torch.compile"),
     "--print_model": Flag("", None, "", "show the network's stages, shapes and cost, and stop"),

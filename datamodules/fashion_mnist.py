@@ -89,8 +89,7 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
         self._folder: Path | None = None  # where the verified files are
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
-        self.image_size = image_size
-        self.num_workers = num_workers
+        self.image_size, self.num_workers = image_size, num_workers
 
     class_names: tuple[str, ...] = CLASS_NAMES
     find_data = staticmethod(whole_below)
@@ -117,9 +116,8 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
                     f"data.val_size={val_size} leaves none of the {len(images)} training images in {folder}; lower it"
                 )
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.hparams["split_seed"]))
-            train, val = order[val_size:].sort().values, order[:val_size].sort().values
-            self.train_set = ImageTensors(images[train], labels[train])
-            self.val_set = ImageTensors(images[val], labels[val])
+            parts = [part.sort().values for part in (order[val_size:], order[:val_size])]
+            self.train_set, self.val_set = (ImageTensors(images[part], labels[part]) for part in parts)
         else:
             self.test_set = ImageTensors(*load(folder, "test"))
 

@@ -133,6 +133,7 @@ class ClassifierCLI(LightningCLI):
             ("patience", PositiveInt | None, None),
             ("histograms", bool, False),
             ("stop_at_chance", bool, False),
+            ("class_weights", bool, False),
             ("pretrained", bool, False),
             ("ckpt_path", str | None, None),
         ):

@@ -9,8 +9,7 @@ from cli.command import Command
 from cli.recipes import PROJECT
 from datamodules import PicturesDataModule
 from errors import UserError, one_line
-
-DECIDED = ("class_names", "channels", "mean", "std", "stored_size")
+from runs.settings import DECIDED
 
 
 def follow_pictures(config: Namespace, command: Command) -> dict[str, Any]:

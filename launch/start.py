@@ -98,7 +98,7 @@ class Start:
             base["trainer"] = {"precision": (self.settings.get("trainer") or {}).get("precision")}
             if command.subcommand == "fit":
                 base["trainer"] = self.settings.get("trainer") or {}
-                base["pretrained"] = bool(self.settings.get("pretrained"))
+                base |= {name: bool(self.settings.get(name)) for name in ("pretrained", "class_weights")}
             arguments.append(f"--config={yaml.safe_dump(base)}")
         for path in command.outer_configs:
             arguments.append(f"--config={yaml.safe_dump(load_yaml(path).get(command.subcommand) or {})}")

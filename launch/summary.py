@@ -10,6 +10,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from errors import count, shown
 
+SHOWN_CLASSES = 12
+
 
 def summary(record: dict[str, Any], trainer: Trainer, checkpoint: Path | None) -> str:
     """The closing lines.
@@ -22,6 +24,8 @@ def summary(record: dict[str, Any], trainer: Trainer, checkpoint: Path | None) -
     lines = [""]
     if test := record.get("test"):
         lines.append(f"Test on {count(test['images'], 'image')}: {scores(test)}")
+        if "class_names" in record["config"]["data"]:  # not Fashion-MNIST's
+            lines.append(by_class(test["class_accuracy"]))
     if "fit_seconds" in record:
         best = f"; best validation accuracy {record['best_val_accuracy']:.4f}" if "best_val_accuracy" in record else ""
         lines.append(
@@ -36,6 +40,13 @@ def summary(record: dict[str, Any], trainer: Trainer, checkpoint: Path | None) -
     if checkpoint:
         lines.append(f"      python train.py predict --ckpt_path {shlex.quote(shown(checkpoint))}")
     return "\n".join(lines)
+
+
+def by_class(accuracies: Mapping[str, float]) -> str:
+    """Each class's accuracy, the lowest first; of many classes, the lowest alone."""
+    lowest = sorted(accuracies.items(), key=lambda item: item[1])[:SHOWN_CLASSES]
+    what = "By class" if len(lowest) == len(accuracies) else f"Lowest of {len(accuracies)} classes"
+    return f"{what}: {', '.join(f'{name} {accuracy:.3f}' for name, accuracy in lowest)}"
 
 
 def scores(measured: Mapping[str, Any]) -> str:

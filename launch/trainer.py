@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 
+from callbacks.class_weights import ClassWeights
 from callbacks.confusion import Confusion
 from callbacks.divergence_guard import DivergenceGuard
 from callbacks.exact_resume import ExactResume, SavedPrecision
@@ -17,6 +18,7 @@ from callbacks.graceful_stop import GracefulStop
 from callbacks.lr_curve import Curve, LearningRateCurve
 from callbacks.model_table import ModelTable
 from callbacks.no_profiler import NoProfiler
+from callbacks.out_of_distribution import FitOutOfDistribution
 from callbacks.prediction_writer import PredictionWriter
 from callbacks.processes import Processes
 from callbacks.progress import EpochProgress
@@ -73,7 +75,9 @@ class RunCallbacks:
             callbacks = [self.folder, *callbacks, *self._of_fit(config, text, model, data, logger)]
             if command.find_lr:
                 callbacks.append(LearningRateCurve(curve, self.folder))
-        elif command.subcommand == "predict" and not command.images:
+        elif command.subcommand != "predict":
+            callbacks.append(self.confusion)
+        elif not command.images:
             callbacks += [self.predictions, *([self.confusion] if command.gradcam else [])]
         own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if config.trainer.enable_progress_bar is not False and not own_bar:
@@ -98,6 +102,7 @@ class RunCallbacks:
             RunRecord(self.start.recipe, yaml.safe_load(text), text, self.folder, self.speed, self.confusion),
             ModelTable(data.input_shape),
             Temperature(),
+            FitOutOfDistribution(),
         ]
         if logger:
             callbacks.append(LearningRateMonitor())
@@ -107,6 +112,8 @@ class RunCallbacks:
         if config.trainer.enable_checkpointing is not False:
             # Two callbacks: `save_last` saves only the epochs that are the best so far.
             callbacks += [*([self.best] if validates else []), self.last]
+        if config.class_weights:
+            callbacks.append(ClassWeights())
         classes = model.hparams["num_classes"]
         callbacks.append(DivergenceGuard(self.processes, classes, stop_at_chance=config.stop_at_chance))
         if config.patience:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from callbacks.run_folder import OUTPUTS, next_folder
 from callbacks.run_record import RunRecord, images_measured
+from datamodules import PicturesDataModule
 from errors import UserError, count
 from launch.classifier_cli import ClassifierCLI
 from launch.lightning_flags import check_length
-from launch.summary import scores, summary
+from launch.summary import by_class, scores, summary
 
 
 def run(cli: ClassifierCLI) -> None:
@@ -89,4 +90,10 @@ def _print_scores(cli: ClassifierCLI, function: str, stage: str, images: Sized, 
     if cli.trainer.is_global_zero:
         found = cli.trainer.callback_metrics
         measured = {name.removeprefix(f"{stage}/"): value.item() for name, value in found.items()}
+        confusion = cli.callbacks.confusion
+        own = isinstance(cli.datamodule, PicturesDataModule)
+        if own and confusion.balanced_accuracy is not None:
+            measured["balanced_accuracy"] = confusion.balanced_accuracy
         print(f"{function} on {count(images_measured(cli.trainer, images, batches), 'image')}: {scores(measured)}")
+        if own:
+            print(by_class(confusion.class_accuracy))

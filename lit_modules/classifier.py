@@ -15,6 +15,7 @@ from checkpoints.loading import CheckedLoading
 from checkpoints.state import check_state
 from lit_modules.execution.activation_checkpointing import apply_activation_checkpointing
 from lit_modules.execution.cuda_graphs import MODES, CudaGraphs
+from lit_modules.execution.out_of_distribution import OutOfDistribution
 from lit_modules.execution.seeding import seed_step
 from lit_modules.initialization import he_initialization, start_output
 from lit_modules.metrics import StageMetrics
@@ -89,6 +90,8 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
         self.scheduler = scheduler
         self.mix = _mixing(num_classes, mixup=mixup, cutmix=cutmix)
         self.temperature = 1.0  # fitted by callbacks/temperature.py
+        self.out_of_distribution: OutOfDistribution | None = None  # fitted by callbacks/out_of_distribution.py
+        self.class_weights: Tensor | None = None  # set by callbacks/class_weights.py
         if initialization == "he":
             net.apply(he_initialization)
             if output_bias is not None:
@@ -99,11 +102,9 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
             apply_activation_checkpointing(net)
         self.cuda_graphs = CudaGraphs() if compile in MODES else None
         if compile:  # in place, so that checkpoints keep the plain parameter names
-            mode = compile if isinstance(compile, str) else None
-            net.compile(mode=mode, dynamic=False if self.cuda_graphs else None)
+            net.compile(mode=compile if isinstance(compile, str) else None, dynamic=False if self.cuda_graphs else None)
         stages = ("train_", "val", "test", *(["test_flip"] if flip_test else []))
-        metrics = nn.ModuleDict({stage: StageMetrics(stage, num_classes) for stage in stages})
-        self.metrics = cast("dict[str, StageMetrics]", metrics)
+        self.metrics: Any = nn.ModuleDict({stage: StageMetrics(stage, num_classes) for stage in stages})
         self._since_last_log: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def forward(self, images: Tensor) -> Tensor:
@@ -124,9 +125,8 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Derive all random numbers of a training step (augmentation, dropout) from seed, epoch, batch and process."""
-        if (trainer := self.trainer).training:
-            step = trainer.current_epoch, trainer.fit_loop.batch_idx + 1, self.global_rank
-            seed_step(trainer.strategy.root_device, *step)
+        if (now := self.trainer).training:
+            seed_step(now.strategy.root_device, now.current_epoch, now.fit_loop.batch_idx + 1, self.global_rank)
         return batch
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -137,7 +137,7 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
             images, targets = self.mix(images, labels)
             labels = targets.argmax(dim=1)
         logits = self(images)
-        loss = F.cross_entropy(logits, targets, label_smoothing=self.hparams["label_smoothing"])
+        loss = F.cross_entropy(logits, targets, self.class_weights, label_smoothing=self.hparams["label_smoothing"])
         self._since_last_log.append((loss.detach(), logits.detach(), labels))
         if len(self._since_last_log) >= self.trainer.log_every_n_steps:  # type: ignore[attr-defined]  # set by its logger connector
             self.log("train/loss_step", self._update_train_metrics(), prog_bar=True)
@@ -189,19 +189,21 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
             self.net.train(training)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the temperature, and only those hyperparameters that can be read without unpickling objects."""
+        """Store what was fitted, and only those hyperparameters that can be read without unpickling objects."""
         checkpoint["temperature"] = self.temperature
+        checkpoint["out_of_distribution"] = self.out_of_distribution and self.out_of_distribution._asdict()
         stored = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
         if stored and "_instantiator" not in stored:  # from the user's own Trainer, with objects as arguments
             plain = {name: value for name, value in stored.items() if type(value) in PLAIN}
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = plain
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check what a Trainer is about to restore against this run, and take over the temperature, if there is one."""
+        """Check what a Trainer is about to restore against this run, and take over what was fitted, if there is."""
         if self._trainer is not None:
             check_state(checkpoint, self.trainer, self)
         stored = checkpoint.get("temperature")
         self.temperature = stored if isinstance(stored, float) and 0 < stored < math.inf else 1.0
+        self.out_of_distribution = OutOfDistribution.stored(checkpoint, self.hparams["num_classes"])
 
     def configure_optimizers(self) -> Any:
         """The optimiser, and the scheduler with the run's length worked out."""

@@ -14,7 +14,7 @@ from typing import Any
 from errors import UserError, count, plain
 from runs.names import recipe_settings
 from runs.record import check, unpack_right
-from runs.settings import kind, shaping
+from runs.settings import FOLLOWING, kind, shaping
 
 SWEEPS = "sweeps"  # where sweep.py keeps its trials, within the folder of the runs
 
@@ -113,9 +113,11 @@ class Run:
 
 
 def matches(run: Run, wanted: dict[str, Any]) -> bool:
-    """Whether a run computed what the settings say; settings left to the machine match anything."""
+    """Whether a run computed what the settings say; settings left to machine or pictures match anything."""
     own = run.settings | ({"trainer.precision": run.record["precision"]} if "precision" in run.record else {})
     names = own.keys() | wanted.keys()
+    if wanted.get("data.folder") or wanted.get("data.dataset"):
+        names = {name for name in names if name.replace(".init_args", "") not in FOLLOWING}
     return all(own.get(name) == wanted.get(name) or wanted.get(name) in kind(name).left_open for name in names)
 
 

@@ -40,6 +40,7 @@ SAME_IMAGES = "the trials are compared on the same validation images"
 SETTINGS = {
     "seed_everything": Kind(parts=False, fixed="the seed is no setting to choose by; give --seed N for all trials"),
     "pretrained": SHAPING,
+    "class_weights": SHAPING,
     "patience": FREE,
     "stop_at_chance": FREE,
     "model.net.image_size": Kind(parts=False, recipe=False),  # follows data.image_size
@@ -83,6 +84,10 @@ SETTINGS = {
     "trainer.overfit_batches": FREE,
     "trainer.callbacks": FREE,  # those of recipes are compared separately
 }
+# What pictures other than Fashion-MNIST's decide where the user does not, and what follows from it.
+DECIDED = ("class_names", "channels", "mean", "std", "stored_size")
+FOLLOWING = {*(f"data.{name}" for name in DECIDED), "model.num_classes", "model.net.num_classes"}
+FOLLOWING.add("model.net.in_channels")
 GROUPS = {"model": SHAPING, "data": SHAPING, "trainer": EXECUTION}
 
 

@@ -38,6 +38,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
 from torchvision.models import get_model, get_model_weights
 
+from callbacks.class_weights import ClassWeights
 from callbacks.divergence_guard import DivergenceGuard
 from callbacks.processes import Processes
 from callbacks.temperature import GRID, best_temperature
@@ -47,6 +48,7 @@ from datamodules import CLASS_NAMES, FashionMNISTDataModule
 from errors import Diverged, UserError
 from inspection.graph import network_graph
 from lit_modules import LitClassifier
+from lit_modules.execution.out_of_distribution import OutOfDistribution
 from models import VGG, GoogLeNet, LeNet, NiN
 from pictures.feature_maps import feature_maps
 from pictures.feature_maps import grid as grid_of
@@ -244,6 +246,85 @@ def test_a_senseless_one_in_a_checkpoint_counts_as_1(trained, stored):
     classifier = LitClassifier.load_from_checkpoint(trained.best)
     classifier.on_load_checkpoint({"temperature": stored})
     assert classifier.temperature == 1
+
+
+# ---- The score of images unlike those trained on.
+
+
+def fitted_to(logits: Tensor) -> OutOfDistribution:
+    fitted = OutOfDistribution.fit(logits)
+    assert fitted is not None
+    return fitted
+
+
+def drawn(images: int, classes: int = 10, seed: int = 0) -> Tensor:
+    """Logits of images that a network is mostly sure of."""
+    generator = torch.Generator().manual_seed(seed)
+    return 8 * F.one_hot(torch.arange(images) % classes, classes) + torch.randn(images, classes, generator=generator)
+
+
+@pytest.mark.parametrize(("images", "classes", "gaussians"), [(2000, 10, 10), (150, 10, 0), (2000, 100, 0)])
+def test_what_is_unlike_the_validation_images_scores_above_1(images, classes, gaussians):
+    fitted = fitted_to(drawn(images, classes))
+    assert len(fitted.means) == gaussians
+    assert (fitted.score(drawn(images, classes)) > 1).float().mean() == pytest.approx(0.05, abs=0.01)
+    assert (fitted.score(drawn(4000, classes, seed=1)) > 1).float().mean() == pytest.approx(0.05, abs=0.04)
+    assert (fitted.score(torch.randn(500, classes)) > 1).float().mean() > 0.95  # sure of nothing
+    two_at_once = drawn(images, classes) + drawn(images, classes).roll(1, dims=0)
+    assert ((fitted.score(two_at_once) > 1).float().mean() > 0.95) == (gaussians > 0)
+    back: Any = OutOfDistribution.stored({"out_of_distribution": fitted._asdict()}, classes)
+    assert torch.equal(back.score(two_at_once), fitted.score(two_at_once))
+
+
+def test_nothing_is_fitted_to_few_images_or_to_nan():
+    assert OutOfDistribution.fit(drawn(19)) is None
+    assert OutOfDistribution.fit(drawn(500).index_fill(0, torch.tensor([3]), torch.nan)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("means", torch.zeros(10, 9)),
+        ("means", torch.zeros(())),
+        ("whitening", torch.zeros(9, 10, 10)),
+        ("log_volumes", [0.0] * 10),
+        ("centres", torch.zeros(2, dtype=torch.int64)),
+        ("scales", torch.tensor([1.0, 0.0])),
+        ("scales", torch.tensor([1.0, torch.nan])),
+        ("scales", None),
+    ],
+)
+def test_a_senseless_score_in_a_checkpoint_is_none(name, wrong):
+    right = fitted_to(drawn(500))._asdict()
+    assert OutOfDistribution.stored({"out_of_distribution": right}, 10)
+    assert OutOfDistribution.stored({"out_of_distribution": right | {name: wrong}}, 10) is None
+    assert OutOfDistribution.stored({"out_of_distribution": [1]}, 10) is None
+    assert OutOfDistribution.stored({}, 10) is None
+
+
+def test_each_checkpoint_holds_the_score_of_its_own_weights(trained):
+    for path in (trained.best, trained.best.with_name("last.ckpt")):
+        classifier, logits, _ = val_logits(path)
+        expected = fitted_to(logits).score(logits)
+        assert torch.allclose(classifier.out_of_distribution.score(logits), expected, atol=1e-3)
+
+
+# ---- Class weights.
+
+
+def test_class_weights_are_the_usual_balanced_ones_and_reach_the_loss():
+    model = LitClassifier(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), num_classes=3)
+    labels = torch.tensor([0] * 6 + [2] * 3)
+    images = torch.randn(9, 1, 2, 2)
+    data = SimpleNamespace(train_set=SimpleNamespace(labels=labels))
+    trainer: Any = SimpleNamespace(datamodule=data, log_every_n_steps=50)
+    model._trainer = trainer
+    ClassWeights().on_fit_start(trainer, model)
+    assert model.class_weights is not None
+    assert model.class_weights.tolist() == [0.5, 0.0, 1.0]  # 9 / (3 * 6), no image, 9 / (3 * 3)
+    expected = F.cross_entropy(model(images), labels, model.class_weights)
+    assert torch.equal(model.training_step((images, labels), 0), expected)
+    assert not torch.isclose(expected, F.cross_entropy(model(images), labels))
 
 
 # ---- Every tag that a run leaves for TensorBoard is read back and held against values computed apart.

@@ -1235,13 +1235,15 @@ def test_a_folder_is_trained_on_tested_and_looked_at(tmp_path):
     common = ["--accelerator=cpu", f"--data_dir={tmp_path}", "--data.eval_batch_size=5"]
     flags = [f"--data={folder}", "--image_size=32", "--batch_size=8", f"--log_dir={tmp_path / 'logs'}"]
     augmented = ["--data.rotation=20", "--data.zoom=0.2", "--data.shift=0.1", "--data.saturation=0.3"]
-    balanced = ["--data.balanced=true", "--data.random_erasing=0.2", "--max_epochs=2"]
+    balanced = ["--class_weights", "--data.balanced=true", "--data.random_erasing=0.2", "--max_epochs=2"]
     answer = run_forked("--model=fast/1min", "--precision=32", *flags, *common, *augmented, *balanced, folder=tmp_path)
     assert answer.code == 0, answer.err
     run = tmp_path / "logs" / "fast" / "1min" / "version_0"
     record = json.loads((run / "record.json").read_text())
     assert (record["train_images"], record["val_images"], record["test"]["images"]) == (40, 16, 16)
     assert list(record["test"]["class_accuracy"]) == CLASSES
+    assert record["config"]["class_weights"]
+    assert "\nBy class: " in answer.out
     settings = yaml.safe_load((run / "config.yaml").read_text())
     assert settings["data"]["class_names"] == CLASSES
     assert settings["model"]["num_classes"] == settings["model"]["net"]["init_args"]["num_classes"] == 4
@@ -1255,6 +1257,7 @@ def test_a_folder_is_trained_on_tested_and_looked_at(tmp_path):
     at_home = run_forked("test", "--model=fast/1min", checkpoint, *common, folder=tmp_path)
     assert (at_home.code, "say which: --data" in at_home.err) == (2, True)
     assert "test on 16 images: accuracy" in tested.out
+    assert all(f"{name} {share:.3f}" in tested.out for name, share in record["test"]["class_accuracy"].items())
     (row,) = json.loads((tmp_path / "own.json").read_text())["pictures"]
     assert list(row["probabilities"]) == CLASSES
     data = PicturesDataModule.load_from_checkpoint(run / "checkpoints" / "best.ckpt")

@@ -38,6 +38,7 @@ KEPT = (
     "datamodule_hyper_parameters",
     "recipe",
     "temperature",
+    "out_of_distribution",
 )
 
 
