@@ -181,6 +181,11 @@ def print_error(program: str, message: object) -> None:
     print(f"{program}: error: {message}", file=sys.stderr, flush=True)
 
 
+def print_warning(message: object) -> None:
+    """Print a warning of train.py on standard error, as one line."""
+    print(f"train.py: warning: {one_line(str(message))}", file=sys.stderr, flush=True)
+
+
 def printed_error(text: str) -> str:
     """The message that `print_error` printed last, taken from a program's standard error; "" if that is empty."""
     last = (text.strip().splitlines() or [""])[-1]

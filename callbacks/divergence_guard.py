@@ -1,7 +1,6 @@
 """Ends training that has gone wrong: a loss that is not finite, a network that does not leave chance."""
 
 import math
-import sys
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from callbacks.processes import Processes
-from errors import Diverged
+from errors import Diverged, print_warning
 
 ADVICE = "try a lower --lr, --trainer.gradient_clip_val 1, or --precision 32"
 # The mean loss counts as chance within these factors of ln(number of classes).
@@ -108,7 +107,7 @@ class DivergenceGuard(Callback):
         if self._stop_at_chance:
             self._end(trainer, message)
         if trainer.is_global_zero:
-            print(f"train.py: warning: {message}", file=sys.stderr, flush=True)
+            print_warning(message)
 
     def _end(self, trainer: pl.Trainer, message: str) -> None:
         self._processes.ignore_ends()

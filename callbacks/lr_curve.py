@@ -1,6 +1,8 @@
 """The curve of the search for a learning rate, as JSON, and as a picture where matplotlib is installed."""
 
 import json
+import math
+import statistics
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,18 +56,30 @@ class LearningRateCurve(Callback):
 
 
 def plot(curve: Curve, path: Path) -> None:
-    """Draw the loss against the learning rate, with the rate that was taken.
+    """Draw the loss against the learning rate, from where it moves; the lowest point and the rate taken are marked.
 
     Raises:
         ImportError: If matplotlib is not installed.
     """
     from matplotlib.figure import Figure  # an optional dependency
 
+    losses = [loss if math.isfinite(loss) else math.inf for loss in curve.losses]
+    lowest = losses.index(min(losses))
+    # At tiny rates, where most steps are, nothing happens: drawn is what comes after, from eight steps before.
+    level = statistics.median(losses[: lowest + 1])
+    flat = losses[lowest] + 0.95 * (level - losses[lowest])
+    begins = max((step for step in range(lowest) if losses[step] >= flat), default=0)
+    first = max(0, min(begins, sum(rate < curve.learning_rate for rate in curve.rates)) - 8)
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(curve.rates, curve.losses, color="#0072B2")
+    axes.plot(curve.rates[first:], curve.losses[first:], color="#0072B2")
+    axes.plot(
+        curve.rates[lowest], losses[lowest], "o", color="#0072B2", label=f"lowest loss: {curve.rates[lowest]:.3g}"
+    )
     axes.axvline(curve.learning_rate, color="#D55E00", linestyle="--", label=f"taken: {curve.learning_rate:g}")
     axes.set(xscale="log", xlabel="learning rate", ylabel="training loss, smoothed")
+    fall = level - losses[lowest]
+    axes.set_ylim(losses[lowest] - 0.1 * fall, level + 0.4 * fall)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#dddddd", linewidth=0.6)

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from checkpoints.trust import Trusted
 from cli.command import Command
 from cli.recipes import load_yaml
 from datamodules.files.finding import whole_below
-from errors import UserError, shown
+from errors import UserError, print_warning, shown
 
 
 @dataclass
@@ -169,7 +168,7 @@ def _newest_valid(command: Command) -> dict[str, Any]:
             damages.append(error)
             continue
         if damages and os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"train.py: warning: {damages[0]}; starting from {path}", file=sys.stderr, flush=True)
+            print_warning(f"{damages[0]}; starting from {path}")
         command.ckpt_path = path
         return checkpoint
     raise damages[0]

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from datamodules import FashionMNISTDataModule, PicturesDataModule
 from datamodules.files.pictures import PictureError, find_pictures, read_picture
-from errors import UserError, count
+from errors import UserError, count, print_warning
 from inspection.layer_cam import check_captum, layer_cam
 from lit_modules import LitClassifier
 from pictures.cleaning import Invert, as_fashion_mnist
@@ -76,7 +75,7 @@ def read_pictures(paths: Sequence[Path], invert: Invert, data: FashionMNISTDataM
         folders = ", ".join(printable(path) for path in paths)
         raise UserError(f"no picture could be read: {reasons or f'{folders} holds none'}")
     for path, reason in pictures.skipped:
-        print(f"train.py: warning: skipped: {printable(path)} {' '.join(reason.split())}", file=sys.stderr)
+        print_warning(f"skipped: {printable(path)} {reason}")
     return pictures
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from cli.flags import take_flag
+from cli.flags import refuse_pasted_dashes, take_flag
 from errors import OneLineParser, UserError
 
 
@@ -36,8 +36,9 @@ class Parser(OneLineParser):
         """The values of its own flags, or None if help was asked for; and the flags for train.py.
 
         Raises:
-            UserError: If a flag is refused, or one of its own is not valid.
+            UserError: If a flag is refused or begins with a pasted dash, or one of its own is not valid.
         """
+        refuse_pasted_dashes(arguments)
         mine: list[str] = []
         passed: list[str] = []
         tokens = list(arguments)

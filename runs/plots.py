@@ -6,12 +6,13 @@ Matplotlib is imported only where a report is drawn.
 import math
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from errors import MissingPackage, plain
 from runs.groups import Group, marks
+from runs.search_space import Choice, Space
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart (https://jfly.uni-koeln.de/color/).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B8000")
@@ -59,6 +60,49 @@ def draw(groups: Sequence[Group], folder: Path) -> dict[str, str]:
     if all(group.class_accuracy for group in groups):
         save(_class_accuracy(groups), "Test accuracy by class", "class_accuracy.png")
     return plots
+
+
+def draw_trials(space: Space, tried: Sequence[tuple[Mapping[str, Any], float]], path: Path) -> None:
+    """Draw the validation accuracy of a sweep's trials against each setting, a panel each.
+
+    Args:
+        space: What was searched.
+        tried: The settings of each trial, and its accuracy; the best first.
+        path: A PNG file.
+
+    Raises:
+        MissingPackage: If Matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import PercentFormatter
+    except ImportError:
+        raise MissingPackage("the picture needs", "matplotlib") from None
+    columns = min(4, len(space))
+    rows = -(-len(space) // columns)
+    figure = Figure(figsize=(1.6 + 2.8 * columns, 3.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flat
+    accuracies = [accuracy for _, accuracy in tried]
+    for (name, values), axes in zip(space.items(), panels, strict=False):
+        at: list[Any] = [settings[name] for settings, _ in tried]
+        if isinstance(values, Choice):
+            at = [values.values.index(value) for value in at]
+            names = [
+                _drawable(value.rpartition(".")[2] if value[:1].isalpha() else value, 12) for value in values.values
+            ]
+            axes.set_xticks(range(len(names)), names, rotation=35 if max(map(len, names)) > 4 else 0)
+            axes.set_xlim(-0.5, len(names) - 0.5)
+        elif values.log:
+            axes.set_xscale("log")
+        axes.scatter(at, accuracies, s=24, color=COLOURS[0])
+        axes.scatter(at[0], accuracies[0], s=40, color=COLOURS[1], zorder=3)
+        axes.set_xlabel(name.rpartition(".")[2])
+        _tidy(axes)
+    for axes in panels:  # those left over
+        axes.remove()
+    figure.axes[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    figure.supylabel("validation accuracy (orange: the best trial)", fontsize=9)
+    figure.savefig(path, dpi=110)
 
 
 def _scatter(points: Sequence[tuple[Group, float]], label: str) -> Any:

@@ -16,6 +16,7 @@ import yaml
 from cli.command import Command, parse_command_line
 from cli.recipes import PROJECT, load_yaml, recipes
 from errors import MissingPackage, RunError, Stopped, UserError, printed_error
+from runs.plots import draw_trials
 from runs.reading import SWEEPS
 from runs.record import write_json
 from runs.report import rich_table, terminal
@@ -62,9 +63,15 @@ def sweep(request: Request) -> int:
             study = _run_trials(request, command, folder, output)
     finally:
         signal.signal(signal.SIGTERM, before)
-    _print_table(study, request)
+    _print_table(study)
     write_json(folder / "trials.json", {"command": request.command, "trials": _listed(study, folder)})
     print(f"All trials: {folder / 'trials.json'}")
+    try:
+        tried = [(trial.params, float(trial.value or 0)) for trial in _completed(study)]
+        draw_trials(request.space, tried, folder / "trials.png")
+        print(f"Picture: {folder / 'trials.png'}")
+    except MissingPackage as missing:
+        print(missing)
     print(f"Recipe: {output}")
     print(f"Train it: python train.py --model {shlex.quote(_model_name(output))}")
     return 0
@@ -306,17 +313,15 @@ def _shown(settings: Iterable[str]) -> str:
     )
 
 
-def _print_table(study: "optuna.Study", request: Request) -> None:
+def _print_table(study: "optuna.Study") -> None:
     console = terminal()
     completed, finished = _completed(study), _finished(study)
     rows = []
     for trial in completed[:SHOWN]:
-        values = dict(text.removeprefix("--").split("=", 1) for text in trial.user_attrs["settings"])
         cells = [trial.user_attrs["folder"].removeprefix("trial_"), f"{trial.value:.4f}"]
-        cells += [values[name] for name in request.space]
-        rows.append([*cells, f"{trial.user_attrs['seconds']:.1f} s"])
-    columns = ("trial", "validation accuracy", *(text.partition("=")[0] for text in request.spelled), "time")
-    console.print(rich_table(columns, rows, bold_first=True))
+        rows.append([*cells, f"{trial.user_attrs['seconds']:.1f} s", _shown(trial.user_attrs["settings"])])
+    columns = ("trial", "validation accuracy", "time", "settings")
+    console.print(rich_table(columns, rows, left=("settings",), bold_first=True))
     counts = {state: sum(trial.state == state for trial in finished) for state in TrialState}
     rest = {"given up early": counts[TrialState.PRUNED], "failed": counts[TrialState.FAIL]}
     if more := len(completed) - SHOWN:

@@ -49,6 +49,7 @@ from stoppable import (
 from torch import nn
 from torch.utils.data import DataLoader
 
+from callbacks.lr_curve import Curve, plot
 from checkpoints.reading import read_checkpoint
 from cli.recipes import recipes
 from datamodules import CLASS_NAMES, FashionMNISTDataModule
@@ -1384,7 +1385,7 @@ def test_the_run_is_that_of_the_rate_given(found: Path, tmp_path: Path) -> None:
         assert torch.equal(value, second["state_dict"][name]), name
 
 
-def test_curve_lies_beside_the_run_and_nothing_else_is_left(found: Path) -> None:
+def test_curve_lies_beside_the_run_and_nothing_else_is_left(found: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = found / "logs/lenet/version_0"
     curve = json.loads((run / "lr_finder.json").read_text(encoding="utf-8"))
     assert curve["learning_rate"] == rate_in_config(found)
@@ -1396,6 +1397,13 @@ def test_curve_lies_beside_the_run_and_nothing_else_is_left(found: Path) -> None
     pytest.importorskip("matplotlib")
     with Image.open(run / "lr_finder.png") as picture:
         assert len(picture.convert("L").getcolors(100_000) or []) > 10  # not blank
+    drawn: list[Any] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
+    plot(Curve(**curve), run / "again.png")
+    (axes,) = drawn[0].axes
+    left, right = axes.get_xlim()
+    assert curve["rates"][20] < left < curve["learning_rate"] < lowest < right  # without the flat part
+    assert any(list(line.get_xdata()) == [lowest] for line in axes.lines)
     assert [path.name for path in found.iterdir()] == ["logs"]
     assert sorted(path.name for path in found.rglob("*.ckpt")) == ["best.ckpt", "last.ckpt"]
 

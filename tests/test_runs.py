@@ -282,6 +282,7 @@ def test_missing_package_is_named_in_one_line(
         (["damaged"], "record.json is damaged"),
         (["--outptu", "x"], "did you mean --output"),
         (["--max_epochs", "3"], "--max_epochs goes with --train"),
+        (["\u2014train", "lenet"], "begins with a dash as pages print it, not with hyphens; type --train"),
         (["--seeds", "3"], "--seeds goes with --train"),
         (["--train"], "--train needs the names of recipes"),
         (["--train", "lenett"], "did you mean lenet"),
@@ -776,6 +777,7 @@ def test_bad_settings_are_named(setting: str, message: str) -> None:
     ("arguments", "message"),
     [
         ((), "name a recipe"),
+        (("lenet", "\u2013\u2013space", "lr=1,2"), "type --space"),
         (("lenett", "--space", "lr=1,2"), "did you mean lenet?"),
         (("lenet",), "nothing to search"),
         (("lenet", "nin", "--space", "lr=1,2"), "a sweep takes one"),
@@ -844,6 +846,7 @@ def test_a_sweep_outlives_a_failing_trial_and_goes_on_after_ctrl_c(tmp_path: Pat
     assert f"{folder.relative_to(tmp_path)}: 1 of 2 trials done" in done.stdout
     assert "1 failed" in done.stdout
     assert done.stdout.endswith("Train it: python train.py --model mine.yaml\n")
+    assert len(Image.open(folder / "trials.png").convert("RGB").getcolors(1 << 24) or []) > 10  # not blank
     assert "try a lower --lr" in (folder / "trial_1" / "output.txt").read_text(encoding="utf-8")
     (run,) = find_runs([folder])  # it went on in its folder
     assert [epoch["epoch"] for epoch in run.record["epochs"]] == list(range(1, 16))
