@@ -10,10 +10,9 @@ from typing import Any
 
 from cli.recipes import load_yaml, recipes
 from errors import UserError
-from runs.settings import kind, leaves
+from runs.settings import FOLLOWING, kind, leaves
 
 CLASS, MACHINE = ".class_path", "machine"
-MEASURED = ("data.mean", "data.std", "data.channels")  # on any data set but Fashion-MNIST
 Settings = dict[str, Any]  # by dotted name, without `init_args`
 
 
@@ -56,7 +55,7 @@ def _changes(recipe: str, settings: Settings, others: Sequence[Settings]) -> lis
 
     names = [name for name in {**written, **settings} if (name in settings or kind(name).parts) and kind(name).named]
     if settings.get("data.folder") or settings.get("data.dataset"):
-        names = [name for name in names if name not in MEASURED]
+        names = [name for name in names if name not in FOLLOWING]
     return [_in_words(name, settings.get(name)) for name in names if is_changed(name, settings.get(name))]
 
 

@@ -57,8 +57,6 @@ SETTINGS = {
     # Checkpoints name no folder; a run that is continued keeps its classes, whatever their pictures.
     "data.folder": OTHER_IMAGES,
     "data.dataset": OTHER_IMAGES,
-    "data.class_names": OF_THE_DATA,
-    "data.stored_size": OF_THE_DATA,
     "data.fit": Kind(default="crop"),
     "data.bad_files": Kind(default="skip"),
     "data.channels": Kind(default=1),

@@ -707,9 +707,12 @@ def test_every_setting_is_of_one_kind() -> None:
     config = json.loads((RESULTS / "runs/lenet-seed0-cpu.json").read_text(encoding="utf-8"))["config"]
     known = set(leaves(config)) | {"model.net.image_size", "trainer.limit_test_batches"}
     known |= {f"data.{name}" for name in inspect.signature(PicturesDataModule).parameters}
-    assert set(SETTINGS) - known <= {"model.checkpoint_activations", "model.flip_test", "pretrained"}, (
-        "no such settings"
-    )
+    assert set(SETTINGS) - known <= {
+        "class_weights",
+        "model.checkpoint_activations",
+        "model.flip_test",
+        "pretrained",
+    }, "no such settings"
     free = {name for name in known if name.startswith(("model.", "data.")) and not is_kept(name, scheduled=True)}
     assert {"data.data_dir", "data.num_workers", "data.eval_batch_size", "model.compile"} <= free
     assert is_kept("model.optimizer.init_args.lr", scheduled=False)
