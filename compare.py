@@ -6,13 +6,15 @@ Only light modules are imported here; training happens in processes of its own, 
 import sys
 from pathlib import Path
 
-from cli.command import parse_command_line
-from cli.flags import FLAGS
-from cli.recipes import did_you_mean
-from errors import UserError, run_program
-from runs.flags import Parser, at_least_one, path
-from runs.report import compare
-from runs.training import INTERRUPTED, Request
+from errors import UserError, importing, run_program
+
+with importing("compare.py"):
+    from cli.command import parse_command_line
+    from cli.flags import FLAGS
+    from cli.recipes import did_you_mean
+    from runs.flags import Parser, at_least_one, path
+    from runs.report import compare
+    from runs.training import INTERRUPTED, Request
 
 NOT_PASSED = {
     "--model": "name the recipes behind --train",

@@ -14,8 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cli.recipes import PROJECT
-from errors import MissingPackage, OneLineParser, RunError, UserError, run_program
+from errors import MissingPackage, OneLineParser, RunError, UserError, importing, run_program
+
+with importing("demo.py"):
+    from cli.flags import refuse_pasted_dashes
+    from cli.recipes import PROJECT
 
 WEIGHTS = PROJECT / "weights"
 
@@ -61,6 +64,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str]) -> None:
+    refuse_pasted_dashes(arguments)
     options: Any = parser().parse_args(arguments)
     if not 0 < options.port < 65536:
         raise UserError(f"--port must be an integer from 1 to 65535, got {options.port}")

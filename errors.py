@@ -109,17 +109,32 @@ def run_program(name: str, run: Callable[[], int | None], interrupted: str = "St
             print(f"\n{interrupted}", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        if str(error.name).partition(".")[0] not in REQUIRED.split():
-            raise
-        activate = r".venv\Scripts\activate" if os.name == "nt" else "source .venv/bin/activate"
-        print_error(
-            name,
-            f"the package {error.name} is missing in {sys.executable}: activate the environment ({activate}), or make "
-            "it: python3 -m venv .venv && .venv/bin/pip install -r requirements.txt",
-        )
-        return 2
+        return _report_missing(name, error)
     finally:
         sys.stdout, sys.stderr = kept
+
+
+@contextmanager
+def importing(name: str) -> Iterator[None]:
+    """For the imports of a program: a missing package ends it with one line, and Ctrl-C ends it at once."""
+    try:
+        with ended_by_ctrl_c():
+            yield
+    except ModuleNotFoundError as error:
+        sys.exit(_report_missing(name, error))
+
+
+def _report_missing(program: str, error: ModuleNotFoundError) -> int:
+    """Name the package of requirements.txt that is missing, and what to do; returns the exit code."""
+    if str(error.name).partition(".")[0] not in REQUIRED.split():
+        raise error
+    activate = r".venv\Scripts\activate" if os.name == "nt" else "source .venv/bin/activate"
+    print_error(
+        program,
+        f"the package {error.name} is missing in {sys.executable}: activate the environment ({activate}), or make it: "
+        "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt",
+    )
+    return 2
 
 
 @contextmanager

@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from errors import OneLineParser, UserError, run_program
+from errors import OneLineParser, UserError, importing, run_program
+
+with importing("export.py"):
+    from cli.flags import refuse_pasted_dashes
 
 SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2"}
 
@@ -43,6 +46,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str]) -> None:
+    refuse_pasted_dashes(arguments)
     options: Any = parser().parse_args(arguments)
     suffix = SUFFIXES[options.format]
     output = options.output or options.ckpt_path.with_suffix(suffix)

@@ -5,13 +5,15 @@ Only light modules are imported here; training happens in processes of its own, 
 
 import sys
 
-from cli.command import parse_command_line
-from cli.flags import FLAGS
-from cli.recipes import did_you_mean
-from errors import UserError, run_program
-from runs.flags import Parser, at_least_one, one_of, path, yaml_file
-from runs.search_space import PRUNERS, Request, add_setting
-from runs.training import INTERRUPTED
+from errors import UserError, importing, run_program
+
+with importing("sweep.py"):
+    from cli.command import parse_command_line
+    from cli.flags import FLAGS
+    from cli.recipes import did_you_mean
+    from runs.flags import Parser, at_least_one, one_of, path, yaml_file
+    from runs.search_space import PRUNERS, Request, add_setting
+    from runs.training import INTERRUPTED
 
 NOT_PASSED = {
     "--model": "name the recipe itself: python sweep.py lenet --space ...",

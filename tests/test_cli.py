@@ -271,6 +271,17 @@ def test_a_dash_from_a_page_is_named_with_what_to_type(dash: str) -> None:
         parse_command_line([f"{dash}model", "lenet"])
 
 
+@pytest.mark.parametrize("door", ["train", "compare", "sweep", "export", "demo"])
+def test_every_command_names_what_a_page_or_a_forgotten_environment_spoilt(door: str) -> None:
+    def said(*options: str) -> str:
+        done = subprocess.run([sys.executable, *options], cwd=REPO, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        return done.stderr
+
+    assert "activate the environment" in said("-S", f"{door}.py", *(["--model", "lenet"] if door == "train" else []))
+    assert f"{door}.py: error: —log_dir" in said(f"{door}.py", "—log_dir", "logs")
+
+
 @pytest.mark.parametrize("flag", ["--images", "--config", "--log_dir", "--data_dir", "--output", "--ckpt_path"])
 def test_an_address_is_shown_as_it_was_typed(flag: str) -> None:
     with pytest.raises(UserError, match=f"{flag} must be a path on this machine .*'https://example.com/a.jpg'"):
