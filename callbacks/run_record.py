@@ -20,9 +20,9 @@ from callbacks.confusion import Confusion
 from callbacks.run_folder import RunFolder, RunLogger
 from callbacks.speed import Speed
 from datamodules import PicturesDataModule
-from errors import Stopped
+from errors import Stopped, UserError, one_line, shown
 from inspection.stages import stages
-from runs.record import commit, machine, pack_right, peak_memory, write_json
+from runs.record import check, commit, machine, pack_right, peak_memory, write_json
 from runs.settings import leaves
 
 # What TensorBoard's HParams tab shows without a click.
@@ -194,7 +194,15 @@ class RunRecord(Callback):
     def _earlier(self, trainer: pl.Trainer) -> dict[str, Any]:
         """The record of a run that is continued in its own folder."""
         path = self._folder.path and self._folder.path / "record.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path and trainer.ckpt_path and path.is_file() else {}
+        if not (path and trainer.ckpt_path and path.is_file()):
+            return {}
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            check(record)
+        except (OSError, ValueError, RecursionError) as error:
+            reason = one_line(str(error))
+            raise UserError(f"{shown(path)} is damaged ({reason}); repair it, or remove it to begin a new one") from None
+        return record
 
     def _peak(self, trainer: pl.Trainer) -> dict[str, int | None]:
         """Peak memory so far, earlier parts of the run included."""

@@ -462,6 +462,11 @@ def test_a_finished_run_that_is_continued_keeps_its_record(tmp_path: Path) -> No
     before = json.loads(file.read_text())
     assert run_forked("fit", *arguments, "--ckpt_path=last", folder=tmp_path).code == 0
     assert json.loads(file.read_text()) == before
+    file.write_text('{"recipe": ')
+    answer = run_forked("fit", *arguments, "--ckpt_path=last", folder=tmp_path)
+    assert (answer.code, answer.err.count("\n")) == (2, 1), answer.err
+    assert "logs/lenet/version_0/record.json is damaged" in answer.err
+    assert file.read_text() == '{"recipe": '
 
 
 def test_a_checkpoint_of_a_plain_trainer_can_be_loaded(tmp_path: Path) -> None:
