@@ -201,7 +201,7 @@ class RunRecord(Callback):
             check(record)
         except (OSError, ValueError, RecursionError) as error:
             reason = one_line(str(error))
-            raise UserError(f"{shown(path)} is damaged ({reason}); repair it, or remove it to begin a new one") from None
+            raise UserError(f"{shown(path)} is damaged ({reason}); repair it, or remove it to begin anew") from None
         return record
 
     def _peak(self, trainer: pl.Trainer) -> dict[str, int | None]:
