@@ -47,6 +47,7 @@ class Command:
         images: Pictures, and folders of them, to classify instead of the test images.
         invert: Whether to negate them: auto, always or never.
         output: Files to write their classes to.
+        sort: Their order in table and files.
         gradcam: Write heat maps of them, or of the mistakes among the test images.
     """
 
@@ -67,6 +68,7 @@ class Command:
     images: list[Path] = field(default_factory=list)
     invert: Literal["auto", "always", "never"] = "auto"
     output: list[Path] = field(default_factory=list)
+    sort: Literal["given", "unsure"] = "given"
     gradcam: bool = False
 
     def given(self) -> dict[str, str]:
@@ -175,8 +177,8 @@ def _apply(command: Command, name: str, flag: Flag, value: str) -> None:
         command.find_lr = True
     elif name in ("--images", "--output"):
         getattr(command, name.lstrip("-")).append(Path(value))
-    elif name == "--invert":
-        command.invert = value  # type: ignore[assignment]  # checked
+    elif name in ("--invert", "--sort"):
+        setattr(command, name.lstrip("-"), value)  # checked
     else:
         if name == "--log_dir":
             command.log_dir = value

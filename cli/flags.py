@@ -148,6 +148,7 @@ PREDICT_FLAGS = {
         "turn dark on light into light on dark: auto (default), always or never",
     ),
     "--output": Flag("", _output, "FILE...", "files to write: .csv, .json, .png (contact sheet; default: in outputs/)"),
+    "--sort": Flag("", _one_of("given", "unsure"), "ORDER", "given (default), or unsure: the doubtful first"),
     "--gradcam": Flag(
         "", None, "", "write heat maps (LayerCAM) of the pictures, or, without --images, of the worst mistakes"
     ),

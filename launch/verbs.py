@@ -68,7 +68,7 @@ def predict(cli: ClassifierCLI) -> None:
     if command.images:
         from pictures.predict import predict_pictures  # here, not above: only this needs it
 
-        wanted = {name: getattr(command, name) for name in ("images", "invert", "output", "gradcam")}
+        wanted = {name: getattr(command, name) for name in ("images", "invert", "output", "sort", "gradcam")}
         wanted |= {"ckpt_path": str(command.ckpt_path), "new_folder": partial(next_folder, OUTPUTS, "predict")}
         predict_pictures(trainer, model, data, data.class_names, **wanted)
         return

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from pictures.sheet import Entry, Line, sheet, square
+from pictures.sheet import WRONG, Entry, Line, sheet, square
 
 COLUMNS = 3
 EDGE = 140  # pixels of a thumbnail, and of the network's view: 28 x 5
@@ -21,24 +21,31 @@ class Tile(NamedTuple):
         thumbnail: The picture itself, at most EDGE x EDGE.
         image: What the network sees, (28, 28) uint8.
         top: The likeliest classes and their probabilities.
+        note: A line below them, in another colour; empty for none.
     """
 
     name: str
     thumbnail: Image.Image
     image: np.ndarray
     top: Sequence[tuple[str, float]]
+    note: str = ""
 
 
-def contact_sheet(tiles: Sequence[Tile]) -> Image.Image:
-    """The tiles in rows of three, numbered from 1 as in the table."""
+def contact_sheet(tiles: Sequence[Tile], first: int = 1) -> Image.Image:
+    """The tiles in rows of three, numbered from `first` on as in the table."""
     entries = [
         Entry(
             pictures=(tile.thumbnail, square(tile.image, EDGE)),
-            below=[[Line(name, share=probability) for name, probability in tile.top]],
+            below=[
+                [
+                    *(Line(name, share=probability) for name, probability in tile.top),
+                    *([Line(tile.note, WRONG)] if tile.note else []),
+                ]
+            ],
             title=tile.name,
             number=f"{number}  ",
         )
-        for number, tile in enumerate(tiles, start=1)
+        for number, tile in enumerate(tiles, start=first)
     ]
     return sheet(entries, COLUMNS, EDGE)
 

@@ -6,11 +6,12 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -29,7 +30,9 @@ from pictures.mistakes import Mistake, explain_mistakes
 
 TOP = 3
 CAM_BATCH = 8  # their gradients take memory
-ON_SHEET = 150  # pictures; more would make a sheet that few programs open
+ON_SHEET = 60  # pictures; more go to further pages
+PAGES = 10
+Sort = Literal["given", "unsure"]
 
 
 @dataclass
@@ -39,13 +42,13 @@ class Pictures:
     Attributes:
         paths: Their files.
         images: What the network sees, (28, 28) uint8 each; of a folder (S, S) or (S, S, 3).
-        thumbnails: Those of the first `ON_SHEET` pictures.
+        scores: Of each, how unlike the validation images the network finds it; empty where it was not fitted to any.
         skipped: Files that can't be used, and why.
     """
 
     paths: list[Path] = field(default_factory=list)
     images: list[np.ndarray] = field(default_factory=list)
-    thumbnails: list[Any] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
     skipped: list[tuple[Path, str]] = field(default_factory=list)
 
 
@@ -68,8 +71,6 @@ def read_pictures(paths: Sequence[Path], invert: Invert, data: FashionMNISTDataM
             continue
         pictures.paths.append(path)
         pictures.images.append(image)
-        if len(pictures.paths) <= ON_SHEET:
-            pictures.thumbnails.append(thumbnail(picture))
     if not pictures.paths:
         reasons = "; ".join(f"{printable(path)} {reason}" for path, reason in pictures.skipped[:3])
         folders = ", ".join(printable(path) for path in paths)
@@ -89,6 +90,7 @@ def predict_pictures(
     images: Sequence[Path],
     invert: Invert,
     output: Sequence[Path],
+    sort: Sort,
     gradcam: bool,
     new_folder: Callable[[], Path],
 ) -> None:
@@ -103,6 +105,8 @@ def predict_pictures(
         images: Pictures and folders of pictures.
         invert: Whether to negate; see `as_fashion_mnist` and `PicturesDataModule.fit_picture`.
         output: Files to write: .csv, .json, and .png for the contact sheet.
+        sort: The order of table and files: as the pictures were given, or those first that the network is not sure of,
+            then those where two classes are nearly as likely.
         gradcam: Also write a LayerCAM overlay of each picture.
         new_folder: Makes the folder for the contact sheet, if `output` names none, and for the overlays.
 
@@ -113,21 +117,27 @@ def predict_pictures(
         check_captum()
     pictures = read_pictures(images, invert, data)
     batches = DataLoader(_Batches(pictures.images, data), batch_size=None)
+    logits: list[Tensor] = []
+    hook = model.net.register_forward_hook(lambda module, inputs, output: logits.append(output.float().cpu()))
     outputs: Any = trainer.predict(model, batches, ckpt_path=ckpt_path, weights_only=True)
+    hook.remove()
     probabilities = torch.cat(outputs).float().cpu()
+    if model.out_of_distribution:
+        pictures.scores = model.out_of_distribution.score(torch.cat(logits)).tolist()
+    if sort == "unsure":
+        probabilities = _put_unsure_first(pictures, probabilities)
     top = [_top(row, class_names) for row in probabilities]
-    _print_table(pictures.paths, top)
+    _print_table(pictures, top)
     own_sheet = any(path.suffix == ".png" for path in output)
     folder = new_folder() if gradcam or not own_sheet else Path()
     written = []
     for path in output if own_sheet else [*output, folder / "pictures.png"]:
-        _write(path, pictures, probabilities, top, class_names)
-        written.append(path)
+        written += _write(path, pictures, probabilities, top, class_names)
     if gradcam:
         written += _write_overlays(trainer, model, data, pictures, top, class_names, folder / "gradcam")
     print(f"Wrote {', '.join(printable(path) for path in written)}")
-    if len(pictures.paths) > ON_SHEET:
-        print(f"(The contact sheet shows the first {ON_SHEET} of {len(pictures.paths):,} pictures.)")
+    if len(pictures.paths) > ON_SHEET * PAGES:
+        print(f"(The contact sheets show the first {ON_SHEET * PAGES} of {len(pictures.paths):,} pictures.)")
 
 
 def write_mistakes(
@@ -190,19 +200,39 @@ def _top(probabilities: Tensor, class_names: Sequence[str]) -> list[tuple[str, f
     return [(class_names[index], value) for value, index in zip(values.tolist(), classes.tolist(), strict=True)]
 
 
-def _print_table(paths: Sequence[Path], top: Sequence[Sequence[tuple[str, float]]]) -> None:
+def _put_unsure_first(pictures: Pictures, probabilities: Tensor) -> Tensor:
+    """Put the pictures in that order; returns the rows of their probabilities (N, num_classes) in it."""
+    first, second = probabilities.topk(2).values.unbind(dim=1)
+    scores = torch.tensor(pictures.scores or [0.0] * len(first))
+    order = torch.where(scores > 1, -scores, first - second).argsort(stable=True)  # an unsure one comes below 0
+    for name in ("paths", "images", "scores"):
+        values = getattr(pictures, name)
+        setattr(pictures, name, [values[place] for place in order.tolist()] if values else values)
+    return probabilities[order]
+
+
+def _print_table(pictures: Pictures, top: Sequence[Sequence[tuple[str, float]]]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("#", justify="right", style="dim")
     table.add_column("picture", overflow="fold")
-    for title in ("likeliest class", "second", "third"):
+    for title in ("likeliest class", "second", "third", *(["unfamiliar"] if pictures.scores else [])):
         table.add_column(title, no_wrap=True)
-    for number, (path, guesses) in enumerate(zip(paths, top, strict=True), start=1):
+    for number, (path, guesses) in enumerate(zip(pictures.paths, top, strict=True), start=1):
         cells = [Text(f"{name} {probability:.1%}") for name, probability in guesses]
+        cells += [Text()] * (TOP - len(cells))
+        if pictures.scores:
+            cells.append(Text(_in_words(pictures.scores[number - 1])))
         table.add_row(str(number), Text(printable(path)), *cells)
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=Console(width=10_000).measure(table).maximum)  # one line a picture
     console.print(table)
+    if unsure := sum(score > 1 for score in pictures.scores):
+        print(f"Not sure of {count(unsure, 'picture')}: unlike 95 % of the images that the network was validated on.")
+
+
+def _in_words(score: float) -> str:
+    return f"{score:.1f} not sure" if score > 1 else f"{score:.1f}"
 
 
 def _write(
@@ -211,15 +241,18 @@ def _write(
     probabilities: Tensor,
     top: Sequence[Sequence[tuple[str, float]]],
     class_names: Sequence[str],
-) -> None:
+) -> list[Path]:
+    """Write one file, or the pages of a contact sheet; returns their paths."""
+    scores: list[Any] = pictures.scores or [None] * len(top)
     if path.suffix == ".csv":
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         ranks = [f"{what}_{rank}" for rank in range(1, len(top[0]) + 1) for what in ("class", "probability")]
-        writer.writerow(["picture", *ranks, *class_names])
-        for picture, guesses, row in zip(pictures.paths, top, probabilities.tolist(), strict=True):
+        writer.writerow(["picture", *ranks, *class_names, *(["out_of_distribution"] if pictures.scores else [])])
+        for picture, guesses, row, score in zip(pictures.paths, top, probabilities.tolist(), scores, strict=True):
             cells = [cell for name, probability in guesses for cell in (name, f"{probability:.6f}")]
-            writer.writerow([_text(picture), *cells, *(f"{value:.6f}" for value in row)])
+            values = [*row, *([] if score is None else [score])]
+            writer.writerow([_text(picture), *cells, *(f"{value:.6f}" for value in values)])
         content = text.getvalue().encode()
     elif path.suffix == ".json":
         rows = [
@@ -227,22 +260,38 @@ def _write(
                 "picture": _text(picture),
                 "top": [{"class": name, "probability": probability} for name, probability in guesses],
                 "probabilities": dict(zip(class_names, row, strict=True)),
+                **({} if score is None else {"out_of_distribution": score, "not_sure": score > 1}),
             }
-            for picture, guesses, row in zip(pictures.paths, top, probabilities.tolist(), strict=True)
+            for picture, guesses, row, score in zip(pictures.paths, top, probabilities.tolist(), scores, strict=True)
         ]
         skipped = [{"picture": _text(picture), "reason": reason} for picture, reason in pictures.skipped]
         content = (json.dumps({"pictures": rows, "skipped": skipped}, indent=1, ensure_ascii=False) + "\n").encode()
     else:
-        tiles = [
-            Tile(printable(Path(path.name)), small, image, guesses)
-            for path, small, image, guesses in zip(
-                pictures.paths, pictures.thumbnails, pictures.images, top, strict=False
-            )
-        ]
-        png = io.BytesIO()
-        contact_sheet(tiles).save(png, "PNG", optimize=True)
-        content = png.getvalue()
+        return _write_sheets(path, pictures, top, scores)
     _write_bytes(path, content)
+    return [path]
+
+
+def _write_sheets(
+    path: Path, pictures: Pictures, top: Sequence[Sequence[tuple[str, float]]], scores: Sequence[float | None]
+) -> list[Path]:
+    """Contact sheets of up to `ON_SHEET` pictures: a.png, a-2.png, a-3.png, ..."""
+    written = []
+    for first in range(0, min(len(pictures.paths), ON_SHEET * PAGES), ON_SHEET):
+        tiles = []
+        for place in range(first, min(first + ON_SHEET, len(pictures.paths))):
+            file, image, score = pictures.paths[place], pictures.images[place], scores[place]
+            try:
+                small = thumbnail(read_picture(file))
+            except PictureError:  # removed meanwhile
+                small = thumbnail(Image.fromarray(image))
+            note = "" if score is None or score <= 1 else f"not sure (unfamiliar {score:.1f})"
+            tiles.append(Tile(printable(Path(file.name)), small, image, top[place], note))
+        png = io.BytesIO()
+        contact_sheet(tiles, first + 1).save(png, "PNG", optimize=True)
+        written.append(path if not first else path.with_stem(f"{path.stem}-{first // ON_SHEET + 1}"))
+        _write_bytes(written[-1], png.getvalue())
+    return written
 
 
 def _write_overlays(

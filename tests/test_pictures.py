@@ -780,3 +780,47 @@ def the_first_stroke_is_answered(browser, networks):
     browser.wait(f"{SHOWN} > 1 && {ANSWERS}.filter(rows => rows.length).length == {networks}")
     browser.evaluate("document.querySelector('#drawing button').click()")
     browser.wait(f"{SHOWN} == 0")
+
+
+# ---- What the network is not sure of.
+
+
+def test_what_is_unlike_is_said_everywhere_and_comes_first(trained, tmp_path):
+    """A page of text among garments; more pictures than fit on one sheet."""
+    garments, noise = load(DATA, "test")[0][:60], np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
+    folder = tmp_path / "some"
+    folder.mkdir()
+    for number, image in enumerate([*garments.numpy(), noise]):
+        Image.fromarray(image).save(folder / f"{number:02}.png")
+    output = [str(tmp_path / name) for name in ("a.json", "a.csv", "a.png")]
+    flags = ["--accelerator=cpu", "--sort=unsure", f"--images={folder}", "--output", *output]
+    answer = run_forked("predict", f"--ckpt_path={trained.best}", *flags, folder=tmp_path)
+    assert answer.code == 0, answer.err
+    rows = json.loads((tmp_path / "a.json").read_text())["pictures"]
+    scores = [row["out_of_distribution"] for row in rows]
+    assert [row["not_sure"] for row in rows] == [score > 1 for score in scores]
+    unsure = sum(row["not_sure"] for row in rows)
+    assert 1 <= unsure < 30
+    assert scores[:unsure] == sorted(scores[:unsure], reverse=True)
+    margins = [row["top"][0]["probability"] - row["top"][1]["probability"] for row in rows[unsure:]]
+    assert margins == sorted(margins)
+    assert next(row for row in rows if row["picture"].endswith("60.png"))["not_sure"]
+    assert answer.out.count(" not sure") == unsure
+    assert f"Not sure of {unsure} picture" in answer.out
+    with (tmp_path / "a.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["out_of_distribution"]) for row in table] == pytest.approx(scores, abs=1e-5)
+    with Image.open(tmp_path / "a.png") as first, Image.open(tmp_path / "a-2.png") as second:
+        assert first.height > 10 * second.height
+        sheet = np.asarray(first.convert("RGB"))
+    orange = np.array([0xD9, 0x48, 0x01])
+    assert (sheet[:400] == orange).all(axis=2).any()
+    model, data = (
+        LitClassifier.load_from_checkpoint(trained.best),
+        FashionMNISTDataModule.load_from_checkpoint(trained.best),
+    )
+    with torch.no_grad():
+        expected = model.eval().out_of_distribution.score(model(data.preprocess(garments[:1])))  # type: ignore[union-attr]
+    assert next(row for row in rows if row["picture"].endswith("00.png"))["out_of_distribution"] == pytest.approx(
+        expected.item(), abs=1e-3
+    )

@@ -138,10 +138,11 @@ def read(path):
     if path.suffix == ".pt2":
         files = {"metadata.json": ""}
         module = torch.export.load(path, extra_files=files).module()
-        return module, json.loads(files["metadata.json"])
+        return (lambda images: module(images)[0]), json.loads(files["metadata.json"])
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(path)
-    (given,), (made,) = session.get_inputs(), session.get_outputs()
+    (given,), (made, score) = session.get_inputs(), session.get_outputs()
+    assert (score.name, score.type, len(score.shape)) == ("out_of_distribution", "tensor(float)", 1)
     assert (given.name, given.type, given.shape[1:]) == ("images", "tensor(uint8)", [28, 28])
     assert (made.name, made.type, made.shape[1:]) == ("probabilities", "tensor(float)", [10])
 

@@ -8,6 +8,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ TOLERANCE = 1e-4  # of probabilities
 SINGLE = 20  # of these images also one by one
 NOISE_IMAGES = 60  # to check with where there is no Fashion-MNIST
 BATCH = 100
-Predict = Callable[[Tensor], Tensor]
+Predict = Callable[[Tensor], Any]  # to probabilities, or a tuple of them and scores
 
 
 class Exported(nn.Module):
@@ -41,11 +42,21 @@ class Exported(nn.Module):
         super().__init__()
         self.net = classifier.net
         self.temperature = classifier.temperature
+        self.out_of_distribution = classifier.out_of_distribution
         self._preprocess = data.preprocess
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (N, 28, 28), or (N, C, S, S) of a folder, uint8 to probabilities (N, num_classes) float32."""
-        return (self.net(self._preprocess(images)).float() / self.temperature).softmax(dim=1)
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Images (N, 28, 28), or (N, C, S, S) of a folder, uint8 to probabilities (N, num_classes) float32.
+
+        And, where the checkpoint has it, to the score (N,) of `OutOfDistribution`: above 1 the network is not sure.
+        """
+        logits = self.net(self._preprocess(images)).float()
+        probabilities = (logits / self.temperature).softmax(dim=1)
+        return (
+            probabilities
+            if self.out_of_distribution is None
+            else (probabilities, self.out_of_distribution.score(logits))
+        )
 
 
 def export(ckpt_path: Path, format: str, output: Path, data_dir: Path | None, trust: bool) -> str:
@@ -77,19 +88,20 @@ def export(ckpt_path: Path, format: str, output: Path, data_dir: Path | None, tr
     # Weights in the usual order of dimensions, so that other programs can choose their own.
     module.to(memory_format=torch.contiguous_format)
 
-    partial = output.with_name(f".{uuid.uuid4().hex}{output.suffix}")
+    written = output.with_name(f".{uuid.uuid4().hex}{output.suffix}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch's exporters warn about themselves
-            write(module, images[:2].clone(), partial, metadata)  # a view would be stored with all images
-            exported = read(partial)
-        lines = _check(lambda batch: classifier.probabilities(data.preprocess(batch)), exported, images, kind)
-        partial.replace(output)
+            write(module, images[:2].clone(), written, metadata)  # a view would be stored with all images
+            exported = read(written)
+        with torch.no_grad():
+            lines = _check(Exported(classifier, data).eval(), exported, images, kind)
+        written.replace(output)
     except OSError as error:
         raise RunError(f"{output} can't be written: {error.strerror or error}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        written.unlink(missing_ok=True)
     return "\n".join([f"Wrote {output} ({output.stat().st_size / 1e6:.1f} MB)", *lines])
 
 
@@ -112,7 +124,8 @@ def _metadata(recipe: str, temperature: float, data: FashionMNISTDataModule) -> 
         "recipe": recipe,
         "temperature": repr(temperature),
         "input": f"images: uint8 (N, {shape}",
-        "output": f"probabilities: float32 (N, {len(data.class_names)})",
+        "output": f"probabilities: float32 (N, {len(data.class_names)}); out_of_distribution, where it was fitted: "
+        "float32 (N), above 1 for images unlike 95 % of the validation images",
     }
 
 
@@ -133,20 +146,21 @@ def _check(checkpoint: Predict, exported: Predict, images: Tensor, kind: str = "
     Raises:
         RunError: If a class differs, or a probability by more than the tolerance.
     """
-    probabilities, alone, batched = [], [], []
+    outputs, alone, batched = [], [], []
     for predict in (checkpoint, exported):
         first = [_timed(predict, images[index : index + 1]) for index in range(SINGLE)]
         rest = [_timed(predict, batch) for batch in images[SINGLE:].split(BATCH)]
-        probabilities.append(torch.cat([output for output, _ in first + rest]))
+        outputs.append([torch.cat(parts) for parts in zip(*(output for output, _ in first + rest), strict=True)])
         alone.append(statistics.median(seconds for _, seconds in first))
         batched.append((len(images) - SINGLE) / sum(seconds for _, seconds in rest))
-    expected, given = probabilities
+    (expected, *score), (given, *score_given) = outputs
     difference = float((given - expected).abs().max())
     others = int((given.argmax(dim=1) != expected.argmax(dim=1)).sum())
-    if others or not difference <= TOLERANCE:
+    scores_agree = all(map(partial(torch.allclose, rtol=1e-3, atol=1e-3), score, score_given))
+    if others or not difference <= TOLERANCE or not scores_agree:
         raise RunError(
             f"the exported file differs from the checkpoint: another class on {others} of {len(images)} {kind}, "
-            f"probabilities by up to {difference:.1e}; nothing was written"
+            f"probabilities by up to {difference:.1e}, scores {'alike' if scores_agree else 'too'}; nothing was written"
         )
     return [
         f"Checked on {len(images):,} {kind}: same class on all, probabilities within {difference:.1e}",
@@ -155,10 +169,10 @@ def _check(checkpoint: Predict, exported: Predict, images: Tensor, kind: str = "
     ]
 
 
-def _timed(predict: Predict, images: Tensor) -> tuple[Tensor, float]:
+def _timed(predict: Predict, images: Tensor) -> tuple[tuple[Tensor, ...], float]:
     start = time.perf_counter()
-    probabilities = predict(images)
-    return probabilities, time.perf_counter() - start
+    outputs = predict(images)
+    return outputs if isinstance(outputs, tuple) else (outputs,), time.perf_counter() - start
 
 
 def _write_onnx(module: nn.Module, example: Tensor, path: Path, metadata: dict[str, str]) -> None:
@@ -167,7 +181,7 @@ def _write_onnx(module: nn.Module, example: Tensor, path: Path, metadata: dict[s
         (example,),
         dynamo=True,
         input_names=["images"],
-        output_names=["probabilities"],
+        output_names=["probabilities", *(["out_of_distribution"] if module.out_of_distribution else [])],
         dynamic_shapes={"images": {0: Dim("N")}},
         verbose=False,
     )
@@ -182,7 +196,7 @@ def _read_onnx(path: Path) -> Predict:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    return lambda images: tuple(map(torch.from_numpy, session.run(None, {"images": images.numpy()})))
 
 
 def _write_torch_export(module: nn.Module, example: Tensor, path: Path, metadata: dict[str, str]) -> None:
