@@ -1047,6 +1047,14 @@ def test_slurm_job_is_saved_and_requeued(tmp_path: Path) -> None:
     assert not [d for key in COMPUTED for d in differences(expected[key], found[key], key)]
 
 
+def test_another_number_of_processes_does_not_go_on(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", batch_size=125)
+    assert train(folder, at=["train", 1, 0, 0]).code == 143
+    answer = train(folder, "--devices", "2", "--ckpt_path", "last")
+    assert (answer.code, answer.err.count("\n")) == (2, 1), answer.err
+    assert "was trained by one process, not 2" in answer.err
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(bool(slurm.why_not()), reason=slurm.why_not())
 def test_slurm_itself_requeues_the_job(tmp_path: Path) -> None:
@@ -1754,6 +1762,15 @@ class Empty(nn.Module):
     def forward(self, images):
         return images.flatten(1)[:, :10]
 """
+
+
+@pytest.mark.parametrize("logger", ["false", "[]"])
+def test_a_run_without_a_logger_has_its_folder(logger: str, folder: Path) -> None:
+    before = {path.name for path in folder.iterdir()}
+    works(f"--trainer.logger={logger}", folder=folder)
+    assert {path.name for path in folder.iterdir()} - before == {"logs"}
+    assert {path.name for path in (folder / "logs/lenet/version_0").iterdir()} >= {"checkpoints", "record.json"}
+    assert not list(folder.rglob("events.*"))
 
 
 def test_fast_dev_run_takes_a_few_batches_and_leaves_nothing(folder: Path) -> None:

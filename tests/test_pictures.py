@@ -115,7 +115,7 @@ def test_folders_are_searched_in_order_and_files_taken_as_they_stand(tmp_path):
 @pytest.mark.parametrize(
     ("mode", "suffix"),
     [
-        *((mode, "png") for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")),
+        *((mode, "png") for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "12 bits")),
         *((mode, "tiff") for mode in ("CMYK", "F", "I;16", "LA", "RGBA")),
         *((mode, "jpg") for mode in ("L", "RGB", "CMYK")),
         ("RGB", "webp"),
@@ -128,6 +128,9 @@ def test_colours_of_any_kind_are_read(tmp_path, mode, suffix):
     picture = drawing(trouser, ink="black", ground="#f0f0f0")
     if mode == "I;16":
         picture = Image.fromarray(np.asarray(picture.convert("L"), np.uint16) * 257)
+    elif mode == "12 bits":  # as scanners and cameras write them into 16
+        grey = np.asarray(picture.convert("L"), np.uint16)
+        picture = Image.fromarray(grey * 16 + grey // 16)
     elif mode == "F":
         picture = Image.fromarray(np.asarray(picture.convert("L"), np.float32) / 255)
     else:

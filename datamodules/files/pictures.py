@@ -109,7 +109,8 @@ def _eight_bits(picture: Image.Image, path: Path, deep: bool) -> Image.Image:
 def _scaled(values: np.ndarray) -> np.ndarray:
     """Numbers of any depth as uint8."""
     largest = float(values.max(initial=0))
-    stretched = largest > 255 and any((values % step == 0).all() for step in (256, 257))  # eight bits as sixteen
+    # Eight bits as sixteen; a smaller largest number would be a picture that is nearly black.
+    stretched = largest > 4095 and any((values % step == 0).all() for step in (256, 257))
     white = 65535.0 if stretched else _white(largest)
     return (values.astype(np.float64) / max(white, largest) * 255).clip(0, 255).round().astype(np.uint8)
 
