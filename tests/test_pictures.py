@@ -271,6 +271,14 @@ def test_noise_and_uneven_light_do_not_move_the_object():
     assert seen[0, 0] < 25
 
 
+def test_garments_are_cut_out_of_a_patterned_ground():
+    tiles = np.random.default_rng(0).normal((140, 105, 70), 12, (EDGE // 15, EDGE // 15, 3))
+    picture = Image.fromarray(tiles.clip(0, 255).astype(np.uint8)).resize((EDGE, EDGE), Image.Resampling.NEAREST)
+    shirt(ImageDraw.Draw(picture), "#4078a8")  # another colour, as light as the tiles
+    seen, expected = as_fashion_mnist(picture) > 25, as_fashion_mnist(drawing(shirt, "black")) > 25
+    assert (seen & expected).sum() > 0.6 * (seen | expected).sum()
+
+
 # Accuracy
 
 
