@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Iterator
@@ -275,6 +276,8 @@ def test_an_answer_is_reported_with_exit_code_and_language(
     monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
     assert check_answer(["lenet-1", str(COURSE / "solutions" / "lenet_1.py")]) == 0
     assert capsys.readouterr().out.endswith("lenet-1 已完成。\n")
+    # A time limit that is not lifted would end this process long after the check.
+    assert not [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer) and thread.is_alive()]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ import sys
 import threading
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import yaml
@@ -81,10 +83,9 @@ def _run(arguments: list[str]) -> int:
         print("\n".join(f"{name:12} {TEXTS[name]['title'][language]}" for name in EXERCISES))
         return 0
     path = _file(options.exercise, options.answer)
-    if path.suffix == ".py":
-        _stop_in_time(path)
     warnings.filterwarnings("ignore")  # Lightning's, about settings that are intended
-    found = findings(options.exercise, path)
+    with _stopped_in_time(path) if path.suffix == ".py" else nullcontext():
+        found = findings(options.exercise, path)
     print(f"{options.exercise}: {os.path.relpath(path)}\n{report(options.exercise, found, language)}")
     return int(not all(finding.right for finding in found))
 
@@ -102,7 +103,8 @@ def _file(name: str, given: Path | None) -> Path:
     return path.resolve()
 
 
-def _stop_in_time(path: Path) -> None:
+@contextmanager
+def _stopped_in_time(path: Path) -> Iterator[None]:
     def stop() -> None:
         print_error("check", f"{path}: not finished after {LIMIT} s; is there an endless loop?")
         os._exit(1)
@@ -110,6 +112,10 @@ def _stop_in_time(path: Path) -> None:
     timer = threading.Timer(LIMIT, stop)
     timer.daemon = True
     timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 if __name__ == "__main__":
