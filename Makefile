@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup test fast fuzz lint format lowest audit
+.PHONY: help setup test fast long fuzz lint format lowest audit
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -7,11 +7,14 @@ help: ## show the targets
 setup: ## install everything into the current environment
 	python -m pip install -r requirements-dev.txt -r requirements-extras.txt
 
-test: ## all tests
+test: ## the tests, as CI runs them
 	python -m pytest -q
 
 fast: ## the tests that take seconds
 	python -m pytest -q -m "not slow"
+
+long: ## the tests that CI leaves out: every benchmark in a tiny setting
+	python -m pytest -q -m long
 
 fuzz: ## the property tests with fresh seeds and 2,000 examples each; what they find becomes an @example
 	FUZZ=1 python -m pytest -q -m hypothesis

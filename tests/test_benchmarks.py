@@ -211,8 +211,14 @@ COMMANDS = {
 }
 
 
+# The others take four minutes: `make long`.
+QUICK = ("startup", "memory")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in COMMANDS]
+)
 def test_benchmark_writes_a_record(name, tmp_path):
     command = [sys.executable, "-m", f"benchmarks.{name}", *COMMANDS[name].split(), "--out", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CONTEST_LOG": str(tmp_path / "log")}

@@ -1721,7 +1721,7 @@ NOT_HERE = {
     "strategy=ddp_spawn --devices=2": "set --trainer.strategy ddp",
     "strategy=fsdp": "fsdp",
     "sync_batchnorm=true --devices=2 --model.net=mine.Normed": "sync_batchnorm",
-    "val_check_interval=10000": "the 3 training batches",
+    "val_check_interval=10000": "3 training batches",
 }
 
 
