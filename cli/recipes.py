@@ -52,7 +52,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} does not exist") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder; a YAML file was expected") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # the latter if it is not UTF-8, or its name holds a zero byte
         raise UserError(f"{path} can't be read as a YAML file: {error}") from None
     try:
         content = yaml.load(text, _UniqueKeyLoader)

@@ -61,7 +61,7 @@ class Run:
     @cached_property
     def data(self) -> str:
         """The data set that it was tested on; the sample of it, say, is another one."""
-        whole = self.record["test"].get("test_set", self.record["test"]["images"])
+        whole = self.record["test"].get("test_set") or self.record["test"]["images"]
         name = self._setting("data.folder") or self._setting("data.dataset") or "Fashion-MNIST"
         return f"{name}, {count(whole, 'test image')}"
 
@@ -75,7 +75,7 @@ class Run:
     def partial(self) -> list[str]:
         """What it lacks of the whole training and test, in words; empty if nothing."""
         short = []
-        epochs, wanted = len(self.record["epochs"]), self.record.get("max_epochs", -1)
+        epochs, wanted = len(self.record["epochs"]), self.record.get("max_epochs") or -1
         whole = max(_epochs_of(self.recipe), wanted)
         if (wanted if self._setting("patience") else epochs) < whole:  # patience may end a whole run early
             short.append(f"{epochs} of {whole} epochs")
@@ -83,7 +83,7 @@ class Run:
             value = self._setting(f"trainer.{name}")
             if value not in (None, 0) and (value != 1 or isinstance(value, int)):  # 1.0 is all, 1 is one batch
                 short.append(f"{name} {value}")
-        whole = self.record["test"].get("test_set", self.record["test"]["images"])
+        whole = self.record["test"].get("test_set") or self.record["test"]["images"]
         if self.tested < whole:
             short.append(f"{self.tested:,} of {whole:,} test images")
         return short

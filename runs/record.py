@@ -50,6 +50,8 @@ SCHEMA: dict[str, tuple[str, bool]] = {
     "test.loss": ("float", True),
     "test.accuracy_flip": ("share", False),
     "test.images": ("count", True),
+    "test.test_set": ("count", False),
+    "test.balanced_accuracy": ("share", False),
     "test.class_accuracy": ("mapping of shares", False),
     "test.right": ("text", False),
 }

@@ -103,6 +103,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @MANY
 @given(st.lists(TOKENS, max_size=6))
+@example(["--config", "\0"])
 def test_command_lines(folder: Path, tokens: list[str]) -> None:
     try:
         command = parse_command_line(tokens)

@@ -38,7 +38,7 @@ from runs.differences import difference, differences, mcnemar, seeds_needed, two
 from runs.groups import Group, fold, wilson
 from runs.reading import Run as Record
 from runs.reading import find_runs
-from runs.record import pack_right, unpack_right
+from runs.record import SCHEMA, pack_right, unpack_right
 from runs.search_space import Choice, Range, add_setting, every_combination
 from runs.settings import GROUPS, MACHINE, SETTINGS, is_kept, kind, leaves, shaping
 
@@ -518,6 +518,7 @@ def test_any_text_of_a_record_is_shown_as_text(
         ("test.accuracy", float("nan")),
         ("test.accuracy", None),
         ("test.images", 0),
+        ("test.test_set", "all"),
         ("test.images", 2.5),
         ("test.class_accuracy", ["a"]),
         ("test.class_accuracy", {"a": "b"}),
@@ -546,6 +547,15 @@ def test_what_is_no_record_is_one_line(content: bytes, tmp_path: Path, capsys: p
     assert compare.main([str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert "record.json is damaged" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", [name for name, (_, needed) in SCHEMA.items() if not needed and name != "test"])
+def test_what_a_record_need_not_say_may_be_null(name: str, trained: Run, tmp_path: Path) -> None:
+    record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
+    *parents, key = name.split(".")
+    (record[parents[0]] if parents else record)[key] = None
+    (tmp_path / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    assert compare.main([str(tmp_path)]) == 0
 
 
 def test_infinite_losses_and_perfect_accuracies_are_drawn(trained: Run, tmp_path: Path) -> None:
