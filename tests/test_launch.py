@@ -964,7 +964,7 @@ def test_killing_one_process_ends_the_others(victim: int, tmp_path: Path) -> Non
     assert len(lines) == 1, answer.err
     assert f"process {victim} {'was killed by SIGKILL' if victim else 'is gone'}" in lines[0]
     assert "Traceback" not in answer.err
-    assert not Path(f"/proc/{other}").exists() or Path(f"/proc/{other}/stat").read_text().split()[2] == "Z"
+    assert _is_gone(other)
     assert checkpoint(folder)["global_step"] == 5
 
 
@@ -1101,10 +1101,16 @@ def _children(pid: int) -> list[str]:
 
 
 def _is_gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
+    """Whether the process has ended, or does within seconds: its output is closed a moment before."""
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 # ---- A run that is stopped and continued ends with the weights of the uninterrupted run, bit for bit.
