@@ -13,7 +13,7 @@ test: ## the tests, as CI runs them
 fast: ## the tests that take seconds
 	python -m pytest -q -m "not slow"
 
-long: ## the tests that CI leaves out: every benchmark in a tiny setting
+long: ## the tests that CI leaves out, above all every benchmark in a tiny setting
 	python -m pytest -q -m long
 
 fuzz: ## the property tests with fresh seeds and 2,000 examples each; what they find becomes an @example

@@ -212,7 +212,7 @@ COMMANDS = {
 
 
 # The others take four minutes: `make long`.
-QUICK = ("startup", "memory")
+QUICK = ("memory",)
 
 
 @pytest.mark.slow
@@ -239,6 +239,7 @@ def test_benchmark_writes_a_record(name, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_suite_goes_on_after_a_failure_and_names_it(tmp_path):
     command = [sys.executable, "-m", "benchmarks.suite", "--only", "data_path", "memory", "--seconds", "0"]
     no_folder = tmp_path / "file"
