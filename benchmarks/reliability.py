@@ -166,6 +166,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=PROJECT / "benchmarks" / "results" / "reliability.json")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)  # threads of this process do not exist in those forked from it, which would wait for them
     record: dict[str, Any] = {
         "machine": platform.platform(),
         "cores": os.cpu_count(),
