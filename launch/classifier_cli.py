@@ -33,7 +33,7 @@ from launch.lightning_flags import check_trainer, check_training
 from launch.memory import is_out_of_memory
 from launch.own_pictures import follow_pictures
 from launch.start import Start
-from launch.trainer import RunCallbacks, precision
+from launch.trainer import RunCallbacks, precision, validates
 from lit_modules import LitClassifier
 
 LARGEST_SEED = 2**32 - 1  # the largest that NumPy accepts
@@ -198,7 +198,7 @@ class ClassifierCLI(LightningCLI):
         check_weights(self.command.ckpt_path, self.start.shapes, self.model)
         check_trainer(self.trainer, self.config.trainer, self.model.net)
         if self.command.subcommand == "fit":
-            check_training(self.trainer, self.model, self.config.model, self.validates)
+            check_training(self.trainer, self.model, self.config.model, validates(self.config))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with this project's logger and callbacks beside the user's own."""
@@ -215,11 +215,6 @@ class ClassifierCLI(LightningCLI):
             raise UserError(f"two callbacks with the same settings; leave one out: {one_line(str(error))}") from None
         self.processes.launcher = trainer.strategy.launcher
         return trainer
-
-    @property
-    def validates(self) -> bool:
-        """Whether the run has validation images and uses them."""
-        return self.config.data.val_size != 0 and self.config.trainer.limit_val_batches != 0
 
     def _text(self) -> str:
         """The resolved configuration as YAML."""

@@ -108,16 +108,15 @@ class RunCallbacks:
             callbacks.append(LearningRateMonitor())
         if isinstance(logger, TensorBoardLogger):
             callbacks += [TensorBoardPictures(self.confusion, config.histograms), MistakesExplained(self.confusion)]
-        validates = config.data.val_size != 0 and config.trainer.limit_val_batches != 0
         if config.trainer.enable_checkpointing is not False:
             # Two callbacks: `save_last` saves only the epochs that are the best so far.
-            callbacks += [*([self.best] if validates else []), self.last]
+            callbacks += [*([self.best] if validates(config) else []), self.last]
         if config.class_weights:
             callbacks.append(ClassWeights())
         classes = model.hparams["num_classes"]
         callbacks.append(DivergenceGuard(self.processes, classes, stop_at_chance=config.stop_at_chance))
         if config.patience:
-            if not validates:
+            if not validates(config):
                 raise UserError("--patience needs validation images: set --val_size above 0")
             callbacks.append(EarlyStopping("val/accuracy", mode="max", patience=int(config.patience)))
         return callbacks
@@ -128,6 +127,11 @@ class RunCallbacks:
         folders = [folder / "checkpoints" for folder in (self.folder.path, self.start.folder) if folder]
         files = [folder / name for folder in folders for name in ("best.ckpt", "last.ckpt")]
         return next((file for file in files if file.exists()), None)
+
+
+def validates(config: Namespace) -> bool:
+    """Whether the run has validation images and uses them."""
+    return config.data.val_size != 0 and config.trainer.limit_val_batches != 0
 
 
 def precision(trainer: Namespace, asked_for: bool) -> tuple[str | None, bool]:

@@ -1047,14 +1047,6 @@ def test_slurm_job_is_saved_and_requeued(tmp_path: Path) -> None:
     assert not [d for key in COMPUTED for d in differences(expected[key], found[key], key)]
 
 
-def test_another_number_of_processes_does_not_go_on(tmp_path: Path) -> None:
-    folder = write(tmp_path / "run", batch_size=125)
-    assert train(folder, at=["train", 1, 0, 0]).code == 143
-    answer = train(folder, "--devices", "2", "--ckpt_path", "last")
-    assert (answer.code, answer.err.count("\n")) == (2, 1), answer.err
-    assert "was trained by one process, not 2" in answer.err
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(bool(slurm.why_not()), reason=slurm.why_not())
 def test_slurm_itself_requeues_the_job(tmp_path: Path) -> None:
