@@ -89,9 +89,9 @@ def test_a_contestant_that_can_not_take_part_is_named(tmp_path):
 
 def test_a_contestant_that_fails_is_an_error():
     with pytest.raises(RuntimeError, match="ended early"):
-        Contestant(["-c", "raise SystemExit(1)"])
+        Contestant(["-c", "raise SystemExit(1)"]).ready()
     with pytest.raises(Missing, match="why"):
-        Contestant(["-c", "from benchmarks.harness.side_by_side import Turns; Turns().missing('why')"])
+        Contestant(["-c", "from benchmarks.harness.side_by_side import Turns; Turns().missing('why')"]).ready()
 
 
 def test_medians_and_ratios():

@@ -17,6 +17,7 @@ from models.googlenet import Inception
 PUBLISHED = [
     (AlexNet, {}, 224, 29_983_434, 1.843),
     (AlexNet, {"hidden_layers": 2}, 224, 46_764_746, None),
+    (AlexNet, {"width_divisor": 2, "batch_norm": True, "image_size": 112}, 112, 2_006_730, None),
     (VGG, {}, 224, 128_806_154, 15.094),
     (VGG, {"width_divisor": 8}, 224, 2_018_346, 0.242),
     (NiN, {}, 224, 1_992_166, 1.525),
@@ -87,6 +88,7 @@ LIGHT = [
     (LeNet, {"activation": "sigmoid", "pooling": "average", "padding": 0}, 28),
     (AlexNet, {"image_size": 67}, 67),
     (AlexNet, {"image_size": 67, "hidden_layers": 2}, 67),
+    (AlexNet, {"image_size": 67, "width_divisor": 32}, 67),
     *[
         (VGG, {"depth": depth, "width_divisor": 8, "image_size": 64, "batch_norm": batch_norm}, 64)
         for depth in (11, 13, 16, 19)
@@ -205,6 +207,7 @@ def test_other_sizes_channels_and_classes(network, arguments, size):
         (AlexNet, {"image_size": 66}, "image_size=66 is too small for AlexNet: it needs at least 67 pixels"),
         (AlexNet, {"image_size": -224}, "image_size=-224 is too small for AlexNet: it needs at least 67 pixels"),
         (AlexNet, {"hidden_layers": 3}, "hidden_layers=3 is not possible for AlexNet: use 1 or 2"),
+        (AlexNet, {"width_divisor": 64}, "width_divisor=64 must divide 32: use 1, 2, 4, 8, 16 or 32"),
         (AlexNet, {"hidden_layers": 0}, "hidden_layers=0 is not possible for AlexNet: use 1 or 2"),
         (AlexNet, {"dropout": 1.5}, "dropout probability has to be between 0 and 1, but got 1.5"),
         (VGG, {"image_size": 31}, "image_size=31 is too small for VGG: it needs at least 32 pixels"),

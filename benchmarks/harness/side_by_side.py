@@ -132,6 +132,9 @@ class Contestant:
         if terminal:
             os.close(output)
         self._reports = os.fdopen(reports)
+
+    def ready(self) -> None:
+        """Wait until it can take its first turn."""
         try:
             self._read()
         except BaseException:
@@ -201,9 +204,15 @@ def contest(
         for name, begin in contestants.items():
             try:
                 running[name] = begin()
+            except Missing as reason:
+                missing[name] = str(reason)
+        for name, contestant in [*running.items()]:  # started together, because importing takes them longest
+            try:
+                contestant.ready()
                 turns[name] = []
             except (Missing, Ended) as reason:
-                if not running:
+                del running[name]
+                if not turns:
                     raise  # the first is the one that the others are compared with
                 missing[name] = str(reason)
         round_seconds = 0.0
