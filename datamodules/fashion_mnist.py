@@ -14,6 +14,7 @@ from checkpoints.loading import CheckedLoading
 from datamodules.augmentation import erase, jitter, shift_and_flip
 from datamodules.batches import EvalBatches, ImageTensors, TrainBatches, as_is, leave_signals_to_main
 from datamodules.files.finding import DatasetError, load, prepare, whole_below
+from datamodules.files.grounds import photographed
 
 CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
@@ -38,11 +39,10 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
         horizontal_flip: Augmentation: mirror half of the images.
         brightness: Augmentation: multiply the pixels of each image by a factor drawn from 1 +- this.
         contrast: Augmentation: scale each image around its mean by a factor drawn from 1 +- this.
-        random_erasing: Augmentation: probability of filling one rectangle of an image with random pixels, 2 to 33 % of
-            its area and 0.3 to 3.3 times as high as wide (Zhong et al. 2017, arXiv:1708.04896).
+        random_erasing: Augmentation: probability of filling one rectangle of an image with random pixels.
+        photographed: Augmentation: share of the images that look as if cut out of a photograph (see files/grounds.py).
         num_workers: Worker processes. 0 is fastest here: fetching a batch takes microseconds.
-        dataset_on_device: Keep all images in the device's memory (47 MB), so that only their indices travel. None does
-            so on CUDA, unless there are workers, which can't reach it.
+        dataset_on_device: Keep all images on the device (47 MB); None does so on CUDA, if there are no workers.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -65,6 +65,7 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
         brightness: float = 0.0,
         contrast: float = 0.0,
         random_erasing: float = 0.0,
+        photographed: float = 0.0,
         num_workers: int = 0,
         dataset_on_device: bool | None = None,
     ) -> None:
@@ -80,15 +81,14 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
             raise ValueError(f"data.mean={mean} must be a finite number")
         if not 0 < std < math.inf:
             raise ValueError(f"data.std={std} must be a positive number")
-        for name in ("brightness", "contrast", "random_erasing"):
+        for name in ("brightness", "contrast", "random_erasing", "photographed"):
             if not 0 <= self.hparams[name] <= 1:
                 raise ValueError(f"data.{name}={self.hparams[name]} must lie between 0 and 1")
         if dataset_on_device and num_workers:
             raise ValueError("data.dataset_on_device needs data.num_workers=0: workers can't reach the device's memory")
         self.data_dir = Path(data_dir)
         self._folder: Path | None = None  # where the verified files are
-        self.batch_size = batch_size
-        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.image_size, self.num_workers = image_size, num_workers
 
     class_names: tuple[str, ...] = CLASS_NAMES
@@ -110,8 +110,7 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
         self._folder = folder = self._folder or prepare(self.data_dir)
         if stage in ("fit", "validate"):
             images, labels = load(folder, "train")
-            val_size = self.hparams["val_size"]
-            if val_size >= len(images):
+            if (val_size := self.hparams["val_size"]) >= len(images):
                 raise DatasetError(
                     f"data.val_size={val_size} leaves none of the {len(images)} training images in {folder}; lower it"
                 )
@@ -149,6 +148,7 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
             return self.preprocess(images), labels
         settings = self.hparams
         images = shift_and_flip(images, settings["crop_padding"], settings["horizontal_flip"])
+        images = photographed(images, labels, settings["photographed"])
         pixels = erase(images, settings["random_erasing"]).float().div_(255)
         return self._as_seen(jitter(pixels, settings["brightness"], settings["contrast"])), labels
 

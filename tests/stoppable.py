@@ -70,6 +70,7 @@ AUGMENTATION = {
     "brightness": 0.2,
     "contrast": 0.2,
     "random_erasing": 0.5,
+    "photographed": 0.5,
 }
 WARMUP = {"class_path": "lit_modules.schedules.WarmupDecay"}
 PLATEAU = {"class_path": "torch.optim.lr_scheduler.ReduceLROnPlateau", "init_args": {"mode": "max", "patience": 0}}

@@ -44,6 +44,7 @@ from datamodules.files import finding as fashion_mnist_files
 from datamodules.files import torchvision_sets
 from datamodules.files.download import DownloadError, download
 from datamodules.files.finding import KNOWN, NAMES, SYSTEM_DIR, is_sample, load, prepare
+from datamodules.files.grounds import _laid, photographed
 from datamodules.files.photographs import saturate, warp
 from datamodules.files.pictures import read_picture
 from errors import UserError
@@ -165,6 +166,7 @@ def test_class_names():
         ({"brightness": 1.5}, "data.brightness=1.5 must lie between 0 and 1"),
         ({"contrast": float("nan")}, "data.contrast=nan must lie between 0 and 1"),
         ({"random_erasing": -0.1}, "data.random_erasing=-0.1 must lie between 0 and 1"),
+        ({"photographed": 1.1}, "data.photographed=1.1 must lie between 0 and 1"),
     ],
 )
 def test_numbers_out_of_range(settings, message):
@@ -283,6 +285,7 @@ AUGMENTATIONS: dict[str, Any] = {
     "brightness": 0.4,
     "contrast": 0.4,
     "random_erasing": 0.5,
+    "photographed": 0.5,
 }
 
 
@@ -1216,6 +1219,67 @@ def test_warp_turns_scales_and_moves():
     turned = warp(images, 180.0, 0.0, 0.0).float()[:, 0]
     assert (turned.sum(dim=(1, 2)) / (64 * 255) - 1).abs().max() < 0.1
     assert turned[:, 11, 15].max() > 100  # a corner of the square now lies above its edge
+
+
+def bars(count: int) -> torch.Tensor:
+    """Images (N, 1, 28, 28) of a bar twenty pixels long and four high, in tones that rise from left to right."""
+    images = torch.zeros(count, 1, 28, 28, dtype=torch.uint8)
+    images[:, :, 12:16, 4:24] = torch.linspace(60, 250, 20).byte()
+    return images
+
+
+def test_photographed_changes_a_share_and_repeats_itself():
+    images, labels = sample(101)
+    assert photographed(images, labels, 0.0) is images
+    torch.manual_seed(3)
+    changed = photographed(images, labels, 0.4)
+    differs = (changed != images).flatten(1).any(dim=1)
+    assert changed.dtype == torch.uint8
+    assert differs[:40].all() and not differs[40:].any()
+    torch.manual_seed(3)
+    assert torch.equal(photographed(images, labels, 0.4), changed)
+    assert not torch.equal(photographed(images, labels, 0.4), changed)
+
+
+def test_photographed_garments_lie_on_grounds_and_keep_their_pattern(monkeypatch):
+    monkeypatch.setattr("datamodules.files.grounds._laid", lambda layers, labels: layers)
+    images, labels = bars(400), torch.zeros(400, dtype=torch.long)
+    outside = torch.ones(28, 28, dtype=torch.bool)
+    outside[9:19, 1:27] = False
+
+    monkeypatch.setattr("datamodules.files.grounds.WHOLE", 1.0)
+    whole = photographed(images, labels, 1.0).float()[:, 0]
+    grounds = whole[:, outside]
+    assert grounds.mean(dim=1).std() > 40, "dark and light ones"
+    assert (grounds.std(dim=1) > 2).float().mean() > 0.9, "none is plain"
+    tones = torch.corrcoef(torch.cat([images[:1, 0, 13:15, 5:23].flatten(1), whole[:, 13:15, 5:23].flatten(1)]))[0, 1:]
+    assert (tones.abs() > 0.8).float().mean() > 0.7
+    assert 0.25 < (tones < 0).float().mean() < 0.55, "some are inverted"
+
+    monkeypatch.setattr("datamodules.files.grounds.WHOLE", 0.0)
+    cut = photographed(images, labels, 1.0).float()[:, 0]
+    assert cut[:, outside].mean() < 5 < 60 < cut[:, 13:15, 6:22].mean()
+
+
+def test_photographed_shoes_point_anywhere_and_come_in_pairs():
+    images = bars(400).float() / 255
+    layers = torch.cat([images, (images > 0).float()], dim=1)
+
+    def laid(label: int) -> tuple[float, float]:
+        """How many bars stand upright, and how many leave the middle of the frame to what lies between two."""
+        opaque = _laid(layers, torch.full((400,), label))[:, 1] > 0.5
+        height, width = opaque.any(dim=2).sum(dim=1), opaque.any(dim=1).sum(dim=1)
+        assert torch.maximum(height, width).float().mean() > 22, "they fill the frame"
+        return float((height > width + 4).float().mean()), float(
+            (~opaque[:, 13:15, 13:15].any(2).any(1)).float().mean()
+        )
+
+    for label in range(10):
+        upright, apart = laid(label)
+        if label in (5, 7, 9):  # Sandal, Sneaker, Ankle boot
+            assert 0.1 < upright < 0.5 and 0.5 < apart < 0.85
+        else:
+            assert upright == apart == 0
 
 
 def test_saturation_keeps_greys():

@@ -52,7 +52,7 @@ from torch.utils.data import DataLoader
 from callbacks.lr_curve import Curve, plot
 from checkpoints.reading import read_checkpoint
 from cli.recipes import recipes
-from datamodules import CLASS_NAMES, FashionMNISTDataModule
+from datamodules import CLASS_NAMES, class_of
 from errors import UserError
 from launch.launchers import take_over_processes
 from launch.learning_rate import STEPS, find_learning_rate
@@ -386,8 +386,9 @@ def test_every_recipe_is_built(recipe):
     assert f"--model {recipe}\n" in recipes()[recipe].read_text(), "the header gives the command"
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(LitClassifier, "model")
-    parser.add_class_arguments(FashionMNISTDataModule, "data")
+    parser.add_class_arguments(class_of(content["data"]), "data")
     settings = parser.parse_object({"model": content["model"], "data": content["data"]})
+    settings.data.channels = settings.data.channels or settings.model.net.init_args.in_channels
     if "image_size" in settings.model.net.init_args:
         settings.model.net.init_args.image_size = settings.data.image_size
     with torch.device("meta"):

@@ -51,7 +51,8 @@ class PicturesDataModule(FashionMNISTDataModule):
         shift: Augmentation: move each image by up to this share of its size in both directions.
         saturation: Augmentation: scale the colours of each image around its greys by a factor drawn from 1 +- this.
         balanced: Draw an epoch's images, some several times and others not at all, so that all classes are as likely.
-        kwargs: As for `FashionMNISTDataModule`; `dataset_on_device=None` keeps sets of up to 4 GB on CUDA.
+        kwargs: As for `FashionMNISTDataModule`, but for `photographed`; `dataset_on_device=None` keeps sets of up to
+            4 GB on CUDA.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -87,6 +88,8 @@ class PicturesDataModule(FashionMNISTDataModule):
         for name, value, least in (("stored_size", stored_size, 1), ("test_size", test_size, 0)):
             if value is not None and value < least:
                 raise ValueError(f"data.{name}={value} must be at least {least}")
+        if self.hparams["photographed"]:
+            raise ValueError("data.photographed is for Fashion-MNIST's images, whose background is 0")
         for name, most in {"rotation": 180, "zoom": 1, "shift": 1, "saturation": 1}.items():
             if not 0 <= self.hparams[name] <= most:
                 raise ValueError(f"data.{name}={self.hparams[name]} must lie between 0 and {most}")
@@ -108,9 +111,7 @@ class PicturesDataModule(FashionMNISTDataModule):
         settings = self.hparams
         source = settings["folder"] or settings["dataset"]
         if not source:
-            raise DatasetError(
-                "the network was trained on other pictures than Fashion-MNIST's; say which: --data FOLDER"
-            )
+            raise DatasetError("the network is for other pictures than Fashion-MNIST's; say which: --data FOLDER")
         rest = [settings[name] for name in ("bad_files", "val_size", "test_size", "split_seed")]
         if settings["folder"]:
             folder = Path(source).expanduser()
