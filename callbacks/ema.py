@@ -5,7 +5,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
@@ -31,7 +31,7 @@ class EMA(WeightAveraging):
         if not 0 <= decay < 1:
             raise ValueError(f"EMA: decay={decay} must lie in [0, 1)")
         self.decay = decay
-        super().__init__(multi_avg_fn=self._average)
+        super().__init__()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Copy the network to the device that it will be trained on."""
@@ -49,7 +49,21 @@ class EMA(WeightAveraging):
         if trainer.state.fn == TrainerFn.FITTING:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
-    def _average(self, averaged: Any, current: Any, _: Tensor | int) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Average, if the optimiser made a step. Torch's `update_parameters` waits for the device twice in each."""
+        if trainer.global_step <= self._latest_update_step:
+            return
+        self._latest_update_step = trainer.global_step
         assert self._average_model is not None
         updates = int(self._average_model.n_averaged)
-        get_ema_multi_avg_fn(min(self.decay, (1 + updates) / (10 + updates)))(averaged, current, updates)
+        average = get_ema_multi_avg_fn(min(self.decay, (1 + updates) / (10 + updates)) if updates else 0.0)
+        averaged, current = (_tensors(model) for model in (self._average_model.module, pl_module))
+        for of_floats in (True, False):  # batch norm counts its batches in integers
+            some = [pair for pair in zip(averaged, current, strict=True) if pair[0].is_floating_point() == of_floats]
+            if some:
+                average(*map(list, zip(*some, strict=True)), updates)
+        self._average_model.n_averaged += 1
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]

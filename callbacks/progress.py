@@ -46,7 +46,7 @@ class EpochProgress(ProgressBar):
     ) -> None:
         """Move the bar when it is due: doing so at every step would slow small networks down."""
         if self._is_due(last=trainer.is_last_batch):
-            loss = trainer.progress_bar_metrics.get("train/loss_step")
+            loss = trainer.callback_metrics.get("train/loss_step")
             texts = [] if loss is None else [f"loss {loss:.4f}"]
             self._move(batch_idx + 1, "  ".join([*texts, f"{self._speed.so_far():,.0f} images/s"]))
 

@@ -6,6 +6,7 @@ from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -140,7 +141,9 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
         loss = F.cross_entropy(logits, targets, self.class_weights, label_smoothing=self.hparams["label_smoothing"])
         self._since_last_log.append((loss.detach(), logits.detach(), labels))
         if len(self._since_last_log) >= self.trainer.log_every_n_steps:  # type: ignore[attr-defined]  # set by its logger connector
-            self.log("train/loss_step", self._update_train_metrics(), prog_bar=True)
+            # Lightning reads what it shows in a bar at every step, and waits for the device to do so.
+            bar = isinstance(self.trainer.progress_bar_callback, (TQDMProgressBar, RichProgressBar))
+            self.log("train/loss_step", self._update_train_metrics(), prog_bar=bar)
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

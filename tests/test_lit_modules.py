@@ -10,13 +10,15 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from commands import DATA
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
 
 from benchmarks.memory import LiveBytes
+from callbacks.progress import EpochProgress
+from callbacks.speed import Speed
 from datamodules import FashionMNISTDataModule
 from datamodules.batches import ImageTensors, TrainBatches
 from errors import UserError
@@ -299,6 +301,26 @@ def test_flip_averaged_testing_stands_beside_the_plain(tmp_path):
     assert found["test/loss"] != found["test/loss_flip"]
     (without,) = trainer(tmp_path).test(LitClassifier(lit.net), data, verbose=False)
     assert set(without) == {"test/accuracy", "test/loss"}
+
+
+@pytest.mark.parametrize(("bar", "shown"), [(EpochProgress, False), (TQDMProgressBar, True)])
+def test_only_lightnings_bars_get_the_loss_at_every_step(bar, shown, tmp_path):
+    seen = []
+
+    class Losses(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            seen.append(
+                [metrics.get("train/loss_step") for metrics in (trainer.progress_bar_metrics, trainer.callback_metrics)]
+            )
+
+    speed = Speed()
+    callbacks = [Losses(), speed, bar(speed) if bar is EpochProgress else bar()]
+    run = trainer(tmp_path, *callbacks, enable_progress_bar=True, log_every_n_steps=1)
+    run.fit(LitClassifier(linear()), data_module())
+
+    in_bar, for_callbacks = seen[-1]
+    assert (in_bar is not None) == shown
+    assert for_callbacks > 0
 
 
 def test_mean_loss_weighs_by_images():
