@@ -1,5 +1,6 @@
 """The trained networks in weights/, packing and exporting."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -94,6 +95,29 @@ def test_changed_file_is_refused(packed, tmp_path):
     (folder / LISTING).write_text("[")
     with pytest.raises(UserError, match=r"weights\.json is damaged"):
         read_checkpoint(folder / "mine.ckpt")
+
+
+def test_a_small_file_of_an_older_version_gets_the_score_of_strange_images(packed, tmp_path, capsys):
+    folder = shutil.copytree(packed.parent, tmp_path / "copy")
+    path, listing = folder / packed.name, folder / LISTING
+    content = torch.load(path, weights_only=True)
+    fitted = content.pop("out_of_distribution")
+    torch.save(content, path)
+    entries = json.loads(listing.read_text())
+    entries[path.name]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    listing.write_text(json.dumps(entries))
+    assert pack.main([str(path), f"--data_dir={DATA}"]) == 0
+    again = read_checkpoint(path)  # which checks the new hash
+    assert all(torch.equal(again["state_dict"][name], value) for name, value in content["state_dict"].items())
+    for name, value in again["out_of_distribution"].items():
+        assert torch.allclose(value, fitted[name], rtol=0.05, atol=0.05), name  # of weights in half precision
+    entry = json.loads(listing.read_text())[path.name]
+    assert entry["test_accuracy"] == entries[path.name]["test_accuracy"]
+    assert entry["record"] == entries[path.name]["record"]
+    del entries[path.name]["record"], entries[path.name]["sha256"]
+    listing.write_text(json.dumps(entries))
+    assert pack.main([str(path), f"--data_dir={DATA}"]) == 2
+    assert "holds no record of that file; give --record FILE" in capsys.readouterr().err
 
 
 def test_what_scores_otherwise_is_not_kept(trained, tmp_path, capsys):

@@ -1,7 +1,8 @@
 """A finished run's checkpoint as a small file of this folder: weights in half precision, without what training needs.
 
 The file is tested before it is kept, and `weights.json` records its score, its origin and its SHA-256, which
-`read_checkpoint` checks it against.
+`read_checkpoint` checks it against. A small file may be packed again, which adds the score of strange images if it was
+made by a version that had none.
 
 Command: python -m weights.pack logs/lenet/version_0/checkpoints/best.ckpt
 """
@@ -20,6 +21,7 @@ from checkpoints.reading import LISTING, listed
 from datamodules import DatasetError, FashionMNISTDataModule
 from errors import OneLineParser, RunError, UserError, run_program
 from lit_modules import LitClassifier
+from lit_modules.execution.out_of_distribution import OutOfDistribution
 from runs.record import check, write_json
 from weights.trained import load_trained
 
@@ -47,7 +49,10 @@ def parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="python -m weights.pack", allow_abbrev=False, description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="checkpoint of a finished run, beside its record.json")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="file to write (default: weights/RECIPE.ckpt, / in names as -)"
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="file to write (default: weights/RECIPE.ckpt, / in names as -; a small file itself)",
     )
     parser.add_argument(
         "--record", type=Path, metavar="FILE", help="the run's record (default: ../record.json of the checkpoint)"
@@ -64,7 +69,7 @@ def pack(ckpt_path: Path, output: Path | None, record_path: Path | None, data_di
     Args:
         ckpt_path: A checkpoint of a finished run.
         output: The file to write; None names it after the recipe. Another folder gets a `weights.json` of its own.
-        record_path: The run's `record.json`; None looks for it where a run leaves it.
+        record_path: The run's `record.json`; None looks for it where a run leaves it, or in `weights.json`.
         data_dir: Folder of the data set.
 
     Returns:
@@ -74,15 +79,19 @@ def pack(ckpt_path: Path, output: Path | None, record_path: Path | None, data_di
         UserError: If checkpoint, record or data set can't be used.
         RunError: If the small file's score differs from the record's; nothing is written then.
     """
-    record = _read_record(record_path or ckpt_path.parents[1] / "record.json")
-    _, data, checkpoint = load_trained(ckpt_path)
+    known = listed(ckpt_path) if record_path is None else {}
+    record = _listed_record(known) if known else _read_record(record_path or ckpt_path.parents[1] / "record.json")
+    classifier, data, checkpoint = load_trained(ckpt_path)
     recipe = str(checkpoint.get("recipe") or "unnamed")
     if recipe != record["recipe"]:
         raise UserError(f"the record is of a run of {record['recipe']}, the checkpoint of {recipe}; give --record FILE")
-    output = output or FOLDER / f"{recipe.replace('/', '-')}.ckpt"
+    output = output or (ckpt_path if known else FOLDER / f"{recipe.replace('/', '-')}.ckpt")
     listed(output)  # refuses a damaged listing before anything is measured
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f"{output.stem}.partial")  # not listed, so that it can be loaded before it is
+    data.data_dir = data_dir
+    if not checkpoint.get("out_of_distribution"):
+        checkpoint["out_of_distribution"] = _fit_out_of_distribution(classifier, data)
     try:
         torch.save(_small(checkpoint), partial)
         classifier, data = load_trained(partial)[:2]
@@ -90,7 +99,7 @@ def pack(ckpt_path: Path, output: Path | None, record_path: Path | None, data_di
         scores, images = _measure(classifier, data)
         expected, given = record["test"]["accuracy"], scores["test_accuracy"]
         assert given is not None
-        if images != record["test"]["images"]:
+        if images != record["test"].get("images", images):
             raise UserError(f"{data_dir} holds {images:,} test images; the record is of {record['test']['images']:,}")
         tolerance = TOLERANCE if record["precision"] == "32-true" else MIXED_TOLERANCE
         if not abs(given - expected) * images < max(1, tolerance * images) + 0.5:
@@ -128,6 +137,27 @@ def _read_record(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, RecursionError):
         raise UserError(f"{path} is not the record of a run that was tested; give --record FILE") from None
     return record
+
+
+def _listed_record(entry: dict[str, Any]) -> dict[str, Any]:
+    """What `weights.json` keeps of a run's record."""
+    try:
+        kept = entry["record"]
+        test = {"accuracy": kept["test_accuracy"]}
+        return {"recipe": entry["recipe"], "seed": entry["seed"], "test": test, **kept} | {
+            "best_val_accuracy": kept["val_accuracy"]
+        }
+    except (KeyError, TypeError):
+        raise UserError("weights.json holds no record of that file; give --record FILE") from None
+
+
+def _fit_out_of_distribution(classifier: LitClassifier, data: FashionMNISTDataModule) -> dict[str, Any] | None:
+    """As at the end of a training epoch; see callbacks/out_of_distribution.py."""
+    data.setup("validate")
+    batches = data.val_set.images.split(data.eval_batch_size)
+    with torch.no_grad():
+        fitted = OutOfDistribution.fit(torch.cat([classifier(data.preprocess(batch)).float() for batch in batches]))
+    return fitted and fitted._asdict()
 
 
 def _small(checkpoint: dict[str, Any]) -> dict[str, Any]:
