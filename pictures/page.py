@@ -2,11 +2,9 @@
 
 import base64
 import io
-import math
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,26 +14,16 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import gradio as gr
-import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
-from checkpoints.reading import listed
-from datamodules import CLASS_NAMES, FashionMNISTDataModule
+from datamodules import CLASS_NAMES
 from datamodules.files.pictures import PictureError, read_picture
-from errors import RunError, UserError
-from inspection.layer_cam import layer_cam
-from inspection.stages import stage_outputs
-from lit_modules import LitClassifier
+from errors import RunError
 from pictures.cleaning import as_fashion_mnist
-from pictures.feature_maps import feature_maps
-from pictures.heat_map import EDGE, heat_map
-from weights.trained import load_trained
+from pictures.heat_map import EDGE
+from pictures.networks import Network, Seen, load_networks
 
 TOP = 3
-CHINESE = ("T恤", "裤子", "套头衫", "连衣裙", "外套", "凉鞋", "衬衫", "运动鞋", "包", "短靴")
-NAMES = [f"{english} {chinese}" for english, chinese in zip(CLASS_NAMES, CHINESE, strict=True)]
 EXAMPLES = Path(__file__).with_name("examples.png")  # a test image of each class, in the order of the classes
 LARGEST_FILE = "64mb"
 
@@ -43,8 +31,9 @@ TITLE = "Classic CNNs on Fashion-MNIST · 经典卷积网络"
 HEADING = f"""# {TITLE}
 Upload a photograph of one garment, shoe or bag on a plain background, or draw one and fill it in.
 Each network says what it takes the picture for; warm colours mark what that answer rests on (LayerCAM).
+It is not sure of what is unlike 95 % of the images that it was validated on.
 <br>上传一张照片（一件衣服、一只鞋（侧面）或一个包，背景尽量单一），或者自己画一件并涂满。
-各个网络分别给出判断；暖色表示判断的依据（LayerCAM）。"""
+各个网络分别给出判断；暖色表示判断的依据（LayerCAM）。与 95 % 的验证图片都不像的图片，标为“不确定”。"""
 STAGES = """### What comes out of each stage · 每个阶段输出了什么
 Click a stage to enlarge it: each small square is one feature map, dark at its lowest value, yellow at its highest.
 <br>点击某个阶段可放大：每个小方格是一张特征图，最暗处值最小，最黄处值最大。"""
@@ -52,7 +41,7 @@ CSS = """
 .gradio-container {max-width: 1240px !important; margin: auto}
 .cards {display: grid !important; grid-template-columns: repeat(auto-fill, minmax(175px, 1fr)); align-items: start}
 .card {gap: 8px !important}
-.card .prose {min-height: 92px}
+.card .prose:not(.note, .note *) {min-height: 92px}
 .card h3 {margin: 0 !important; font-size: 1rem !important}
 .card p {margin: 0 !important; font-size: 0.75rem}
 .square {aspect-ratio: 1}
@@ -93,86 +82,21 @@ clear();
 """
 
 
-@dataclass
-class Network:
-    """A trained network of the page.
-
-    Attributes:
-        title: Distinguishes it from the others.
-        classifier: In evaluation mode.
-        data: Knows how it wants its images.
-        accuracy: On the test images, 0 to 1; None if no `weights.json` beside the checkpoint says.
-    """
-
-    title: str
-    classifier: LitClassifier
-    data: FashionMNISTDataModule
-    accuracy: float | None = None
-
-    @property
-    def facts(self) -> str:
-        """Size and accuracy."""
-        parameters = sum(parameter.numel() for parameter in self.classifier.net.parameters())
-        facts = f"{parameters:,} parameters · 参数"
-        return facts if self.accuracy is None else f"{facts}<br>test accuracy · 测试准确率 {self.accuracy:.1%}"
-
-    def explain(self, image: np.ndarray) -> tuple[dict[str, float], Image.Image | None]:
-        """Calibrated probabilities of all classes for an image (28, 28) uint8, and the heat map of the likeliest.
-
-        There is no heat map where nothing contributes, or the network has no feature maps.
-        """
-        batch = self.data.preprocess(torch.from_numpy(image)[None])
-        probabilities = self.classifier.probabilities(batch)[0]
-        try:
-            cam = layer_cam(self.classifier.net, batch, probabilities.argmax()[None])[0]
-        except UserError:
-            cam = torch.zeros(1, 1)
-        shares = dict(zip(NAMES, probabilities.tolist(), strict=True))
-        return shares, heat_map(image, cam) if cam.any() else None
-
-    def stages(self, image: np.ndarray) -> list[tuple[Image.Image, str]]:
-        """What each stage makes of an image (28, 28) uint8, and its shape and kind."""
-        outputs = stage_outputs(self.classifier.net, self.data.preprocess(torch.from_numpy(image)[None]))
-        return [(_drawn(output), f"{'×'.join(map(str, output.shape))} {kind}") for _, kind, output in outputs]
-
-
-def load_networks(checkpoints: Sequence[Path], trust: bool = False) -> list[Network]:
-    """The networks of some checkpoints, each under its architecture and its recipe, with the path if both repeat.
-
-    Raises:
-        UserError: If one can't be used.
-    """
-    loaded = [(path, *load_trained(path, trust)) for path in checkpoints]
-    for path, _, data, _ in loaded:
-        if tuple(data.class_names) != CLASS_NAMES:
-            raise UserError(f"{path} was trained on pictures of other classes; the page is for Fashion-MNIST's")
-    names = []
-    for path, classifier, _, checkpoint in loaded:
-        architecture, recipe = type(classifier.net).__name__, str(checkpoint.get("recipe") or path.stem)
-        names.append(architecture if recipe == architecture.lower() else f"{architecture} · {recipe}")
-    paths = [path for path, *_ in loaded]
-    titles = [name if names.count(name) == 1 else f"{name} ({path})" for name, path in zip(names, paths, strict=True)]
-    return [
-        Network(title, classifier, data, listed(path).get("test_accuracy"))
-        for title, (path, classifier, data, _) in zip(titles, loaded, strict=True)
-    ]
-
-
-def answers(networks: Sequence[Network], image: np.ndarray | None, chosen: Sequence[str]) -> list[Any]:
-    """What the page shows: the image, then for each network its card, its probabilities and its heat map.
+def answers(networks: Sequence[Network], seen: Seen | None, chosen: Sequence[str]) -> list[Any]:
+    """What the page shows: the garment, then for each network its card, probabilities, note and heat map.
 
     Args:
         networks: The page's networks.
-        image: What they see, (28, 28) uint8; None if there is no picture.
+        seen: The picture; None if there is none.
         chosen: Titles of those that answer; the cards of the others are hidden.
     """
-    shown: list[Any] = [
-        None if image is None else Image.fromarray(image).resize((EDGE, EDGE), Image.Resampling.NEAREST)
-    ]
+    garment = None if seen is None or seen.garment is None else Image.fromarray(seen.garment)
+    shown: list[Any] = [garment and garment.resize((EDGE, EDGE), Image.Resampling.NEAREST)]
     for network in networks:
         asked = network.title in chosen
-        shares, heat = network.explain(image) if asked and image is not None else (None, None)
-        shown += [gr.update(visible=asked), shares, gr.update(value=heat, visible=heat is not None)]
+        image = network.image(seen) if asked and seen else None
+        shares, note, heat = (None, "", None) if image is None else network.explain(image)
+        shown += [gr.update(visible=asked), shares, note, gr.update(value=heat, visible=heat is not None)]
     return shown
 
 
@@ -186,15 +110,17 @@ def build(networks: Sequence[Network], folder: Path) -> gr.Blocks:
 
     titles = [network.title for network in networks]
 
-    def of_networks(image: np.ndarray | None, chosen: list[str]) -> list[Any]:
-        return answers(networks, image, chosen)
+    def of_networks(seen: Seen | None, chosen: list[str]) -> list[Any]:
+        return answers(networks, seen, chosen)
 
-    def of_stages(image: np.ndarray | None, title: str) -> list[tuple[Image.Image, str]]:
-        return [] if image is None else networks[titles.index(title)].stages(image)
+    def of_stages(seen: Seen | None, title: str) -> list[tuple[Image.Image, str]]:
+        network = networks[titles.index(title)]
+        image = seen and network.image(seen)
+        return [] if image is None else network.stages(image)
 
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         gr.Markdown(HEADING)
-        image = gr.State()
+        seen = gr.State()
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
                 with gr.Tab("Photograph · 照片"):
@@ -214,7 +140,7 @@ def build(networks: Sequence[Network], folder: Path) -> gr.Blocks:
                     with gr.Column(elem_classes="card") as card:
                         gr.Markdown(f"### {network.title}\n{network.facts}")
                         label = gr.Label(num_top_classes=TOP, show_label=False, elem_classes="answer")
-                        outputs += [card, label, _picture()]
+                        outputs += [card, label, gr.Markdown(elem_classes="note"), _picture()]
         gr.Markdown(STAGES)
         opened = gr.Radio(titles, value=titles[0], show_label=False, elem_id="opened")
         gallery = gr.Gallery(
@@ -231,12 +157,12 @@ def build(networks: Sequence[Network], folder: Path) -> gr.Blocks:
         latest: Any = {"show_progress": "hidden", "trigger_mode": "always_last", "concurrency_limit": 1}
         latest["concurrency_id"] = "networks"
         # Not read by Gradio, so that our message says what is wrong with a file.
-        of_file = photograph.change(partial(_photograph, folder), photograph, image, preprocess=False)
-        for read in (of_file, drawing.submit(_drawing, None, image)):
-            answer = read.then(of_networks, [image, chosen], outputs, **latest)
-            answer.then(of_stages, [image, opened], gallery, **latest)
-        chosen.change(of_networks, [image, chosen], outputs, **latest)
-        opened.change(of_stages, [image, opened], gallery, **latest)
+        of_file = photograph.change(partial(_photograph, folder), photograph, seen, preprocess=False)
+        for read in (of_file, drawing.submit(_drawing, None, seen)):
+            answer = read.then(of_networks, [seen, chosen], outputs, **latest)
+            answer.then(of_stages, [seen, opened], gallery, **latest)
+        chosen.change(of_networks, [seen, chosen], outputs, **latest)
+        opened.change(of_stages, [seen, opened], gallery, **latest)
     return page
 
 
@@ -284,8 +210,8 @@ def serve(checkpoints: Sequence[Path], host: str, port: int, folder: Path, trust
         page.close(verbose=False)
 
 
-def _photograph(folder: Path, file: dict[str, Any] | None) -> np.ndarray | None:
-    """What the networks see of a file that was uploaded to `folder`; None, and a message, if it can't be used."""
+def _photograph(folder: Path, file: dict[str, Any] | None) -> Seen | None:
+    """A file that was uploaded to `folder`; None, and a message, if it can't be used."""
     if file is None:
         return None
     path = Path(file["path"])
@@ -298,8 +224,8 @@ def _photograph(folder: Path, file: dict[str, Any] | None) -> np.ndarray | None:
         return None
 
 
-def _drawing(event: gr.EventData) -> np.ndarray | None:
-    """What the networks see of the pad; None if it was cleared."""
+def _drawing(event: gr.EventData) -> Seen | None:
+    """The pad; None if it was cleared."""
     if event.picture is None:
         return None
     with Image.open(io.BytesIO(base64.b64decode(event.picture)), formats=["PNG"]) as picture:
@@ -307,21 +233,12 @@ def _drawing(event: gr.EventData) -> np.ndarray | None:
         return _seen(picture.convert("RGB")) if picture.size == (PAD_EDGE, PAD_EDGE) else None
 
 
-def _seen(picture: Image.Image) -> np.ndarray | None:
+def _seen(picture: Image.Image) -> Seen:
     try:
-        return as_fashion_mnist(picture)
+        return Seen(picture, as_fashion_mnist(picture))
     except ValueError as error:
         gr.Warning(f"The picture {error}. · 图片上看不出主体。")
-        return None
-
-
-def _drawn(output: Tensor) -> Image.Image:
-    """The feature maps (C, H, W) of a stage, or its numbers (C,) as one nearly square map, row by row."""
-    if output.dim() != 3:
-        numbers = output.flatten()
-        width = math.ceil(math.sqrt(len(numbers)))
-        output = torch.cat([numbers, numbers.min().expand(-len(numbers) % width)]).view(1, -1, width)
-    return feature_maps(output).convert("RGB")
+        return Seen(picture, None)
 
 
 def _picture() -> gr.Image:

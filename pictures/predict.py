@@ -186,10 +186,10 @@ class _Batches(IterableDataset):
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         for first in range(0, len(self.images), self.data.eval_batch_size):
-            yield [self.data.preprocess(_batch(self.images[first : first + self.data.eval_batch_size]))]
+            yield [self.data.preprocess(as_batch(self.images[first : first + self.data.eval_batch_size]))]
 
 
-def _batch(images: Sequence[np.ndarray]) -> Tensor:
+def as_batch(images: Sequence[np.ndarray]) -> Tensor:
     """Images (H, W) or (H, W, 3) uint8 as (N, H, W) or (N, 3, H, W)."""
     batch = torch.from_numpy(np.stack(images))
     return batch if batch.dim() == 3 else batch.permute(0, 3, 1, 2)
@@ -309,7 +309,7 @@ def _write_overlays(
     numbers = iter(range(1, len(pictures.paths) + 1))
     for first in range(0, len(pictures.paths), CAM_BATCH):
         images = pictures.images[first : first + CAM_BATCH]
-        batch = data.preprocess(_batch(images).to(device))
+        batch = data.preprocess(as_batch(images).to(device))
         guesses = torch.tensor([class_names.index(row[0][0]) for row in top[first : first + CAM_BATCH]], device=device)
         for image, cam in zip(images, layer_cam(net, batch, guesses), strict=True):
             number = next(numbers)

@@ -635,18 +635,42 @@ def test_networks_answer_beside_each_other(page, trained):
     assert "test accuracy" in networks[0].facts
     assert "test accuracy" not in networks[1].facts  # no list tells
     image = as_fashion_mnist(photo(1))
-    seen, *parts = page.answers(networks, image, titles[:2])
-    assert np.array_equal(np.asarray(seen.resize((28, 28), Image.Resampling.NEAREST)), image)
-    assert [card["visible"] for card in parts[::3]] == [True, True, False]
-    for network, shares, heat in zip(networks[:2], parts[1:6:3], parts[2:6:3], strict=True):
-        expected = network.classifier.probabilities(network.data.preprocess(page.torch.from_numpy(image)[None]))[0]
+    shown, *parts = page.answers(networks, page.Seen(photo(1), image), titles[:2])
+    assert np.array_equal(np.asarray(shown.resize((28, 28), Image.Resampling.NEAREST)), image)
+    assert [card["visible"] for card in parts[::4]] == [True, True, False]
+    for network, shares, note, heat in zip(networks[:2], parts[1:8:4], parts[2:8:4], parts[3:8:4], strict=True):
+        pixels = network.data.preprocess(torch.from_numpy(image)[None])
+        expected = network.classifier.probabilities(pixels)[0]
+        score = network.classifier.out_of_distribution.score(network.classifier(pixels).detach())
+        assert note.startswith(f"unfamiliar · 陌生度 {score.item():.1f}")
         assert list(shares.values()) == expected.tolist()
         assert heat["visible"]
         assert np.ptp(np.asarray(heat["value"]).reshape(-1, 3), axis=0).min() > 50  # neither blank nor grey alone
-    assert parts[1] != parts[4]
+    assert parts[1] != parts[5]
     assert max(parts[1], key=parts[1].get) == "Pullover 套头衫"
-    assert parts[7] is None
-    assert not any(page.answers(networks, None, titles)[part] for part in (0, 2, 5, 8))
+    assert parts[9] is None
+    assert not any(page.answers(networks, None, titles)[part] for part in (0, 2, 3, 6, 7, 10, 11))
+    noise = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
+    assert networks[0].explain(noise).note.endswith("**not sure · 不确定**")
+    networks[0].classifier.out_of_distribution = None  # of a checkpoint that is older
+    assert networks[0].explain(noise).note == ""
+
+
+@needs_gradio
+def test_networks_of_other_pictures_answer_too(page, tmp_path):
+    flags = f"--model fast/1min --data {DATA / 'photos'} --max_epochs 1 --accelerator cpu --data_dir made"
+    assert run_forked(*flags.split(), folder=tmp_path).code == 0
+    checkpoint = tmp_path / "logs" / "fast" / "1min" / "version_0" / "checkpoints" / "best.ckpt"
+    networks = page.load_networks([LENET, checkpoint])
+    assert "classes of its own" in networks[1].facts and "classes" not in networks[0].facts
+    picture = read_picture(next((DATA / "photos").rglob("*.jpg")))
+    nothing = page.Seen(picture, None)  # as where no garment stands out
+    shown, *parts = page.answers(networks, nothing, [network.title for network in networks])
+    assert shown is None and parts[1] is None
+    assert list(parts[5]) == list(networks[1].data.class_names)
+    assert sum(parts[5].values()) == pytest.approx(1)
+    assert networks[1].image(nothing).shape == (32, 32, 3)
+    assert networks[1].stages(networks[1].image(nothing))[0][1] == "16×32×32 Conv2d"
 
 
 @needs_gradio
@@ -654,11 +678,11 @@ def test_there_is_no_heat_map_where_there_is_nothing_to_see(page):
     network = page.load_networks([LENET])[0]
     for parameter in network.classifier.net.parameters():
         torch.nn.init.zeros_(parameter)  # no part of the picture changes any class
-    shares, heat = network.explain(as_fashion_mnist(photo(1)))
-    assert heat is None
-    assert list(shares.values()) == pytest.approx([0.1] * 10)
+    answer = network.explain(as_fashion_mnist(photo(1)))
+    assert answer.heat is None
+    assert list(answer.shares.values()) == pytest.approx([0.1] * 10)
     network.classifier.net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
-    assert network.explain(as_fashion_mnist(photo(1)))[1] is None  # no feature maps
+    assert network.explain(as_fashion_mnist(photo(1))).heat is None  # no feature maps
 
 
 @pytest.mark.parametrize(
@@ -761,7 +785,7 @@ def test_the_page_in_a_browser(trained, page, tmp_path):
 def all_networks_answer_and_can_be_chosen(browser, networks, image):
     browser.wait(f"{SHOWN} == {len(networks) + 1}")
     for rows, network in zip(browser.evaluate(ANSWERS), networks, strict=True):
-        shares, _ = network.explain(image)
+        shares = network.explain(image).shares
         top = sorted(shares, key=lambda name: -shares[name])[:3]
         assert [row.split("\n")[0] for row in rows] == top
         assert [int(row.split("\n")[-1].rstrip("%")) for row in rows] == [round(100 * shares[name]) for name in top]
