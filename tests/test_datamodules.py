@@ -30,7 +30,7 @@ import pytest
 import torch
 import torchvision
 import yaml
-from commands import DATA, REPO, run_forked, whole_set
+from commands import DATA, ENVIRONMENT, REPO, run_forked, whole_set
 from conftest import train_once
 from filelock import FileLock
 from PIL import Image, ImageOps
@@ -950,9 +950,15 @@ print(attempt(*sys.argv[1:]))
     assert names_in(tmp_path) == []
 
 
-def test_progress_bar_on_a_terminal(tmp_path, server):
+def terminal() -> tuple[int, int]:
+    """The two ends of a terminal of 24 lines, 120 columns."""
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))  # a terminal of 24 lines, 120 columns
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
+    return ours, theirs
+
+
+def test_progress_bar_on_a_terminal(tmp_path, server):
+    ours, theirs = terminal()
     done = python("attempt(*sys.argv[1:])", tmp_path, server.mirror("healthy"), stderr=theirs)
     os.close(theirs)
     shown = os.read(ours, 100_000).decode()
@@ -1032,6 +1038,36 @@ def test_a_folder_without_splits_is_split_by_class_and_seed(tmp_path):
     assert len(everything.unique(dim=0)) == 63
     assert len(of_folder(folder, tmp_path, val_size=0, test_size=0).train_set) == 63
     assert len(of_folder(folder, tmp_path, test_size=0, val_size=21).val_set) == 21
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_hundred_thousand_pictures_are_read_once_and_a_bar_shows_it(tmp_path):
+    for label in range(50):
+        (tmp_path / "own" / f"class {label}").mkdir(parents=True)
+    for number in range(100_000):
+        picture = b"P6 2 2 255\n" + struct.pack("<I", number) * 3
+        (tmp_path / "own" / f"class {number % 50}" / f"{number}.ppm").write_bytes(picture)
+    code = """
+from datamodules import PicturesDataModule
+data = PicturesDataModule("own", image_size=2)
+data.setup("fit")
+print(len(data.class_names), len(data.train_set), len(data.val_set), len(data.test_set))
+"""
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(REPO)}
+    for bar in (True, False):
+        ours, theirs = terminal()
+        command = [sys.executable, "-c", code]
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=theirs)
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # the other end is closed
+            while piece := os.read(ours, 10_000):
+                shown += piece
+        os.close(ours)
+        assert process.communicate()[0].split() == [b"50", b"81000", b"9000", b"10000"]
+        assert (b"Reading pictures" in shown, b"99%" in shown) == (bar, bar)
+        assert not bar or 20 < shown.count(b"\r") < 2000, "it moves, and does not flood the terminal"
 
 
 def test_classes_may_bear_the_names_of_splits(tmp_path):
