@@ -202,6 +202,7 @@ COMMANDS = {
     "freed_memory": f"{SMALL} --recipes vgg11_small --seconds 1 --turn 0.05 --flags=--batch_size=8",
     "step_profile": "--networks lenet --batch_size 8",
     "data_path": f"{SMALL} --size 32 --batch_size 16 --seconds 1 --turn 0.05",
+    "folder": f"{SMALL} --folder {DATA / 'photos'} --size 32 --batch_size 16 --seconds 1 --turn 0.05",
     "startup": f"{SMALL} --seconds 0",
     "speedrun": f"{SMALL} --seeds 1 --entry 10 lenet --flags=--max_epochs=1 --peer --peer_flags=--epochs=1",
     "memory": f"{SMALL} --networks lenet --batch_size 8 --precision 32 --measure",
