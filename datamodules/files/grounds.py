@@ -54,9 +54,9 @@ def _slope(images: Tensor) -> Tensor:
 
 def _opacity(garments: Tensor) -> Tensor:
     """1 inside a garment, holes between its parts included where it surrounds them, and soft along its edge."""
-    solid = (garments > 0.03).float()
-    sides = [solid.flip(axis).cummax(axis).values.flip(axis) * solid.cummax(axis).values for axis in (2, 3)]
-    inside = sides[0] * sides[1]
+    solid = (garments > 0.03).int()  # no floats, whose sums on a GPU depend on their order
+    sides = [solid.cumsum(axis) * solid.flip(axis).cumsum(axis).flip(axis) for axis in (2, 3)]
+    inside = (sides[0] * sides[1]).clamp(max=1).float()
     core = -F.max_pool2d(F.pad(-inside, (1,) * 4), 3, 1)
     edge = (garments / F.max_pool2d(garments, 3, 1, 1).clamp(min=1e-3)).clamp(0, 1)
     return torch.where(core > 0, core, inside * edge)
