@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.tensorboard import SummaryWriter
 
+from checkpoints.writing import AtomicCheckpointIO
 from errors import UserError, shown
 
 OUTPUTS = Path("outputs")  # of predict; compare.py's pictures lie there too
@@ -105,12 +106,14 @@ class RunCheckpoint(ModelCheckpoint):
     Args:
         folder: The run's folder.
         name: Name of the file, without its ending.
+        same_as: A callback that comes before this one; what it has just saved is not written a second time.
         settings: As for `ModelCheckpoint`.
     """
 
-    def __init__(self, folder: RunFolder, name: str, **settings: Any) -> None:
+    def __init__(self, folder: RunFolder, name: str, same_as: "RunCheckpoint | None" = None, **settings: Any) -> None:
         super().__init__(filename=name, enable_version_counter=False, **settings)
         self._folder = folder
+        self._same_as = same_as
         self._is_there = False
 
     @property
@@ -139,6 +142,17 @@ class RunCheckpoint(ModelCheckpoint):
             self.best_model_path = self.kth_best_model_path = path
             self.best_model_score = self.kth_value = score
             self.best_k_models = {path: score}
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        same, files = self._same_as, trainer.strategy.checkpoint_io
+        if same and same._last_global_step_saved == trainer.global_step and isinstance(files, AtomicCheckpointIO):
+            linked = trainer.is_global_zero and files.link_checkpoint(same._last_checkpoint_saved, filepath)
+            if trainer.strategy.broadcast(linked):
+                self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
+                for logger in trainer.loggers if trainer.is_global_zero else ():
+                    logger.after_save_checkpoint(self)
+                return
+        super()._save_checkpoint(trainer, filepath)
 
 
 def next_folder(parent: Path, name: str) -> Path:

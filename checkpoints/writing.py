@@ -40,7 +40,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             UserError: If a callback's state holds what could not be read again (see `_normalised`).
         """
         path = Path(path)
-        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+        partial = _partial(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove_stale(path.parent)
@@ -65,11 +65,34 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with suppress(OSError):  # already renamed, or never written
                 partial.unlink()
 
+    def link_checkpoint(self, written: str | Path, path: str | Path) -> bool:
+        """Give a checkpoint that was just written a second name; returns whether the file system can.
+
+        Files are only ever replaced, never changed, so each name keeps its content when the other gets a new one.
+        """
+        path = Path(path)
+        partial = _partial(path)
+        try:
+            os.link(written, partial)
+            partial.replace(path)
+        except OSError:
+            return False
+        finally:
+            with suppress(OSError):  # already renamed, or never made
+                partial.unlink()
+        _sync_folder(path.parent)
+        return True
+
     def load_checkpoint(
         self, path: str | Path, map_location: Callable | None = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
         """Read one checkpoint, only as tensors and plain types, whatever `weights_only` says."""
         return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+
+
+def _partial(path: Path) -> Path:
+    """The name of a file that is not complete yet."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
 
 
 def _normalised(checkpoint: dict[str, Any]) -> dict[str, Any]:

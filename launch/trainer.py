@@ -32,6 +32,16 @@ from checkpoints.writing import AtomicCheckpointIO
 from errors import UserError
 from launch.start import Start, how_to_continue
 
+# What Lightning calls in each training step.
+STEP_HOOKS = (
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+)
+
 
 class RunCallbacks:
     """The callbacks of a run, by the names under which it uses them afterwards.
@@ -46,7 +56,7 @@ class RunCallbacks:
         self.processes = processes
         self.folder = RunFolder(start.recipe, start.folder)
         self.best = RunCheckpoint(self.folder, "best", monitor="val/accuracy", mode="max")
-        self.last = RunCheckpoint(self.folder, "last")
+        self.last = RunCheckpoint(self.folder, "last", same_as=self.best)
         self.speed = Speed()
 
     def trainer_arguments(
@@ -85,6 +95,7 @@ class RunCallbacks:
         last = self.last if self.last in callbacks else None
         stop = GracefulStop(self.processes, last, lambda path: how_to_continue(command, config, path))
         callbacks += [self.processes, ExactResume(), stop]  # last, so that they see what the others did
+        _leave_out_empty_hooks(callbacks)
         plugins = _listed(built.trainer.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
@@ -158,6 +169,14 @@ def precision(trainer: Namespace, asked_for: bool) -> tuple[str | None, bool]:
 def cpu_has_bfloat16() -> bool:
     """Whether the CPU computes in bfloat16 instead of imitating it, many times slower."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _leave_out_empty_hooks(callbacks: list[Callback]) -> None:
+    """Spare Lightning a hundred calls a step that do nothing: it passes over a hook that can't be called."""
+    for callback in callbacks:
+        for hook in STEP_HOOKS:
+            if getattr(getattr(callback, hook), "__func__", None) is getattr(Callback, hook):
+                setattr(callback, hook, None)
 
 
 def _listed(value: Any) -> list[Any]:

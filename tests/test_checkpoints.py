@@ -51,7 +51,8 @@ def keep_writing(path: Path) -> None:
     """Save ever new checkpoints of 8 MB, and note each that is done, until killed."""
     for step in itertools.count():
         state = {"state_dict": {"weights": torch.full((2_000_000,), float(step))}, "step": step}
-        AtomicCheckpointIO().save_checkpoint(state, path)
+        AtomicCheckpointIO().save_checkpoint(state, path.with_name("best.ckpt"))
+        assert AtomicCheckpointIO().link_checkpoint(path.with_name("best.ckpt"), path)
         with path.with_suffix(".done").open("a") as done:
             done.write(f"{step}\n")
 
@@ -70,9 +71,10 @@ def test_kills_while_writing_leave_a_valid_checkpoint(tmp_path: Path) -> None:
         time.sleep(random.uniform(0, 0.1))
         writer.kill()
         writer.join()
-        content = read_checkpoint(path)
-        assert content["step"] >= max(int(line) for line in done.read_text().split("\n")[:-1])
-        assert (content["state_dict"]["weights"] == content["step"]).all()
+        for written in (path, path.with_name("best.ckpt")):
+            content = read_checkpoint(written)
+            assert content["step"] >= max(int(line) for line in done.read_text().split("\n")[:-1])
+            assert (content["state_dict"]["weights"] == content["step"]).all()
 
 
 def test_leftovers_of_killed_processes_are_removed_but_not_those_of_living_ones(tmp_path: Path) -> None:
@@ -219,6 +221,28 @@ def test_last_is_saved_after_every_epoch_not_only_the_best(tmp_path: Path) -> No
     saved = tmp_path / "logs" / "lenet" / "version_0" / "checkpoints"
     assert torch.load(saved / "last.ckpt", weights_only=True)["epoch"] == 1
     assert torch.load(saved / "best.ckpt", weights_only=True)["epoch"] == 0
+
+
+def refuse_links() -> None:
+    """As file systems do that have no hard links."""
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    os.link = refuse  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("prepare", [None, refuse_links])
+def test_epoch_that_is_best_and_last_is_written_once_where_files_can_have_two_names(
+    prepare: Callable[[], None] | None, tmp_path: Path
+) -> None:
+    arguments = ["fit", "--model", "lenet", "--data_dir", str(DATA), "--val_size", "200", "--max_epochs", "1"]
+    answer = run_forked(*arguments, "--trainer.logger", "false", folder=tmp_path, prepare=prepare)
+    assert answer.code == 0, answer.err
+    saved = tmp_path / "logs" / "lenet" / "version_0" / "checkpoints"
+    assert sorted(path.name for path in saved.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert (saved / "best.ckpt").samefile(saved / "last.ckpt") == (prepare is None)
+    assert read_checkpoint(saved / "last.ckpt")["global_step"] == read_checkpoint(saved / "best.ckpt")["global_step"]
 
 
 # ---- Nothing that a checkpoint or a record holds is executed or imported, wherever it is read.

@@ -32,6 +32,7 @@ import yaml
 from commands import DATA, ENVIRONMENT, REPO, Answer, run, run_forked
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from PIL import Image
 from stoppable import (
     AUGMENTATION,
@@ -49,16 +50,19 @@ from stoppable import (
 from torch import nn
 from torch.utils.data import DataLoader
 
+from callbacks.ema import EMA
 from callbacks.lr_curve import Curve, plot
 from checkpoints.reading import read_checkpoint
 from cli.recipes import recipes
-from datamodules import CLASS_NAMES, class_of
+from datamodules import CLASS_NAMES, FashionMNISTDataModule, class_of
 from errors import UserError
 from launch.launchers import take_over_processes
 from launch.learning_rate import STEPS, find_learning_rate
 from launch.memory import advice, is_out_of_memory, largest_batch_size
 from launch.start import _replace
+from launch.trainer import STEP_HOOKS, _leave_out_empty_hooks
 from lit_modules import LitClassifier
+from models import LeNet
 
 # ---- Whole runs of the command on the sample, and what they leave behind.
 
@@ -319,6 +323,25 @@ def test_patience_stops_early(tmp_path):
     assert len(record(tmp_path / "logs" / "lenet" / "version_0")["epochs"]) == 2
 
 
+def test_in_a_step_only_callbacks_with_something_to_do_are_called():
+    calls: list[str] = []
+
+    class Counting(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            calls.append("own")
+
+    assigned = LambdaCallback(on_before_zero_grad=lambda *_: calls.append("assigned"))
+    callbacks = [Counting(), assigned, EMA()]
+    _leave_out_empty_hooks(callbacks)
+    called = {(type(one).__name__, hook) for one in callbacks for hook in STEP_HOOKS if callable(getattr(one, hook))}
+    own = {("Counting", "on_train_batch_end"), ("EMA", "on_train_batch_end"), ("LambdaCallback", "on_before_zero_grad")}
+    assert called == own
+    model, data = LitClassifier(LeNet()), FashionMNISTDataModule(str(DATA), val_size=200)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    Trainer(max_steps=2, accelerator="cpu", devices=1, callbacks=callbacks, **quiet).fit(model, data)
+    assert calls == ["assigned", "own"] * 2
+
+
 def test_the_same_seed_trains_the_same_network(tmp_path):
     losses: list[float] = []
     for seed in (3, 3, 4):
@@ -413,6 +436,7 @@ import torch
 from callbacks.processes import end_process
 from datamodules import FashionMNISTDataModule
 from lit_modules import LitClassifier
+from models import LeNet
 from models import VGG, LeNet
 
 torch.manual_seed(0)
