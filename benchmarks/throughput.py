@@ -30,7 +30,7 @@ from launch.trainer import cpu_has_bfloat16
 
 NETWORKS = ("lenet", "alexnet", "vgg11", "nin", "googlenet")
 SHARES = {"lenet": 0.1, "alexnet": 0.22, "vgg11": 0.3, "nin": 0.22, "googlenet": 0.16}  # of the time budget
-BF16 = "ours_bf16"
+BF16, COMPILED = "ours_bf16", "ours_compiled"
 PEERS = (BF16, "tutorial", "references", "d2l", "timm")
 PEAK, BF16_PEAK = "matmul", "matmul_bf16"
 PROCESS_BYTES = 2**30  # what a contestant's process takes besides its tensors
@@ -63,10 +63,9 @@ def main() -> None:
     """Run one contest for each network."""
     parser = side_by_side.Parser(__doc__, budget=600, flags=True)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), help="recipes (default: all five)")
-    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=(*PEERS, COMPILED))
     parser.add_argument("--batch_size", type=int, nargs="+", help="instead of each recipe's own; several in turn")
     parser.add_argument("--turn", type=float, default=2.0, help="seconds per turn, at least (default: %(default)g)")
-    parser.add_argument("--compile", action="store_true", help="our network compiled")
     parser.add_argument("--update", action="store_true", help="leave other networks in the record as they are")
     options = parser.parse_args()
     device = options.device
@@ -162,11 +161,12 @@ def _contest(
     model: str, batch_size: int, device: str, others: Sequence[str], budget: float, options: Any
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
     settings = ["--model", model, "--batch_size", str(batch_size)]
-    ours = command(StepTurns, options, *settings, "--val_size", "0", *(["--compile"] if options.compile else []))
+    ours = command(StepTurns, options, *settings, "--val_size", "0")
     contestants = {"ours": partial(Contestant, ours)}
     for name in others:
-        if name == BF16:
-            contestants[name] = partial(_in_bf16, ours, device)
+        if name in (BF16, COMPILED):
+            own = partial(_in_bf16, ours, device) if name == BF16 else partial(Contestant, [*ours, "--compile"])
+            contestants[name] = own
             continue
         fast = ["--fast"] if device == "cuda" or name == BF16_PEAK else []
         loop = ["-m", "benchmarks.peers.plain_loops", PEAK if name == BF16_PEAK else name, *settings, *fast]

@@ -8,7 +8,7 @@ from pathlib import Path
 from callbacks.run_folder import OUTPUTS, next_folder
 from callbacks.run_record import RunRecord, images_measured
 from datamodules import PicturesDataModule
-from errors import UserError, count
+from errors import UserError, count, print_warning
 from launch.classifier_cli import ClassifierCLI
 from launch.lightning_flags import check_length
 from launch.summary import by_class, scores, summary
@@ -39,6 +39,8 @@ def fit(cli: ClassifierCLI) -> None:
         where = f"{trainer.world_size} x {trainer.strategy.root_device.type}"
         reason = " (this CPU has no bfloat16 instructions)" if cli.slow_bf16 else ""
         print(f"Training {cli.start.recipe} on {where}, precision {trainer.precision}{reason}", flush=True)
+        if config.model.compile and trainer.strategy.root_device.type == "cpu":
+            print_warning("--compile can make training on a CPU slower; compare the images/s of an epoch without it")
 
     trainer.fit(model, data, ckpt_path=cli.command.ckpt_path, weights_only=True)
 

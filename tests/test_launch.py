@@ -337,9 +337,21 @@ def test_in_a_step_only_callbacks_with_something_to_do_are_called():
     own = {("Counting", "on_train_batch_end"), ("EMA", "on_train_batch_end"), ("LambdaCallback", "on_before_zero_grad")}
     assert called == own
     model, data = LitClassifier(LeNet()), FashionMNISTDataModule(str(DATA), val_size=200)
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    quiet: Any = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     Trainer(max_steps=2, accelerator="cpu", devices=1, callbacks=callbacks, **quiet).fit(model, data)
     assert calls == ["assigned", "own"] * 2
+
+
+def not_compiled() -> None:
+    nn.Module.compile = lambda *_, **__: None  # type: ignore[method-assign]  # it takes a minute
+
+
+@pytest.mark.parametrize("flag", ["--compile", "--model.compile=false"])
+def test_compiling_for_a_cpu_is_warned_of_in_one_line(flag, tmp_path):
+    answer = run_forked("fit", *LENET, *FAST, flag, "--accelerator=cpu", folder=tmp_path, prepare=not_compiled)
+    assert answer.code == 0, answer.err
+    lines = answer.err.splitlines()
+    assert len(lines) == (flag == "--compile") and all("can make training on a CPU slower" in line for line in lines)
 
 
 def test_the_same_seed_trains_the_same_network(tmp_path):
