@@ -164,14 +164,14 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
 
     def _as_seen(self, pixels: Tensor) -> Tensor:
         if self.image_size != pixels.shape[-1]:
-            size = (self.image_size, self.image_size)
             # Antialiasing, as PIL does when it shrinks an image; enlarging one needs none.
-            pixels = F.interpolate(pixels, size, mode="bilinear", antialias=self.image_size < pixels.shape[-1])
+            pixels = F.interpolate(
+                pixels, self.image_size, mode="bilinear", antialias=self.image_size < pixels.shape[-1]
+            )
         mean, std = self.hparams["mean"], self.hparams["std"]
         if mean != 0 or std != 1:
             pixels = pixels.sub_(mean).div_(std)
-        channels = self.hparams["channels"]
-        return pixels.expand(-1, channels, -1, -1) if channels > 1 else pixels
+        return pixels.expand(-1, self.hparams["channels"], -1, -1)
 
     def _position(self) -> tuple[int, int]:
         """Epoch and batch at which training continues; not batch 0 if a checkpoint was saved within an epoch."""
@@ -186,8 +186,7 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
         return self._loader(images, batches, kind)
 
     def _loader(self, images: ImageTensors, batches: Sampler, kind: str = "sampler") -> DataLoader:
-        trainer: Any = self.trainer
-        on_device, device = self.hparams["dataset_on_device"], trainer.strategy.root_device
+        on_device, device = self.hparams["dataset_on_device"], self.trainer.strategy.root_device  # type: ignore[union-attr]
         if on_device or (on_device is None and device.type == "cuda" and not self.num_workers):
             images = images.to(device)
         return DataLoader(

@@ -6,7 +6,6 @@ from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,19 +37,15 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
         mixup: Blend training images and targets with those of another image, by a share drawn for each batch from
             Beta(mixup, mixup); 0 is off (Zhang et al. 2017, arXiv:1710.09412). Training accuracy then counts the label
             with the larger share.
-        cutmix: The same with a rectangle pasted instead of a blend (Yun et al. 2019, arXiv:1905.04899). With both on,
-            each batch gets one of the two, drawn evenly.
-        flip_test: Also test the logits averaged over each image and its mirror image, as `test/loss_flip` and
-            `test/accuracy_flip`.
+        cutmix: The same with a rectangle pasted (Yun et al. 2019, arXiv:1905.04899); with both, each batch draws one.
+        flip_test: Also test logits averaged over each image and its mirror (`test/loss_flip`, `test/accuracy_flip`).
         initialization: "default" keeps PyTorch's; "he" draws the weights of convolutions and linear layers from
             N(0, 2 / fan_in) and clears the biases (He et al. 2015, arXiv:1502.01852).
         output_bias: With "he", start the last layer with zero weights and this bias, so that no class is ahead at
             first. If a ReLU follows that layer, as in NiN, it must be positive, or no class gets a gradient.
         channels_last: Store images and weights as NHWC, which the convolutions of most devices prefer.
-        compile: Compile the network with `torch.compile`; a name is its mode. "reduce-overhead" and "max-autotune"
-            record CUDA graphs on a GPU (see cuda_graphs.py).
-        checkpoint_activations: In training compute the convolutions' outputs twice instead of keeping them: less
-            memory, the same gradients (see activation_checkpointing.py).
+        compile: Compile the network with `torch.compile`; a name is its mode (CUDA graphs: see cuda_graphs.py).
+        checkpoint_activations: Keep less memory and compute more, with equal gradients (activation_checkpointing.py).
         num_classes: Number of classes, for the metrics.
 
     Raises:
@@ -86,9 +81,7 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
         if compile and checkpoint_activations:
             raise ValueError("checkpoint_activations and compile can't be combined; leave one of them out")
         _check_optimizer(optimizer)
-        self.net = net
-        self.optimizer = optimizer
-        self.scheduler = scheduler
+        self.net, self.optimizer, self.scheduler = net, optimizer, scheduler
         self.mix = _mixing(num_classes, mixup=mixup, cutmix=cutmix)
         self.temperature = 1.0  # fitted by callbacks/temperature.py
         self.out_of_distribution: OutOfDistribution | None = None  # fitted by callbacks/out_of_distribution.py
@@ -142,8 +135,9 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
         self._since_last_log.append((loss.detach(), logits.detach(), labels))
         if len(self._since_last_log) >= self.trainer.log_every_n_steps:  # type: ignore[attr-defined]  # set by its logger connector
             # Lightning reads what it shows in a bar at every step, and waits for the device to do so.
-            bar = isinstance(self.trainer.progress_bar_callback, (TQDMProgressBar, RichProgressBar))
-            self.log("train/loss_step", self._update_train_metrics(), prog_bar=bar)
+            bars = pl.callbacks.TQDMProgressBar | pl.callbacks.RichProgressBar
+            shown = isinstance(self.trainer.progress_bar_callback, bars)
+            self.log("train/loss_step", self._update_train_metrics(), prog_bar=shown)
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -164,8 +158,7 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
         """Update the test metrics; returns the plain logits (N, num_classes), for callbacks."""
         logits = self._evaluation_step(batch, "test")
         if self.hparams["flip_test"]:
-            mirrored = self(batch[0].flip(-1)).float()
-            self.metrics["test_flip"].add((logits + mirrored) / 2, batch[1])
+            self.metrics["test_flip"].add((logits + self(batch[0].flip(-1)).float()) / 2, batch[1])
         return logits
 
     def on_test_epoch_end(self) -> None:

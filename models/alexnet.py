@@ -15,8 +15,6 @@ from typing import Literal
 import torch
 from torch import nn
 
-WIDTHS = (96, 256, 384, 384, 256, 4096)  # channels of the five convolutions, and units of a hidden layer
-
 
 class AlexNet(nn.Module):
     """Five convolutions with overlapping max pooling, then one or two hidden layers of 4096 with dropout.
@@ -51,7 +49,7 @@ class AlexNet(nn.Module):
             raise ValueError(f"hidden_layers={hidden_layers} is not possible for AlexNet: use 1 or 2")
         if width_divisor < 1 or 32 % width_divisor:
             raise ValueError(f"width_divisor={width_divisor} must divide 32: use 1, 2, 4, 8, 16 or 32")
-        first, second, third, fourth, fifth, units = (width // width_divisor for width in WIDTHS)
+        first, second, third, fifth, units = (width // width_divisor for width in (96, 256, 384, 256, 4096))
         size = (image_size - 11) // 4 + 1  # after the first convolution
         for _ in range(3):
             size = (size - 3) // 2 + 1  # after each pooling; the other convolutions keep the size
@@ -71,9 +69,9 @@ class AlexNet(nn.Module):
             nn.MaxPool2d(kernel_size=3, stride=2),  # (N, 256, 12, 12)
             nn.Conv2d(second, third, kernel_size=3, padding=1),  # (N, 384, 12, 12)
             *activate(third),
-            nn.Conv2d(third, fourth, kernel_size=3, padding=1),  # (N, 384, 12, 12)
-            *activate(fourth),
-            nn.Conv2d(fourth, fifth, kernel_size=3, padding=1),  # (N, 256, 12, 12)
+            nn.Conv2d(third, third, kernel_size=3, padding=1),  # (N, 384, 12, 12)
+            *activate(third),
+            nn.Conv2d(third, fifth, kernel_size=3, padding=1),  # (N, 256, 12, 12)
             *activate(fifth),
             nn.MaxPool2d(kernel_size=3, stride=2),  # (N, 256, 5, 5)
         )

@@ -38,7 +38,7 @@ def packed(trained, tmp_path_factory):
 
 def test_every_file_is_listed_and_intact():
     assert {path.name for path in WEIGHTS.glob("*.ckpt")} == set(LISTED)
-    assert sum(entry["bytes"] for entry in LISTED.values()) < 16e6  # git keeps every version
+    assert sum(entry["bytes"] for entry in LISTED.values()) < 29e6  # git keeps every version
     for name in LISTED:
         classifier, data, checkpoint = load_trained(WEIGHTS / name)  # which checks the hash
         assert checkpoint["recipe"] == LISTED[name]["recipe"]
@@ -56,7 +56,8 @@ def test_files_score_what_is_said(name):
     images, labels = load(folder, "test")
     measured = pack.accuracy(classifier, data, images[:, None], labels)
     assert abs(measured - LISTED[name]["test_accuracy"]) <= 0.0005  # another processor rounds otherwise
-    assert abs(measured - LISTED[name]["record"]["test_accuracy"]) <= pack.MIXED_TOLERANCE
+    recorded = LISTED[name]["record"]["test_accuracy"]
+    assert recorded is None or abs(measured - recorded) <= pack.MIXED_TOLERANCE
 
 
 def test_packed_file_is_small_and_does_what_the_checkpoint_does(trained, packed, tmp_path):
@@ -130,8 +131,21 @@ def test_what_scores_otherwise_is_not_kept(trained, tmp_path, capsys):
     assert re.search(r"^weights\.pack: error: in half precision .* its record says 0\.\d+; nothing was written$",
                      capsys.readouterr().err)  # fmt: skip
     assert pack.main([str(trained.best), *arguments, f"--record={tmp_path / 'gone.json'}"]) == 2
-    assert "gone.json is not the record of a run that was tested" in capsys.readouterr().err
+    assert "gone.json is not the record of a run;" in capsys.readouterr().err
     assert not list(folder.iterdir())
+
+
+def test_a_run_that_was_stopped_can_be_packed_and_says_so(trained, tmp_path, capsys):
+    record = json.loads((trained.folder / "record.json").read_text())
+    del record["test"]
+    (tmp_path / "record.json").write_text(json.dumps(record | {"max_epochs": 50}))
+    path = tmp_path / "small.ckpt"
+    arguments = [f"--output={path}", f"--data_dir={DATA}", f"--record={tmp_path / 'record.json'}"]
+    assert pack.main([str(trained.best), *arguments]) == 0
+    assert "the run was stopped before its test" in capsys.readouterr().out
+    entry = json.loads((tmp_path / LISTING).read_text())[path.name]
+    assert entry["epoch"] < entry["epochs"] == 50
+    assert (entry["record"]["test_accuracy"], entry["test_accuracy"] > 0.5) == (None, True)
 
 
 # ---- Exported files: what is in them, that they compute the same, and what happens if they don't.
