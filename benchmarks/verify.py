@@ -73,7 +73,7 @@ def _run(arguments: list[str]) -> int:
     if not rows:
         raise UserError("nothing fits in the time; give more --minutes")
     print()
-    print_table("entry | seed | test accuracy | band | verdict", rows)
+    print_table("entry | seed | test accuracy | band | seconds of training | verdict", rows)
     print(f"\n{_place(record)}\n{'FAIL' if failed else 'PASS'}")
     return int(failed > 0)
 
@@ -112,7 +112,8 @@ def _verify(entry: Entry, results: Results, options: argparse.Namespace) -> tupl
     if record["test"]["images"] != images:
         raise UserError(f"the row was tested on {images:,} images, this run on {record['test']['images']:,}")
     verdict = "PASS" if low <= accuracy <= high else "FAIL"
-    return (entry.name, str(seed), f"{accuracy:.4f}", f"{low:.4f} to {high:.4f}", verdict), record
+    seconds = f"{record['fit_seconds']:.1f}"
+    return (entry.name, str(seed), f"{accuracy:.4f}", f"{low:.4f} to {high:.4f}", seconds, verdict), record
 
 
 def _seconds(entry: Entry, results: Results, device: str) -> float:

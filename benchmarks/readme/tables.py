@@ -1,8 +1,9 @@
 """The tables of the READMEs and the results in docs/, written from the records.
 
 What stands between `<!-- results FAMILY -->` and `<!-- /results -->` becomes the table of that family of entries;
-after `<!-- results MODULE -->`, in a page of docs/, that of the entries whose network is in models/MODULE.py; and after
-`<!-- results first -->` the short one with which the READMEs begin.
+after `<!-- results MODULE -->`, in a page of docs/, that of the entries whose network is in models/MODULE.py; after
+`<!-- results first -->` the short one with which the READMEs begin; after `<!-- results speedrun -->` the board of the
+speedrun.
 `<!-- throughput DEVICE -->` and `<!-- measured DEVICE -->` are the tables of the benchmarks. Where a record is missing,
 so is its line or its cell.
 """
@@ -25,6 +26,8 @@ from errors import UserError
 from runs.reading import Run
 
 README, CHINESE = PROJECT / "README.md", PROJECT / "README.zh-CN.md"
+SPEEDRUN = PROJECT / "benchmarks" / "speedrun.md"
+SPEEDRUN_SEEDS = 5  # that its rules ask for
 REGION = re.compile(r"(<!-- (results|throughput|measured) (\w+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- (?:results|throughput|measured) ")
 # A run that ends below this has not learnt: chance is 0.1.
@@ -44,7 +47,13 @@ class Language(NamedTuple):
 
 def pages() -> list[Path]:
     """The files that have tables to write."""
-    files = [README, CHINESE, *sorted((PROJECT / "docs").glob("*.md")), *sorted((PROJECT / "docs/zh-CN").glob("*.md"))]
+    files = [
+        README,
+        CHINESE,
+        SPEEDRUN,
+        *sorted((PROJECT / "docs").glob("*.md")),
+        *sorted((PROJECT / "docs/zh-CN").glob("*.md")),
+    ]
     return [path for path in files if OPENING.search(path.read_text(encoding="utf-8"))]
 
 
@@ -81,6 +90,8 @@ def results_table(name: str, results: Results, language: Language) -> str:
     """
     if name == "first":
         return _first(results, language)
+    if name == "speedrun":
+        return _speedrun(results, language)
     if name in {entry.family for entry in results.entries}:
         entries = [entry for entry in results.entries if entry.family == name]
         return _best(entries, results, language) if name == "best" else _family(entries, results, language)
@@ -130,14 +141,36 @@ def _first(results: Results, language: Language) -> str:
     for entry in [entry for name in TEXTS["first"] for entry in results.entries if entry.name == name]:
         for device in [device for device in results.devices if results.of(entry, device)]:
             runs = results.of(entry, device)
-            machine = " / ".join(dict.fromkeys(run.machine.removeprefix("NVIDIA ") for run in runs))
-            cores = {run.record["machine"].get("cores") for run in runs} if device == "cpu" else set()
-            place = machine + "".join(TEXTS["cores"][language.number].format(count) for count in cores if count)
-            command = " ".join([entry.recipe, *entry.flags])
-            network = entry.network[language.number] if entry.network else _class(entry)
             time = _time(runs, device).partition(",")[0]
-            rows.append((f"`{command}`", network, *_score(runs, language)[:1], time, place))
+            rows.append((*_command(entry, language), *_score(runs, language)[:1], time, _place(runs, device, language)))
     return _markdown([_header("first", language), *rows], left=2)
+
+
+def _speedrun(results: Results, language: Language) -> str:
+    """The entries of the family fast, the shortest training first; runs beside other work don't count."""
+    board = []
+    for (entry, device), every in results.runs.items():
+        runs = [run for run in every if "background" not in run.record]
+        if entry.family == "fast" and runs:
+            seconds = fmean(run.record["fit_seconds"] for run in runs)
+            seeds = TEXTS["seeds"][language.number].format(len(runs), SPEEDRUN_SEEDS)
+            score = mean_and_range(accuracies(runs), language.to)
+            row = (*_command(entry, language), up(seconds, 1), score, seeds, _place(runs, device, language))
+            board.append((seconds, row))
+    return _markdown([_header("speedrun", language), *(row for _, row in sorted(board))], left=2)
+
+
+def _command(entry: Entry, language: Language) -> tuple[str, str]:
+    """What to give to train.py, and the network's name."""
+    network = entry.network[language.number] if entry.network else _class(entry)
+    return f"`{' '.join([entry.recipe, *entry.flags])}`", network
+
+
+def _place(runs: Sequence[Run], device: str, language: Language) -> str:
+    """The machines, and of CPUs the number of cores."""
+    machine = " / ".join(dict.fromkeys(run.machine.removeprefix("NVIDIA ") for run in runs))
+    cores = {run.record["machine"].get("cores") for run in runs} if device == "cpu" else set()
+    return machine + "".join(TEXTS["cores"][language.number].format(count) for count in cores if count)
 
 
 def throughput_table(record: dict[str, Any] | None, language: Language) -> str:
