@@ -69,7 +69,7 @@ def interruptions(signum: signal.Signals, count: int, folder: Path) -> dict[str,
     arguments = ["fit", *LENET, "--max_epochs", "30", "--batch_size", "20"]
     whole, parts = folder / "whole", folder / "parts"
     began = time.perf_counter()
-    assert _train(arguments, whole) == 0
+    _train(arguments, whole)
     seconds = time.perf_counter() - began
     done, codes, latencies = 0, set(), []
     more: list[str] = []
@@ -86,7 +86,7 @@ def interruptions(signum: signal.Signals, count: int, folder: Path) -> dict[str,
             done += 1
             codes.add(code)
             latencies.append(time.perf_counter() - asked)
-    assert _train([*arguments, *more], parts) == 0
+    _train([*arguments, *more], parts)
     first, second = (_weights(run) for run in (whole, parts))
     return {
         "interruptions": done,
@@ -147,8 +147,10 @@ def _start(arguments: list[str], folder: Path) -> int:
         os._exit(code)
 
 
-def _train(arguments: list[str], folder: Path) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(_start(arguments, folder), 0)[1])
+def _train(arguments: list[str], folder: Path) -> None:
+    if code := os.waitstatus_to_exitcode(os.waitpid(_start(arguments, folder), 0)[1]):
+        output = (folder / "output.txt").read_text(encoding="utf-8", errors="replace")
+        raise RuntimeError(f"train.py {' '.join(arguments)} ended with {code}: {output[-2000:]}")
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:

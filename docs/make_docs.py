@@ -4,17 +4,22 @@
     python -m docs.make_docs --check    # write nothing; exit 1 and name every page or picture that is stale
 
 In a page, what stands between `<!-- table RECIPE -->` and `<!-- /table -->` becomes the table of the recipe's stages,
-and between `<!-- recipes NAME NAME ... -->` and `<!-- /recipes -->` the table of these recipes. A page that shows
+between `<!-- recipes NAME NAME ... -->` and `<!-- /recipes -->` the table of these recipes, and between
+`<!-- weights files -->` (or `classes`) and `<!-- /weights -->` what weights/weights.json says. A page that shows
 `images/stages-RECIPE.svg` has that picture drawn; `stages-all.svg` shows the five networks to one scale, and
 `stages-inception.svg` one block. `<!-- results ... -->` is left alone.
 """
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from checkpoints.reading import LISTING
 from docs.drawing import (
     build,
     class_and_arguments,
@@ -26,11 +31,13 @@ from docs.drawing import (
 from errors import OneLineParser, UserError, run_program
 from inspection.stages import stages
 from inspection.table import by, table_rows
+from weights.pack import FOLDER as WEIGHTS
+from weights.trained import load_trained
 
 DOCS = Path(__file__).resolve().parent
 CHINESE = "zh-CN"  # the folder of the Chinese pages
-SECTION = re.compile(r"(<!-- (table|recipes) ([^>]*?) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
-OPENING = re.compile(r"<!-- (?:table|recipes) ")
+SECTION = re.compile(r"(<!-- (table|recipes|weights) ([^>]*?) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+OPENING = re.compile(r"<!-- (?:table|recipes|weights) ")
 PICTURE = re.compile(r"images/stages-([\w-]+)\.svg")
 SPECIAL: dict[str, Callable[[], str]] = {
     "inception": inception_picture,
@@ -45,6 +52,12 @@ RECIPES = (
     ("recipe", "network", "image", "parameters", "FLOPs", "optimiser", "schedule", "batch", "epochs"),
     ("配方", "网络", "图片", "参数量", "FLOPs", "优化器", "学习率调度", "批量大小", "轮数"),
 )
+FILES = (
+    ("file", "network", "image", "parameters", "MB", "recipe", "epoch", "validation accuracy", "test accuracy"),
+    ("文件", "网络", "图片", "参数量", "MB", "配方", "轮次", "验证准确率", "测试准确率"),
+)
+OF = (" of ", " / ")
+OF_THE_DATA = ("in_channels", "num_classes", "image_size")  # arguments of a network that its data decides
 INPUT, TOTAL = ("input", "输入"), ("total", "合计")
 EVERYTHING, CONSTANT = ("whole image", "整幅图"), ("constant", "恒定")
 
@@ -86,6 +99,40 @@ def recipes_table(names: str, chinese: bool = False) -> str:
     return _markdown(lines, right=(2, 3, 4, 7, 8))
 
 
+def weights_table(what: str, chinese: bool = False) -> str:
+    """Markdown table of the files in weights/: what each holds, or its test accuracy by class."""
+    listed = json.loads((WEIGHTS / LISTING).read_text(encoding="utf-8"))
+    if what == "classes":
+        names = [*next(iter(listed.values()))["class_accuracy"]]
+        rows = [(f"`{file}`", *map(_share, entry["class_accuracy"].values())) for file, entry in listed.items()]
+        return _markdown([(FILES[chinese][0], *names), *rows], right=tuple(range(1, 1 + len(names))))
+    lines = [FILES[chinese]]
+    for file, entry in listed.items():
+        classifier, data, checkpoint = load_trained(WEIGHTS / file)
+        config = yaml.safe_load(checkpoint["config"])
+        net = config["model"]["net"]
+        own = {name: value for name, value in net["init_args"].items() if name not in OF_THE_DATA}
+        of_run = "" if "origin" in entry else f"{OF[chinese]}{config['trainer']['max_epochs']}"
+        lines.append(
+            (
+                f"`{file}`",
+                _call(net | {"init_args": own}),
+                by((data.image_size, data.image_size)),
+                f"{sum(weight.numel() for weight in classifier.net.parameters()):,}",
+                f"{entry['bytes'] / 1e6:.1f}",
+                f"`{entry['recipe']}`",
+                f"{entry['epoch']}{of_run}",
+                _share(entry["val_accuracy"]),
+                _share(entry["test_accuracy"]),
+            )
+        )
+    return _markdown(lines, right=(2, 3, 4, 6, 7, 8))
+
+
+def _share(value: float) -> str:
+    return f"{value:.4f}".lstrip("0")
+
+
 def _markdown(lines: Sequence[tuple[str, ...]], right: tuple[int, ...]) -> str:
     rule = tuple("---:" if column in right else "---" for column in range(len(lines[0])))
     return "".join(f"| {' | '.join(line)} |\n" for line in (lines[0], rule, *lines[1:]))
@@ -100,7 +147,7 @@ def _call(value: Any) -> str:
     return f"{class_path.rpartition('.')[2]}({inside})"
 
 
-MAKE = {"table": stage_table, "recipes": recipes_table}
+MAKE = {"table": stage_table, "recipes": recipes_table, "weights": weights_table}
 
 
 def updates(folder: Path) -> Iterator[tuple[Path, str]]:
@@ -114,7 +161,7 @@ def updates(folder: Path) -> Iterator[tuple[Path, str]]:
         text = page.read_text(encoding="utf-8")
         chinese = page.parent.name == CHINESE
         if len(OPENING.findall(text)) != len(SECTION.findall(text)):
-            raise UserError(f"{page.name}: a section <!-- table ... --> or <!-- recipes ... --> is not closed")
+            raise UserError(f"{page.name}: a section <!-- table ... --> or another is not closed")
         yield page, SECTION.sub(lambda found: found[1] + MAKE[found[2]](found[3], chinese) + found[4], text)  # noqa: B023
         for name in sorted(set(PICTURE.findall(text)) - drawn):
             drawn.add(name)

@@ -182,33 +182,34 @@ def _small(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return small
 
 
-def _measure(classifier: LitClassifier, data: FashionMNISTDataModule) -> tuple[dict[str, float | None], int]:
-    """Accuracy on validation and test images, in float32, and the number of the latter."""
+def _measure(classifier: LitClassifier, data: FashionMNISTDataModule) -> tuple[dict[str, Any], int]:
+    """Accuracy on validation and test images, on the latter also by class, in float32; and the number of the latter."""
     data.setup("validate")
     data.setup("test")
     classifier.to("cuda" if torch.cuda.is_available() else "cpu")
-    scores = {
-        "val_accuracy": accuracy(classifier, data, data.val_set.images, data.val_set.labels),
-        "test_accuracy": accuracy(classifier, data, data.test_set.images, data.test_set.labels),
-    }
-    return scores, len(data.test_set)
+    val, test = (correct(classifier, data, part.images, part.labels) for part in (data.val_set, data.test_set))
+    classes = {name: share(test[data.test_set.labels == label]) for label, name in enumerate(data.class_names)}
+    return {"val_accuracy": share(val), "test_accuracy": share(test), "class_accuracy": classes}, len(test)
 
 
-def accuracy(
+def correct(
     classifier: LitClassifier, data: FashionMNISTDataModule, images: torch.Tensor, labels: torch.Tensor
-) -> float | None:
-    """Share of uint8 images (N, 1, 28, 28) that get their label (N,) as prediction; None without images."""
-    right = 0
-    for batch, truth in zip(images.split(data.eval_batch_size), labels.split(data.eval_batch_size), strict=True):
-        probabilities = classifier.probabilities(data.preprocess(batch.to(classifier.device)))
-        right += int((probabilities.argmax(dim=1).cpu() == truth).sum())
-    return right / len(images) if len(images) else None
+) -> torch.Tensor:
+    """Which of the uint8 images (N, 1, 28, 28) get their label (N,) as prediction: (N,) bool."""
+    batches = (data.preprocess(batch.to(classifier.device)) for batch in images.split(data.eval_batch_size))
+    classes = [classifier.probabilities(batch).argmax(dim=1).cpu() for batch in batches]
+    return torch.cat([*classes, labels[:0]]) == labels
+
+
+def share(found: torch.Tensor) -> float | None:
+    """The share of True in (N,) bool; None without any."""
+    return int(found.sum()) / len(found) if len(found) else None
 
 
 def _list(path: Path, entry: dict[str, Any]) -> None:
     listing = path.with_name(LISTING)
     entries = json.loads(listing.read_text(encoding="utf-8")) if listing.exists() else {}
-    entries[path.name] = entry
+    entries[path.name] = entries.get(path.name, {}) | entry  # an origin that was written by hand stays
     write_json(listing, dict(sorted(entries.items())))
 
 
