@@ -30,7 +30,8 @@ DOCS = PROJECT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 CHINESE_PAGES = sorted((DOCS / "zh-CN").glob("*.md"))
 READMES = [PROJECT / "README.md", PROJECT / "README.zh-CN.md"]
-GUIDES = [DOCS / "guide.md", DOCS / "zh-CN" / "guide.md"]  # whose commands need files of the reader's own
+# Pages whose commands need files of the reader's own, or do something other than train.
+GUIDES = [folder / name for folder in (DOCS, DOCS / "zh-CN") for name in ("guide.md", "weights.md")]
 NOTEBOOK = PROJECT / "notebooks" / "walkthrough.ipynb"
 CHINESE_NOTEBOOK = NOTEBOOK.with_suffix(".zh-CN.ipynb")
 
@@ -156,7 +157,7 @@ def test_the_readmes_commands_are_understood(page: Path, tmp_path: Path, monkeyp
     last.touch()
     monkeypatch.chdir(tmp_path)
     found = list(commands(page))
-    assert len(found) > 5
+    assert len(found) > 1
     for command in found:
         parse_command_line(command)
 

@@ -116,6 +116,7 @@ def _stopped_in_time(path: Path) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+        timer.join()
 
 
 if __name__ == "__main__":
