@@ -48,7 +48,10 @@ def test_every_file_is_listed_and_intact():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LISTED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.long if name in ("googlenet.ckpt", "nin.ckpt") else ()) for name in LISTED],
+)
 def test_files_score_what_is_said(name):
     folder = whole_set()
     if folder is None:
