@@ -68,7 +68,8 @@ def _run(arguments: list[str]) -> None:
     options: Any = parser().parse_args(arguments)
     if not 0 < options.port < 65536:
         raise UserError(f"--port must be an integer from 1 to 65535, got {options.port}")
-    given = {path.resolve(): path for path in (*sorted(WEIGHTS.glob("*.ckpt")), *options.checkpoints)}
+    ours = sorted(WEIGHTS.glob("*.ckpt"), key=lambda path: path.stat().st_size)  # LeNet, the smallest, first
+    given = {path.resolve(): path for path in (*ours, *options.checkpoints)}
     checkpoints = list(given.values())
     if not checkpoints:
         raise UserError(f"{WEIGHTS} holds no weights; give the checkpoints of trained networks")

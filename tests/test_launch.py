@@ -1318,7 +1318,8 @@ def test_steps_use_the_memory_of_those_before(tmp_path: Path) -> None:
     )
     assert answer.code == 0, answer
     counts = json.loads((tmp_path / "faults.json").read_text())
-    pages = counts[-1] - counts[-6]
+    # What happens once, such as a collection of garbage, falls into one of two windows of five steps.
+    pages = min(counts[-1] - counts[-6], counts[-6] - counts[-11])
     # The largest of many tensors, after the first convolution, has 16 * 8 * 128 * 128 * 4 bytes: 2,048 pages of 4 KB.
     assert pages < 2048, pages
 
