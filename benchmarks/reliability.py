@@ -44,14 +44,19 @@ def kills_while_writing(count: int, folder: Path) -> dict[str, Any]:
     path = folder / "last.ckpt"
     valid = 0
     interrupted = 0
+
+    def save(step: int) -> None:
+        weights = torch.full((2_000_000,), float(step))
+        AtomicCheckpointIO().save_checkpoint({"state_dict": {"weights": weights}, "step": step}, path)
+
+    save(0)
     for _ in range(count):
-        step = read_checkpoint(path)["step"] if path.exists() else -1
+        step = read_checkpoint(path)["step"]
         pid = os.fork()
         if pid == 0:
             while True:
                 step += 1
-                weights = torch.full((2_000_000,), float(step))
-                AtomicCheckpointIO().save_checkpoint({"state_dict": {"weights": weights}, "step": step}, path)
+                save(step)
         time.sleep(random.uniform(0.02, 0.2))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
