@@ -10,7 +10,6 @@ between `<!-- recipes NAME NAME ... -->` and `<!-- /recipes -->` the table of th
 `stages-inception.svg` one block. `<!-- results ... -->` is left alone.
 """
 
-import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from checkpoints.reading import LISTING
+from checkpoints.reading import listed
 from docs.drawing import (
     build,
     class_and_arguments,
@@ -101,13 +100,13 @@ def recipes_table(names: str, chinese: bool = False) -> str:
 
 def weights_table(what: str, chinese: bool = False) -> str:
     """Markdown table of the files in weights/: what each holds, or its test accuracy by class."""
-    listed = json.loads((WEIGHTS / LISTING).read_text(encoding="utf-8"))
+    entries = {path.name: listed(path) for path in sorted(WEIGHTS.glob("*.ckpt"))}
     if what == "classes":
-        names = [*next(iter(listed.values()))["class_accuracy"]]
-        rows = [(f"`{file}`", *map(_share, entry["class_accuracy"].values())) for file, entry in listed.items()]
+        names = [*next(iter(entries.values()))["class_accuracy"]]
+        rows = [(f"`{file}`", *map(_share, entry["class_accuracy"].values())) for file, entry in entries.items()]
         return _markdown([(FILES[chinese][0], *names), *rows], right=tuple(range(1, 1 + len(names))))
     lines = [FILES[chinese]]
-    for file, entry in listed.items():
+    for file, entry in entries.items():
         classifier, data, checkpoint = load_trained(WEIGHTS / file)
         config = yaml.safe_load(checkpoint["config"])
         net = config["model"]["net"]

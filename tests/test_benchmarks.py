@@ -20,7 +20,7 @@ from commands import DATA, REPO, whole_set
 from torch.nn import functional as F
 
 from benchmarks import verify
-from benchmarks.harness.side_by_side import RESULTS, Contestant, Missing, contest, median, ratios
+from benchmarks.harness.side_by_side import RESULTS, Contestant, Missing, contest, median, occasion, ratios
 from benchmarks.memory import LiveBytes, training_bytes
 from benchmarks.peers.airbench import augmented, triangle
 from benchmarks.precision import compared, pooled_deviation
@@ -92,6 +92,13 @@ def test_a_contestant_that_fails_is_an_error():
         Contestant(["-c", "raise SystemExit(1)"]).ready()
     with pytest.raises(Missing, match="why"):
         Contestant(["-c", "from benchmarks.harness.side_by_side import Turns; Turns().missing('why')"]).ready()
+
+
+def test_a_records_command_names_no_folder_of_the_machine(monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["", "--data_dir", "/a/b", "--turn", "0.5", "--out=/c", "--folder", "d", "--update"]
+    )
+    assert occasion("throughput", {})["command"] == "python -m benchmarks.throughput --turn 0.5 --update"
 
 
 def test_medians_and_ratios():

@@ -351,9 +351,13 @@ def recorded(name: str, options: argparse.Namespace) -> Any:
 
 
 def occasion(name: str, place: dict[str, Any]) -> dict[str, Any]:
-    """How, when, with which code and where a benchmark runs."""
+    """How, when, with which code and on what a benchmark runs; the machine's folders are left out of the command."""
+    folders = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--data_dir", "--folder", "--out"):
+        folders.add_argument(flag)
+    _, arguments = folders.parse_known_args()
     return {
-        "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", f"benchmarks.{name}", *arguments]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": place,

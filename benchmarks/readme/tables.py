@@ -47,13 +47,8 @@ class Language(NamedTuple):
 
 def pages() -> list[Path]:
     """The files that have tables to write."""
-    files = [
-        README,
-        CHINESE,
-        SPEEDRUN,
-        *sorted((PROJECT / "docs").glob("*.md")),
-        *sorted((PROJECT / "docs/zh-CN").glob("*.md")),
-    ]
+    folders = (PROJECT / "docs", PROJECT / "docs/zh-CN")
+    files = [README, CHINESE, SPEEDRUN, *(page for folder in folders for page in sorted(folder.glob("*.md")))]
     return [path for path in files if OPENING.search(path.read_text(encoding="utf-8"))]
 
 
