@@ -33,7 +33,7 @@ class Entry:
     """A recipe as it is trained for the tables.
 
     Attributes:
-        family: reproduction, best, fast or default.
+        family: reproduction, best, fast, default, short or ablation.
         recipe: Its name.
         flags: Flags of train.py besides it.
         suffix: What follows the recipe in its records' names.
@@ -185,7 +185,7 @@ def _family(family: str, section: dict[str, Any], more: tuple[str, ...]) -> Iter
             yield Entry(
                 family=family,
                 recipe=name,
-                flags=(*shlex.split(line.get("flags", "")), *more),
+                flags=(*shlex.split(line.get("flags", "").format(network=name.rpartition("/")[2])), *more),
                 suffix=suffix,
                 seeds=line.get("seeds", section["seeds"]),
                 line=" ".join(names) if len(patterns) > 1 else name + suffix,
