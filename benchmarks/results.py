@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.harness.side_by_side import PROJECT, RESULTS, print_table
 from benchmarks.readme import accuracy_time
-from benchmarks.readme.entries import TEST_IMAGES, TRAINING_IMAGES, Entry, Results, read_entries, read_results
+from benchmarks.readme.entries import TEST_IMAGES, Entry, Results, read_entries, read_results
 from benchmarks.readme.rounding import duration
 from benchmarks.readme.tables import Language, pages, results_table, written
 from errors import UserError, print_error, run_program
@@ -174,7 +174,7 @@ def _keep(job: Job, options: argparse.Namespace) -> bool:
     if not finished:
         return False
     record = finished[-1].record
-    whole = record["train_images"] + record["val_images"] == TRAINING_IMAGES and record["test"]["images"] == TEST_IMAGES
+    whole = record["train_images"] == job.entry.images and record["test"]["images"] == TEST_IMAGES
     if not whole and options.ours:
         raise UserError(f"{job.title} was not trained on the whole data set; give its record another folder with --out")
     path = job.target(options)
