@@ -14,8 +14,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import tree_sitter_powershell
 from commands import run_forked
 from nbclient import NotebookClient
+from tree_sitter import Language, Parser
 
 from cli.command import parse_command_line
 from docs.course import exercises
@@ -160,6 +162,30 @@ def test_the_readmes_commands_are_understood(page: Path, tmp_path: Path, monkeyp
     assert len(found) > 1
     for command in found:
         parse_command_line(command)
+
+
+def powershell(text: str) -> list[str]:
+    """The commands of a text in PowerShell; what its grammar does not know fails."""
+    root = Parser(Language(tree_sitter_powershell.language())).parse(text.encode()).root_node
+    assert not root.has_error, text
+    unread, found = [root], []
+    while unread:
+        node = unread.pop(0)
+        unread = [*node.children, *unread]
+        if node.type == "command":
+            found.append((node.text or b"").decode())
+    return found
+
+
+@pytest.mark.parametrize("page", READMES, ids=lambda page: page.name)
+def test_powershell_does_what_bash_does(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    first, windows = (re.findall(rf"```{shell}\n(.*?)```", text, re.DOTALL)[0] for shell in ("bash", "powershell"))
+    assert "&&" not in windows  # Windows' own PowerShell, 5.1, has no such operator
+    linux = first.strip().replace("python3 -m", "py -m").replace(".venv/bin/", ".venv\\Scripts\\")
+    assert powershell(windows) == linux.split(" && ")
+    with pytest.raises(AssertionError, match="unclosed"):
+        powershell('py -m "unclosed')
 
 
 @pytest.mark.parametrize("arguments", DOCS_COMMANDS, ids=" ".join)
