@@ -23,6 +23,8 @@ from benchmarks.readme.entries import Entry, Results
 from benchmarks.readme.rounding import accuracies, down, duration, mean_and_range, share, span, up
 from cli.recipes import load_yaml
 from errors import UserError
+from runs.differences import LEVEL, differences
+from runs.groups import Group
 from runs.reading import Run
 
 README, CHINESE = PROJECT / "README.md", PROJECT / "README.zh-CN.md"
@@ -87,11 +89,13 @@ def results_table(name: str, results: Results, language: Language) -> str:
         return _first(results, language)
     if name == "speedrun":
         return _speedrun(results, language)
+    if name.startswith("ablation"):
+        return _ablation(name.removeprefix("ablation").removeprefix("_"), results, language)
     if name in {entry.family for entry in results.entries}:
         entries = [entry for entry in results.entries if entry.family == name]
         return _best(entries, results, language) if name == "best" else _family(entries, results, language)
     module = f"models.{name}."
-    shown = [entry for entry in results.entries if entry.family != "short"]
+    shown = [entry for entry in results.entries if entry.family not in ("short", "ablation")]
     of_module = [entry for entry in shown if entry.config["model"]["net"]["class_path"].startswith(module)]
     if not of_module:
         raise UserError(f"there is no family and no network {name!r} to show results of")
@@ -153,6 +157,33 @@ def _speedrun(results: Results, language: Language) -> str:
             row = (*_command(entry, language), up(seconds, 1), score, seeds, _place(runs, device, language))
             board.append((seconds, row))
     return _markdown([_header("speedrun", language), *(row for _, row in sorted(board))], left=2)
+
+
+def _ablation(network: str, results: Results, language: Language) -> str:
+    """The changes of the family ablation and what they did, for one network or for all; bold: more than chance."""
+    entries = [entry for entry in results.entries if entry.family == "ablation" and entry.recipe.endswith(network)]
+    cells: dict[tuple[str, str], str] = {}
+    for recipe in dict.fromkeys(entry.recipe for entry in entries):
+        groups = {entry: Group(results.of(entry, "cpu")) for entry in entries if entry.recipe == recipe}
+        plain, *changed = (entry for entry, group in groups.items() if group.runs)
+        found = differences([groups[entry] for entry in (plain, *changed)])
+        sizes = [(100 * -one.size, one.p < LEVEL) for one in found]
+        points = [f"{'+' if size > 0 else '−'}{down(abs(size), 1)}" for size, _ in sizes]
+        marks = [
+            "",
+            *(f" (**{text}**)" if real else f" ({text})" for text, (_, real) in zip(points, sizes, strict=True)),
+        ]
+        for entry, mark in zip((plain, *changed), marks, strict=True):
+            score = mean_and_range(accuracies(groups[entry].runs), language.to).partition(" (")[0]
+            cells[_change(entry, language), NETWORKS[recipe.partition("/")[2]]] = score + mark
+    changes, names = ([*dict.fromkeys(key[part] for key in cells)] for part in (0, 1))
+    order = [change for change in dict.fromkeys(_change(entry, language) for entry in entries) if change in changes]
+    rows = [(change, *(cells.get((change, name), "") for name in names)) for change in order]
+    return _markdown([[*_header("ablation", language), *names], *rows], left=1)
+
+
+def _change(entry: Entry, language: Language) -> str:
+    return entry.network[language.number]
 
 
 def _command(entry: Entry, language: Language) -> tuple[str, str]:
