@@ -49,7 +49,7 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
         num_classes: Number of classes, for the metrics.
 
     Raises:
-        ValueError: If the optimiser refuses its settings, or one of them is not finite.
+        ValueError: If the optimiser refuses its settings, one of them is not finite, or two contradict each other.
     """
 
     def __init__(

@@ -12,8 +12,10 @@ def he_initialization(module: nn.Module) -> None:
 
 
 def start_output(net: nn.Module, bias: float) -> None:
-    """Clear the weights of the last convolution or linear layer and set its biases."""
-    output = [layer for layer in net.modules() if isinstance(layer, nn.Conv2d | nn.Linear)][-1]
+    """Clear the last layer's weights and set its biases; ValueError if batch normalisation would undo that."""
+    *_, output = (layer for layer in net.modules() if isinstance(layer, nn.Conv2d | nn.Linear | nn.BatchNorm2d))
+    if isinstance(output, nn.BatchNorm2d):
+        raise ValueError(f"output_bias={bias}: the batch normalisation after the last layer undoes it; set it to null")
     nn.init.zeros_(output.weight)
     if output.bias is not None:
         nn.init.constant_(output.bias, bias)

@@ -91,32 +91,31 @@ class GoogLeNet(nn.Module):
         super().__init__()
         if in_channels < 1 or num_classes < 1:
             raise ValueError(f"in_channels={in_channels} and num_classes={num_classes} must both be at least 1")
-        bn = batch_norm
         stage1 = nn.Sequential(  # shapes for 96x96 images
-            conv_block(in_channels, 64, 7, stride=2, padding=3, batch_norm=bn),  # (N, 64, 48, 48)
+            conv_block(in_channels, 64, 7, stride=2, padding=3, batch_norm=batch_norm),  # (N, 64, 48, 48)
             nn.MaxPool2d(kernel_size=3, stride=2, padding=1),  # (N, 64, 24, 24)
         )
         stage2 = nn.Sequential(
-            conv_block(64, 64, 1, batch_norm=bn, relu=False),  # (N, 64, 24, 24)
-            conv_block(64, 192, 3, padding=1, batch_norm=bn, relu=False),  # (N, 192, 24, 24)
+            conv_block(64, 64, 1, batch_norm=batch_norm, relu=False),  # (N, 64, 24, 24)
+            conv_block(64, 192, 3, padding=1, batch_norm=batch_norm, relu=False),  # (N, 192, 24, 24)
             nn.MaxPool2d(kernel_size=3, stride=2, padding=1),  # (N, 192, 12, 12)
         )
         stage3 = nn.Sequential(
-            Inception(192, 64, (96, 128), (16, 32), 32, bn),  # (N, 256, 12, 12)
-            Inception(256, 128, (128, 192), (32, 96), 64, bn),  # (N, 480, 12, 12)
+            Inception(192, 64, (96, 128), (16, 32), 32, batch_norm),  # (N, 256, 12, 12)
+            Inception(256, 128, (128, 192), (32, 96), 64, batch_norm),  # (N, 480, 12, 12)
             nn.MaxPool2d(kernel_size=3, stride=2, padding=1),  # (N, 480, 6, 6)
         )
         stage4 = nn.Sequential(
-            Inception(480, 192, (96, 208), (16, 48), 64, bn),  # (N, 512, 6, 6)
-            Inception(512, 160, (112, 224), (24, 64), 64, bn),  # (N, 512, 6, 6)
-            Inception(512, 128, (128, 256), (24, 64), 64, bn),  # (N, 512, 6, 6)
-            Inception(512, 112, (144, 288), (32, 64), 64, bn),  # (N, 528, 6, 6)
-            Inception(528, 256, (160, 320), (32, 128), 128, bn),  # (N, 832, 6, 6)
+            Inception(480, 192, (96, 208), (16, 48), 64, batch_norm),  # (N, 512, 6, 6)
+            Inception(512, 160, (112, 224), (24, 64), 64, batch_norm),  # (N, 512, 6, 6)
+            Inception(512, 128, (128, 256), (24, 64), 64, batch_norm),  # (N, 512, 6, 6)
+            Inception(512, 112, (144, 288), (32, 64), 64, batch_norm),  # (N, 528, 6, 6)
+            Inception(528, 256, (160, 320), (32, 128), 128, batch_norm),  # (N, 832, 6, 6)
             nn.MaxPool2d(kernel_size=3, stride=2, padding=1),  # (N, 832, 3, 3)
         )
         stage5 = nn.Sequential(
-            Inception(832, 256, (160, 320), (32, 128), 128, bn),  # (N, 832, 3, 3)
-            Inception(832, 384, (192, 384), (48, 128), 128, bn),  # (N, 1024, 3, 3)
+            Inception(832, 256, (160, 320), (32, 128), 128, batch_norm),  # (N, 832, 3, 3)
+            Inception(832, 384, (192, 384), (48, 128), 128, batch_norm),  # (N, 1024, 3, 3)
             nn.AdaptiveAvgPool2d(1),  # (N, 1024, 1, 1)
         )
         stages = {"stage1": stage1, "stage2": stage2, "stage3": stage3, "stage4": stage4, "stage5": stage5}

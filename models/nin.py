@@ -50,16 +50,15 @@ class NiN(nn.Module):
         super().__init__()
         if in_channels < 1 or num_classes < 1:
             raise ValueError(f"in_channels={in_channels} and num_classes={num_classes} must both be at least 1")
-        bn = batch_norm
         self.features = nn.Sequential(  # shapes for 224x224 images
-            nin_block(in_channels, 96, kernel_size=11, stride=4, batch_norm=bn),  # (N, 96, 54, 54)
+            nin_block(in_channels, 96, kernel_size=11, stride=4, batch_norm=batch_norm),  # (N, 96, 54, 54)
             nn.MaxPool2d(kernel_size=3, stride=2),  # (N, 96, 26, 26)
-            nin_block(96, 256, kernel_size=5, padding=2, batch_norm=bn),  # (N, 256, 26, 26)
+            nin_block(96, 256, kernel_size=5, padding=2, batch_norm=batch_norm),  # (N, 256, 26, 26)
             nn.MaxPool2d(kernel_size=3, stride=2),  # (N, 256, 12, 12)
-            nin_block(256, 384, kernel_size=3, padding=1, batch_norm=bn),  # (N, 384, 12, 12)
+            nin_block(256, 384, kernel_size=3, padding=1, batch_norm=batch_norm),  # (N, 384, 12, 12)
             nn.MaxPool2d(kernel_size=3, stride=2),  # (N, 384, 5, 5)
             nn.Dropout(dropout),
-            nin_block(384, num_classes, kernel_size=3, padding=1, batch_norm=bn),  # (N, num_classes, 5, 5)
+            nin_block(384, num_classes, kernel_size=3, padding=1, batch_norm=batch_norm),  # (N, num_classes, 5, 5)
         )
         self.classifier = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),  # (N, num_classes, 1, 1)

@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 import torch
 from commands import DATA, REPO, whole_set
+from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import verify
+from benchmarks.changed import NETWORKS, averaged, hidden, sigmoid
 from benchmarks.harness.side_by_side import RESULTS, Contestant, Missing, contest, median, occasion, ratios
 from benchmarks.memory import LiveBytes, training_bytes
 from benchmarks.peers.airbench import augmented, triangle
@@ -347,6 +349,41 @@ def test_scores_are_those_of_the_records(results: Results) -> None:
             assert 0 <= float(row[9].removesuffix(" s, CPU")) - seconds < 1
         checked += 1
     assert checked >= 3
+
+
+def test_changes_are_those_of_the_records(results: Results) -> None:
+    header, _, *lines = rows(table("ablation", results))
+    names = {"small/lenet": "LeNet", "small/alexnet": "AlexNet", "small/vgg11": "VGG-11"}
+    names |= {"small/nin": "NiN", "small/googlenet": "GoogLeNet"}
+    entries = {entry: every for (entry, _), every in results.runs.items() if entry.family == "ablation"}
+    assert len(entries) == sum(cell != "" for line in lines for cell in line[1:]) == 33
+    for entry in entries:
+        (line,) = (line for line in lines if line[0] == entry.network[0])
+        cell = line[header.index(names[entry.recipe])]
+        means = {}
+        for suffix in ("", entry.suffix):
+            (every,) = (
+                runs for other, runs in entries.items() if (other.recipe, other.suffix) == (entry.recipe, suffix)
+            )
+            means[suffix] = statistics.mean(run.record["test"]["accuracy"] for run in every)
+        assert -1e-9 < means[entry.suffix] - float(cell.split()[0]) < 1e-4 + 1e-9
+        if entry.suffix:
+            points = 100 * (means[entry.suffix] - means[""])
+            assert -1e-9 < abs(points) - float(re.findall(r"[+−](\d+\.\d)", cell)[0]) < 0.1 + 1e-9
+            assert ("−" in cell) == (points <= 0)
+
+
+def test_one_part_alone_is_changed() -> None:
+    for name, size in {"lenet": 28, "alexnet": 67, "vgg11": 32, "nin": 67, "googlenet": 32}.items():
+        own = NETWORKS[name](image_size=size)
+        net = sigmoid(name, size)
+        kinds, own_kinds = ([type(module) for module in one.modules()] for one in (net, own))
+        assert kinds.count(nn.ReLU) == (name == "nin")
+        assert [nn.ReLU if kind is nn.Sigmoid else kind for kind in kinds] == own_kinds
+        other = hidden(name, size) if name in ("nin", "googlenet") else averaged(name, size)
+        assert other(torch.zeros(2, 1, size, size)).shape == (2, 10)
+        linear = [sum(isinstance(module, nn.Linear) for module in one.modules()) for one in (own, other)]
+        assert linear == {"nin": [0, 2], "googlenet": [1, 2], "lenet": [3, 1], "alexnet": [2, 1], "vgg11": [3, 1]}[name]
 
 
 def table(family: str, results: Results) -> str:

@@ -375,6 +375,11 @@ def test_output_bias_lets_every_class_of_nin_start_alive():
     logits[1.0].sum().backward()  # would raise if nothing had a gradient
 
 
+def test_output_bias_that_batch_normalisation_would_undo_is_refused():
+    with pytest.raises(ValueError, match=r"output_bias=1\.0: the batch normalisation after the last layer undoes it"):
+        LitClassifier(NiN(batch_norm=True), initialization="he", output_bias=1.0)
+
+
 def test_output_bias_must_be_finite():
     with pytest.raises(ValueError, match="output_bias=inf must be a finite number"):
         LitClassifier(linear(), output_bias=float("inf"))
