@@ -360,12 +360,8 @@ def test_changes_are_those_of_the_records(results: Results) -> None:
     for entry in entries:
         (line,) = (line for line in lines if line[0] == entry.network[0])
         cell = line[header.index(names[entry.recipe])]
-        means = {}
-        for suffix in ("", entry.suffix):
-            (every,) = (
-                runs for other, runs in entries.items() if (other.recipe, other.suffix) == (entry.recipe, suffix)
-            )
-            means[suffix] = statistics.mean(run.record["test"]["accuracy"] for run in every)
+        own = {other.suffix: every for other, every in entries.items() if other.recipe == entry.recipe}
+        means = {key: statistics.mean(round(run.accuracy, 4) for run in every) for key, every in own.items()}
         assert -1e-9 < means[entry.suffix] - float(cell.split()[0]) < 1e-4 + 1e-9
         if entry.suffix:
             points = 100 * (means[entry.suffix] - means[""])
