@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import verify
-from benchmarks.changed import NETWORKS, averaged, hidden, sigmoid
+from benchmarks.changed import NETWORKS, averaged, hidden, large_kernels, sigmoid, without_1x1
 from benchmarks.harness.side_by_side import RESULTS, Contestant, Missing, contest, median, occasion, ratios
 from benchmarks.memory import LiveBytes, training_bytes
 from benchmarks.peers.airbench import augmented, triangle
@@ -34,6 +34,7 @@ from benchmarks.results import _jobs, main
 from benchmarks.scaling import all_reduce_seconds
 from benchmarks.throughput import PROCESS_BYTES, _groups, training_flops
 from benchmarks.verify import band, usual_deviation
+from inspection.receptive_field import receptive_fields
 from runs.reading import Run, find_runs
 
 # ---- Each benchmark runs end to end in a tiny setting and writes a record; what they calculate is checked by hand.
@@ -356,7 +357,7 @@ def test_changes_are_those_of_the_records(results: Results) -> None:
     names = {"small/lenet": "LeNet", "small/alexnet": "AlexNet", "small/vgg11": "VGG-11"}
     names |= {"small/nin": "NiN", "small/googlenet": "GoogLeNet"}
     entries = {entry: every for (entry, _), every in results.runs.items() if entry.family == "ablation"}
-    assert len(entries) == sum(cell != "" for line in lines for cell in line[1:]) == 33
+    assert len(entries) == sum(cell != "" for line in lines for cell in line[1:]) == 36
     for entry in entries:
         (line,) = (line for line in lines if line[0] == entry.network[0])
         cell = line[header.index(names[entry.recipe])]
@@ -367,6 +368,17 @@ def test_changes_are_those_of_the_records(results: Results) -> None:
             points = 100 * (means[entry.suffix] - means[""])
             assert -1e-9 < abs(points) - float(re.findall(r"[+−](\d+\.\d)", cell)[0]) < 0.1 + 1e-9
             assert ("−" in cell) == (points <= 0)
+
+
+def test_larger_kernels_see_as_much_and_a_block_without_1x1_keeps_its_size() -> None:
+    net, own = large_kernels("vgg11", 32), NETWORKS["vgg11"](image_size=32)
+    fields = [receptive_fields(one, (1, 32, 32)) for one in (net, own)]
+    last = [[field for name, field in every.items() if name.startswith("features")][-1] for every in fields]
+    assert last[0] == last[1]
+    assert [layer.kernel_size[0] for layer in net.features if isinstance(layer, nn.Conv2d)] == [3, 3, 5, 5, 5]
+    net = without_1x1("nin", 67)
+    assert [layer.kernel_size[0] for layer in net.modules() if isinstance(layer, nn.Conv2d)] == [11, 5, 3, 3]
+    assert net(torch.zeros(2, 1, 67, 67)).shape == (2, 10)
 
 
 def test_one_part_alone_is_changed() -> None:
@@ -482,6 +494,18 @@ def test_a_collapsed_run_and_a_gpu_are_told(results: Results) -> None:
     assert row[-2] == "3 (1)"
     assert "X100" in row[-1]
     assert rows(results_table("best", made, ENGLISH))[2][-5:] == ["", ".1000", ".2000", "1 (1)", "10 min, X100"]
+
+
+def test_the_time_of_what_was_trained_beside_other_work_comes_from_throughput(results: Results) -> None:
+    (entry, device), runs = next(item for item in results.runs.items() if item[0][0].name == "alexnet-all")
+    record = json.loads((RESULTS / f"throughput-{device}.json").read_text(encoding="utf-8"))
+    (network,) = (one for one in record["results"] if one["network"] == "alexnet")
+    rate = next(one["images_per_second"] for one in network["contestants"] if one["contestant"] == "ours")
+    beside = [Run(run.folder, run.record | {"background": True}) for run in runs]
+    row = rows(table("reproduction", Results([entry], {(entry, device): beside}, folder=RESULTS)))[2]
+    assert row[-1] == f"≈ {duration(3 * 60_000 / rate)}, H200"
+    larger = [Run(run.folder, run.record | {"batch_size": 256}) for run in beside]
+    assert rows(table("reproduction", Results([entry], {(entry, device): larger}, folder=RESULTS)))[2][-1] == ""
 
 
 def test_one_seed_of_each_comes_first_and_the_cheapest_before() -> None:

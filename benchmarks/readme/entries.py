@@ -86,11 +86,13 @@ class Results:
         entries: All of them.
         runs: By entry and device (cpu, gpu), ordered by seed.
         stale: Records that belong to no entry, or whose recipe has changed since.
+        folder: Where the records of the other benchmarks lie.
     """
 
     entries: list[Entry]
     runs: dict[tuple[Entry, str], list[Run]] = field(default_factory=dict)
     stale: list[Path] = field(default_factory=list)
+    folder: Path = Path()
 
     def of(self, entry: Entry, device: str) -> list[Run]:
         """The finished runs of an entry on a device."""
@@ -127,7 +129,7 @@ def read_results(folder: Path, more: tuple[str, ...] = ()) -> Results:
     Raises:
         UserError: If a record is damaged, or unfinished.
     """
-    results = Results(read_entries(more=more))
+    results = Results(read_entries(more=more), folder=folder)
     by_name = {entry.name: entry for entry in results.entries}
     for path in sorted((folder / "runs").glob("*.json")):
         found = RECORD.fullmatch(path.name)

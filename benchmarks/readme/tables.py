@@ -104,7 +104,9 @@ def results_table(name: str, results: Results, language: Language) -> str:
         for device in results.devices:
             if runs := results.of(entry, device):
                 command = " ".join(["python train.py --model", entry.recipe, *entry.flags])
-                rows.append((f"`{command}`", *_score(runs, language), _published([entry]), _time(runs, device)))
+                rows.append(
+                    (f"`{command}`", *_score(runs, language), _published([entry]), _time(runs, device, results))
+                )
     return _markdown([_header("network", language), *rows], left=1) if rows else TEXTS["missing"][language.number]
 
 
@@ -116,7 +118,7 @@ def _family(entries: Sequence[Entry], results: Results, language: Language) -> s
         model = (network[0], *_model(alike, language), _published(alike))
         for device in [device for device in results.devices if results.of(alike[0], device)] or [""]:
             runs = results.of(alike[0], device) if len(alike) == 1 else []
-            rows.append((_recipes(alike), *model, *_score(runs, language), _time(runs, device)))
+            rows.append((_recipes(alike), *model, *_score(runs, language), _time(runs, device, results)))
     return _markdown([_header("family", language), *rows], left=2)
 
 
@@ -130,7 +132,7 @@ def _best(entries: Sequence[Entry], results: Results, language: Language) -> str
             (first, seeds), (second, more_seeds) = (_score(runs, language) for runs in parts)
             flipped = mean_and_range(accuracies(parts[1], "accuracy_flip"), language.to)
             counts = ", ".join(filter(None, (seeds, more_seeds)))
-            rows.append((*model, first, second, flipped, counts, _time(parts[1] or parts[0], device)))
+            rows.append((*model, first, second, flipped, counts, _time(parts[1] or parts[0], device, results)))
     return _markdown([_header("best", language), *rows], left=1)
 
 
@@ -140,7 +142,7 @@ def _first(results: Results, language: Language) -> str:
     for entry in [entry for name in TEXTS["first"] for entry in results.entries if entry.name == name]:
         for device in [device for device in results.devices if results.of(entry, device)]:
             runs = results.of(entry, device)
-            time = _time(runs, device).partition(",")[0]
+            time = _time(runs, device, results).partition(",")[0]
             rows.append((*_command(entry, language), *_score(runs, language)[:1], time, _place(runs, device, language)))
     return _markdown([_header("first", language), *rows], left=2)
 
@@ -274,12 +276,30 @@ def _score(runs: Sequence[Run], language: Language) -> tuple[str, str]:
     return mean_and_range(values, language.to), f"{len(values)} ({sum(value < COLLAPSED for value in values)})"
 
 
-def _time(runs: Sequence[Run], device: str) -> str:
-    runs = [run for run in runs if "background" not in run.record]  # a time measured beside other work says nothing
-    if not runs:
+def _time(runs: Sequence[Run], device: str, results: Results) -> str:
+    """Mean time of training, and where; of runs that were made beside other work, as benchmarks.throughput has it."""
+    alone = [run.record["fit_seconds"] for run in runs if "background" not in run.record]
+    seconds = alone or [
+        run.record["max_epochs"] * run.record["train_images"] / rate
+        for run in runs
+        if (rate := _rate_of(run, device, results))
+    ]
+    if not seconds:
         return ""
     place = " / ".join(dict.fromkeys(run.machine.removeprefix("NVIDIA ") for run in runs)) if device == "gpu" else "CPU"
-    return f"{duration(fmean(run.record['fit_seconds'] for run in runs))}, {place}"
+    return f"{'' if alone else '≈ '}{duration(fmean(seconds))}, {place}"
+
+
+def _rate_of(run: Run, device: str, results: Results) -> float | None:
+    """Images per second in training as this run, but alone on the same kind of machine; None if not measured."""
+    record = _read(results.folder, f"throughput-{device}") or {"machine": {}, "results": []}
+    name = "ours_bf16" if device == "cpu" and run.record["precision"].startswith("bf16") else "ours"
+    wanted = (run.recipe, run.record["image_size"], run.record["batch_size"])
+    alike = all(record["machine"].get(key) == run.record["machine"].get(key) for key in ("cpu", "gpu"))
+    for entry in record["results"] if alike else []:
+        if (entry["network"], entry["image_size"], entry["batch_size"]) == wanted:
+            return next((one["images_per_second"] for one in entry["contestants"] if one["contestant"] == name), None)
+    return None
 
 
 def _rate(ours: dict[str, Any] | None) -> str:
