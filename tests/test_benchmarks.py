@@ -371,7 +371,8 @@ def test_changes_are_those_of_the_records(results: Results) -> None:
 
 
 def test_larger_kernels_see_as_much_and_a_block_without_1x1_keeps_its_size() -> None:
-    net, own = large_kernels("vgg11", 32), NETWORKS["vgg11"](image_size=32)
+    net: Any = large_kernels("vgg11", 32)
+    own = NETWORKS["vgg11"](image_size=32)
     fields = [receptive_fields(one, (1, 32, 32)) for one in (net, own)]
     last = [[field for name, field in every.items() if name.startswith("features")][-1] for every in fields]
     assert last[0] == last[1]
@@ -382,7 +383,8 @@ def test_larger_kernels_see_as_much_and_a_block_without_1x1_keeps_its_size() -> 
 
 
 def test_one_part_alone_is_changed() -> None:
-    for name, size in {"lenet": 28, "alexnet": 67, "vgg11": 32, "nin": 67, "googlenet": 32}.items():
+    sizes: dict[Any, int] = {"lenet": 28, "alexnet": 67, "vgg11": 32, "nin": 67, "googlenet": 32}
+    for name, size in sizes.items():
         own = NETWORKS[name](image_size=size)
         net = sigmoid(name, size)
         kinds, own_kinds = ([type(module) for module in one.modules()] for one in (net, own))
