@@ -1,7 +1,6 @@
 """One JSON per run: what was trained, where, how fast and how well; also fills TensorBoard's HParams tab."""
 
 import hashlib
-import json
 import platform
 import statistics
 import time
@@ -22,7 +21,7 @@ from callbacks.speed import Speed
 from datamodules import PicturesDataModule
 from errors import Stopped, UserError, one_line, shown
 from inspection.stages import stages
-from runs.record import check, commit, machine, pack_right, peak_memory, write_json
+from runs.record import commit, machine, pack_right, peak_memory, read, write_json
 from runs.settings import leaves
 
 # What TensorBoard's HParams tab shows without a click.
@@ -197,12 +196,10 @@ class RunRecord(Callback):
         if not (path and trainer.ckpt_path and path.is_file()):
             return {}
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            check(record)
-        except (OSError, ValueError, RecursionError) as error:
+            return read(path)
+        except ValueError as error:
             reason = one_line(str(error))
             raise UserError(f"{shown(path)} is damaged ({reason}); repair it, or remove it to begin anew") from None
-        return record
 
     def _peak(self, trainer: pl.Trainer) -> dict[str, int | None]:
         """Peak memory so far, earlier parts of the run included."""

@@ -3,7 +3,6 @@
 Imports nothing heavy.
 """
 
-import json
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 from errors import UserError, count, plain
 from runs.names import recipe_settings
-from runs.record import check, unpack_right
+from runs.record import read, unpack_right
 from runs.settings import FOLLOWING, kind, shaping
 
 SWEEPS = "sweeps"  # where sweep.py keeps its trials, within the folder of the runs
@@ -141,8 +140,7 @@ def find_runs(paths: Iterable[Path]) -> list[Run]:
 
 def _read(file: Path) -> Run:
     try:
-        record = json.loads(file.read_text(encoding="utf-8-sig"))
-        check(record)
+        record = read(file)
         run = Run(file.parent, _printable(record), file.stat().st_mtime)
         if not run.settings:
             raise ValueError("config must name what was trained")
@@ -150,9 +148,8 @@ def _read(file: Path) -> Run:
             _ = run.right, run.partial
             if not record["epochs"] or any(epoch.get("seconds") is None for epoch in record["epochs"]):
                 raise ValueError("epochs must hold each epoch's seconds")
-    except (OSError, ValueError, RecursionError) as error:
-        reason = str(error) if type(error) is ValueError else "it can't be read as JSON"
-        raise UserError(f"{file} is damaged or is not the record of a run ({reason}); repair or remove it") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is damaged or is not the record of a run ({error}); repair or remove it") from None
     return run
 
 

@@ -66,6 +66,20 @@ def write_json(path: Path, content: Any) -> None:
     partial.replace(path)
 
 
+def read(path: Path) -> dict[str, Any]:
+    """Read a record.
+
+    Raises:
+        ValueError: If it makes no sense: with the entry that is wrong, and what was expected there.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        raise ValueError("it can't be read as JSON") from None
+    check(record)
+    return record
+
+
 def check(record: Any) -> None:
     """Refuse a record that makes no sense.
 

@@ -22,7 +22,7 @@ from datamodules import DatasetError, FashionMNISTDataModule
 from errors import OneLineParser, RunError, UserError, run_program
 from lit_modules import LitClassifier
 from lit_modules.execution.out_of_distribution import OutOfDistribution
-from runs.record import check, write_json
+from runs.record import read, write_json
 from weights.trained import load_trained
 
 FOLDER = Path(__file__).parent
@@ -134,11 +134,9 @@ def pack(ckpt_path: Path, output: Path | None, record_path: Path | None, data_di
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        check(record)
-    except (OSError, ValueError, RecursionError):
-        raise UserError(f"{path} is not the record of a run; give --record FILE") from None
-    return record
+        return read(path)
+    except ValueError as error:
+        raise UserError(f"{path} is not the record of a run ({error}); give --record FILE") from None
 
 
 def _listed_record(entry: dict[str, Any]) -> dict[str, Any]:
