@@ -136,7 +136,7 @@ def test_what_scores_otherwise_is_not_kept(trained, tmp_path, capsys):
     assert re.search(r"^weights\.pack: error: in half precision .* its record says 0\.\d+; nothing was written$",
                      capsys.readouterr().err)  # fmt: skip
     assert pack.main([str(trained.best), *arguments, f"--record={tmp_path / 'gone.json'}"]) == 2
-    assert "gone.json is not the record of a run;" in capsys.readouterr().err
+    assert "gone.json is not the record of a run (it can't be read as JSON); give" in capsys.readouterr().err
     assert not list(folder.iterdir())
 
 
