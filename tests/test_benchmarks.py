@@ -213,6 +213,7 @@ COMMANDS = {
     "step_profile": "--networks lenet --batch_size 8",
     "data_path": f"{SMALL} --size 32 --batch_size 16 --seconds 1 --turn 0.05",
     "folder": f"{SMALL} --folder {DATA / 'photos'} --size 32 --batch_size 16 --seconds 1 --turn 0.05",
+    "not_sure": f"{SMALL} --folder {DATA / 'photos/train/hat'}",
     "startup": f"{SMALL} --seconds 0",
     "speedrun": f"{SMALL} --seeds 1 --entry 10 lenet --flags=--max_epochs=1 --peer --peer_flags=--epochs=1",
     "memory": f"{SMALL} --networks lenet --batch_size 8 --precision 32 --measure",
@@ -222,7 +223,7 @@ COMMANDS = {
 }
 
 
-# The others take four minutes: `make long`.
+# The others take five minutes: `make long`.
 QUICK = ("memory",)
 
 
