@@ -3,9 +3,11 @@
 Imports nothing heavy.
 """
 
+import ast
 from collections.abc import Sequence
 from functools import cache
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from cli.recipes import load_yaml, recipes
@@ -48,6 +50,8 @@ def _changes(recipe: str, settings: Settings, others: Sequence[Settings]) -> lis
             replaced = name != owner and not _agree(written.get(owner), settings.get(owner))
             return not _agree(written[name], value) and not (replaced and value is None)
         default = kind(name).default
+        if owner and default is None:
+            default = class_defaults(str(settings.get(owner))).get(name.removeprefix(owner.removesuffix(CLASS) + "."))
         if written and (default is not None or not owner) and name != MACHINE:
             return value is not None and not _agree(default, value)
         comparable = [one for one in others if one.get(owner) == settings.get(owner)]
@@ -66,6 +70,23 @@ def recipe_settings(recipe: str) -> Settings:
         return leaves(load_yaml(recipes()[recipe]))
     except (KeyError, UserError):
         return {}
+
+
+@cache
+def class_defaults(class_path: str) -> Settings:
+    """The arguments that a network in models/ takes if none are given, from its source; empty for other classes."""
+    module, _, name = class_path.rpartition(".")
+    file = Path(__file__).parents[1].joinpath(*module.split(".")).with_suffix(".py")
+    if not module.startswith("models.") or not file.is_file():
+        return {}
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    members = [member for one in body if isinstance(one, ast.ClassDef) and one.name == name for member in one.body]
+    found = {}
+    for function in members:
+        if isinstance(function, ast.FunctionDef) and function.name == "__init__":
+            given = zip(reversed(function.args.args), reversed(function.args.defaults), strict=False)
+            found = {one.arg: value.value for one, value in given if isinstance(value, ast.Constant)}
+    return found
 
 
 def _agree(written: Any, value: Any) -> bool:

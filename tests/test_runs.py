@@ -32,10 +32,12 @@ import sweep
 from benchmarks.harness.side_by_side import RESULTS
 from datamodules import CLASS_NAMES, PicturesDataModule
 from errors import UserError
+from models import AlexNet
 from runs import report, training
 from runs import sweeps as sweeping
 from runs.differences import difference, differences, mcnemar, seeds_needed, two_sided
 from runs.groups import Group, fold, wilson
+from runs.names import class_defaults, name_all, recipe_settings
 from runs.reading import Run as Record
 from runs.reading import find_runs
 from runs.record import SCHEMA, pack_right, unpack_right
@@ -152,6 +154,14 @@ def test_runs_are_named_by_what_was_changed_in_their_recipe(trained: Run, tmp_pa
     groups = fold(find_runs([tmp_path]))
     assert {group.name for group in groups} == set(runs)
     assert groups[0].shared == ["max_epochs 3"]
+
+
+def test_what_a_recipe_leaves_to_the_networks_own_default_is_named_where_it_differs() -> None:
+    written = recipe_settings("alexnet")
+    runs = [("alexnet", written | {"model.net.dropout": dropout}) for dropout in (0.5, 0.0, 0.2)]
+    assert name_all(runs)[0] == ["alexnet", "alexnet (dropout 0)", "alexnet (dropout 0.2)"]
+    assert class_defaults("models.alexnet.AlexNet")["dropout"] == AlexNet().classifier[3].p == 0.5
+    assert class_defaults("torchvision.models.AlexNet") == class_defaults("models.mine.Mine") == {}
 
 
 def test_where_a_run_lies_and_reads_its_data_does_not_part_it(logs: Path, trained: Run) -> None:
