@@ -27,7 +27,7 @@ from cli.recipes import load_yaml, recipes
 from models import VGG
 
 RECIPE = "fast/1min"
-LEAST = 0.95  # issue: of the images/s on Fashion-MNIST
+LEAST = 0.95  # wanted: of the images/s on Fashion-MNIST
 
 
 def image_folder(options: argparse.Namespace) -> None:
