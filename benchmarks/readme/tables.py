@@ -178,9 +178,9 @@ def _ablation(network: str, results: Results, language: Language) -> str:
         for entry, mark in zip((plain, *changed), marks, strict=True):
             score = mean_and_range(accuracies(groups[entry].runs), language.to).partition(" (")[0]
             cells[_change(entry, language), NETWORKS[recipe.partition("/")[2]]] = score + mark
-    changes, names = ([*dict.fromkeys(key[part] for key in cells)] for part in (0, 1))
-    order = [change for change in dict.fromkeys(_change(entry, language) for entry in entries) if change in changes]
-    rows = [(change, *(cells.get((change, name), "") for name in names)) for change in order]
+    names = [name for name in NETWORKS.values() if any(name == key[1] for key in cells)]
+    changes = dict.fromkeys(_change(entry, language) for entry in entries)
+    rows = [(change, *(cells.get((change, name), "") for name in names)) for change in changes]
     return _markdown([[*_header("ablation", language), *names], *rows], left=1)
 
 
