@@ -181,6 +181,7 @@ def _ablation(network: str, results: Results, language: Language) -> str:
     names = [name for name in NETWORKS.values() if any(name == key[1] for key in cells)]
     changes = dict.fromkeys(_change(entry, language) for entry in entries)
     rows = [(change, *(cells.get((change, name), "") for name in names)) for change in changes]
+    rows = [row for row in rows if any(row[1:])]
     return _markdown([[*_header("ablation", language), *names], *rows], left=1)
 
 
