@@ -223,14 +223,9 @@ COMMANDS = {
 }
 
 
-# The others take five minutes: `make long`.
-QUICK = ("memory",)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in COMMANDS]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", COMMANDS)
 def test_benchmark_writes_a_record(name, tmp_path):
     command = [sys.executable, "-m", f"benchmarks.{name}", *COMMANDS[name].split(), "--out", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CONTEST_LOG": str(tmp_path / "log")}
@@ -431,9 +426,9 @@ def test_records_are_complete(results: Results) -> None:
             assert [epoch["epoch"] for epoch in record["epochs"]] == list(range(1, record["max_epochs"] + 1))
             assert all({"train/loss", "train/accuracy", "seconds"} <= epoch.keys() for epoch in record["epochs"])
             assert {"accuracy", "loss", "class_accuracy"} <= record["test"].keys()
-            assert record["train_images"] + record["val_images"] == 60_000
             assert record["test"]["images"] == 10_000
     for (entry, _), runs in results.runs.items():
+        assert {run.record["train_images"] for run in runs} == {entry.images}
         assert {(run.record["parameters"], run.record["flops"]) for run in runs} == {entry.size}
 
 
@@ -586,6 +581,7 @@ def test_mistakes_in_verify_are_one_line(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_row_is_verified(capsys: pytest.CaptureFixture[str]) -> None:
     if (folder := whole_set()) is None:
         pytest.skip("needs the whole data set")
@@ -632,6 +628,7 @@ SAMPLE += ["--val_size", "200", "--max_epochs", "2", "--trainer.callbacks+=stop.
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_what_was_stopped_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

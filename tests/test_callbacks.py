@@ -214,6 +214,7 @@ def test_each_checkpoint_holds_that_of_its_own_weights(trained):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_fit_it_on_all_validation_images(tmp_path):
     flags = "fit --model lenet --val_size 297 --max_epochs 1 --batch_size 32 --accelerator cpu --devices 2"
     answer = run(*flags.split(), f"--data_dir={DATA}", folder=tmp_path, timeout=300)

@@ -785,6 +785,7 @@ def test_the_malicious_pickle_would_have_been_executed(tmp_path):
     assert (tmp_path / "executed").exists()
 
 
+@pytest.mark.long
 def test_heavy_mistakes_in_processes_of_their_own(files, tmp_path):
     """The same end where Python starts from nothing; two at a time."""
     lines = [
@@ -1461,6 +1462,7 @@ def test_a_run_can_be_continued_with_the_rate_found(found: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_with_one_rate(tmp_path: Path) -> None:
     answer = find_and_train("--lr", "auto", "--devices", "2", folder=tmp_path)
     assert answer.code == 0, answer.err
