@@ -77,9 +77,10 @@ def class_defaults(class_path: str) -> Settings:
     """The arguments that a network in models/ takes if none are given, from its source; empty for other classes."""
     module, _, name = class_path.rpartition(".")
     file = Path(__file__).parents[1].joinpath(*module.split(".")).with_suffix(".py")
-    if not module.startswith("models.") or not file.is_file():
+    try:
+        body = ast.parse(file.read_text(encoding="utf-8")).body if module.startswith("models.") else []
+    except (OSError, SyntaxError, ValueError, RecursionError):  # of a network of the user's own
         return {}
-    body = ast.parse(file.read_text(encoding="utf-8")).body
     members = [member for one in body if isinstance(one, ast.ClassDef) and one.name == name for member in one.body]
     found = {}
     for function in members:

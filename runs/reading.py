@@ -148,8 +148,9 @@ def _read(file: Path) -> Run:
             _ = run.right, run.partial
             if not record["epochs"] or any(epoch.get("seconds") is None for epoch in record["epochs"]):
                 raise ValueError("epochs must hold each epoch's seconds")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is damaged or is not the record of a run ({error}); repair or remove it") from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{file} is damaged or is not the record of a run ({reason}); repair or remove it") from None
     return run
 
 

@@ -34,6 +34,7 @@ from benchmarks.results import _jobs, main
 from benchmarks.scaling import all_reduce_seconds
 from benchmarks.throughput import PROCESS_BYTES, _groups, training_flops
 from benchmarks.verify import band, usual_deviation
+from errors import UserError
 from inspection.receptive_field import receptive_fields
 from runs.reading import Run, find_runs
 
@@ -366,6 +367,16 @@ def test_changes_are_those_of_the_records(results: Results) -> None:
             assert ("−" in cell) == (points <= 0)
 
 
+def test_changes_of_a_network_without_a_record_as_it_is_are_left_out(results: Results) -> None:
+    some = {key: runs for key, runs in results.runs.items() if key[0].name == "small-vgg11-sigmoid"}
+    plain = {key: runs for key, runs in results.runs.items() if key[0].name == "small-lenet"}
+    assert len(some) == len(plain) == 1
+    assert rows(table("ablation", Results(results.entries, some))) == [["changed"], ["---"]]
+    assert rows(table("ablation", Results(results.entries, some | plain)))[0] == ["changed", "LeNet"]
+    with pytest.raises(UserError, match="no network 'resnet'"):
+        table("ablation_resnet", results)
+
+
 def test_larger_kernels_see_as_much_and_a_block_without_1x1_keeps_its_size() -> None:
     net: Any = large_kernels("vgg11", 32)
     own = NETWORKS["vgg11"](image_size=32)
@@ -382,6 +393,7 @@ def test_one_part_alone_is_changed() -> None:
     sizes: dict[Any, int] = {"lenet": 28, "alexnet": 67, "vgg11": 32, "nin": 67, "googlenet": 32}
     for name, size in sizes.items():
         own = NETWORKS[name](image_size=size)
+        assert sum(weight.numel() for weight in own.parameters()) == Entry("ablation", f"small/{name}").size[0]
         net = sigmoid(name, size)
         kinds, own_kinds = ([type(module) for module in one.modules()] for one in (net, own))
         assert kinds.count(nn.ReLU) == (name == "nin")

@@ -164,6 +164,13 @@ def test_what_a_recipe_leaves_to_the_networks_own_default_is_named_where_it_diff
     assert class_defaults("torchvision.models.AlexNet") == class_defaults("models.mine.Mine") == {}
 
 
+def test_a_network_that_can_not_be_read_has_no_known_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runs.names.__file__", str(tmp_path / "runs" / "names.py"))
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "half.py").write_text("class Half(", encoding="utf-8")
+    assert class_defaults("models.half.Half") == {}
+
+
 def test_where_a_run_lies_and_reads_its_data_does_not_part_it(logs: Path, trained: Run) -> None:
     record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
     record["config"]["data"] |= {"data_dir": "elsewhere", "num_workers": 3}

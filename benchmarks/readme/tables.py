@@ -164,10 +164,17 @@ def _speedrun(results: Results, language: Language) -> str:
 def _ablation(network: str, results: Results, language: Language) -> str:
     """The changes of the family ablation and what they did, for one network or for all; bold: more than chance."""
     entries = [entry for entry in results.entries if entry.family == "ablation" and entry.recipe.endswith(network)]
+    if not entries:
+        raise UserError(f"there is no network {network!r} with changes to show")
     cells: dict[tuple[str, str], str] = {}
     for recipe in dict.fromkeys(entry.recipe for entry in entries):
-        groups = {entry: Group(results.of(entry, "cpu")) for entry in entries if entry.recipe == recipe}
-        plain, *changed = (entry for entry, group in groups.items() if group.runs)
+        own = {
+            entry: results.of(entry, "cpu") or results.of(entry, "gpu") for entry in entries if entry.recipe == recipe
+        }
+        groups = {entry: Group(runs) for entry, runs in own.items() if runs}
+        if not groups or next(iter(groups)).suffix:
+            continue  # the network as it is has no record yet
+        plain, *changed = groups
         found = differences([groups[entry] for entry in (plain, *changed)])
         sizes = [(100 * -one.size, one.p < LEVEL) for one in found]
         points = [f"{'+' if size > 0 else '−'}{down(abs(size), 1)}" for size, _ in sizes]
