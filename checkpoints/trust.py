@@ -31,7 +31,7 @@ NAMEABLE: dict[str, tuple[tuple[str, ...], type]] = {
 }
 PLATEAU = "lightning.pytorch.cli.ReduceLROnPlateau"  # which is torch's, with the metric that it watches
 # The callbacks that recipes name. Others of this project write files.
-CALLBACKS = ("callbacks.ema.EMA", "callbacks.fine_tuning.FreezeFeatures")
+CALLBACKS = ("callbacks.distillation.Distillation", "callbacks.ema.EMA", "callbacks.fine_tuning.FreezeFeatures")
 # Settings of the Trainer that a run takes over from its checkpoint: what it computes, and with what.
 TRAINER = [
     "max_epochs",

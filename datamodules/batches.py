@@ -16,15 +16,16 @@ IGNORED_LABEL = -100
 class ImageTensors(Dataset):
     """Images (N, H, W) or (N, C, H, W) uint8 and labels (N,) int64; a batch is one indexing operation."""
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, targets: Tensor | None = None) -> None:
         self.images = images[:, None] if images.dim() == 3 else images
         self.labels = labels
+        self.targets = labels if targets is None else targets  # what batches hold; (N, classes) from a teacher
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int | Tensor) -> tuple[Tensor, Tensor]:
-        return self.__getitems__(index) if isinstance(index, Tensor) else (self.images[index], self.labels[index])
+        return self.__getitems__(index) if isinstance(index, Tensor) else (self.images[index], self.targets[index])
 
     def __getitems__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """The batch of images (N, C, H, W) and labels; an empty batch becomes one blank image that is not counted."""
@@ -32,11 +33,11 @@ class ImageTensors(Dataset):
             return torch.zeros_like(self.images[:1]), torch.full_like(self.labels[:1], IGNORED_LABEL)
         indices = indices.to(self.labels.device, non_blocking=True)
         # Several times as fast as images[indices] on the CPU.
-        return self.images.index_select(0, indices), self.labels.index_select(0, indices)
+        return self.images.index_select(0, indices), self.targets.index_select(0, indices)
 
     def to(self, device: torch.device) -> "ImageTensors":
         """The same images and labels in the device's memory."""
-        return ImageTensors(self.images.to(device), self.labels.to(device))
+        return ImageTensors(*(part.to(device) for part in (self.images, self.labels, self.targets)))
 
 
 class _DealtOut(DistributedSampler, SequentialSampler):

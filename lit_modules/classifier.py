@@ -125,11 +125,10 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Cross entropy of one batch; the metrics are updated only every `log_every_n_steps` batches."""
-        images, labels = batch
-        targets = labels
+        images, targets = batch  # labels (N,), or probabilities (N, num_classes) from a teacher
         if self.mix is not None:
-            images, targets = self.mix(images, labels)
-            labels = targets.argmax(dim=1)
+            images, targets = self.mix(images, targets)
+        labels = targets if targets.dim() == 1 else targets.argmax(dim=1)
         logits = self(images)
         loss = F.cross_entropy(logits, targets, self.class_weights, label_smoothing=self.hparams["label_smoothing"])
         self._since_last_log.append((loss.detach(), logits.detach(), labels))

@@ -39,6 +39,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from torchvision.models import get_model, get_model_weights
 
 from callbacks.class_weights import ClassWeights
+from callbacks.distillation import Distillation
 from callbacks.divergence_guard import DivergenceGuard
 from callbacks.processes import Processes
 from callbacks.temperature import GRID, best_temperature
@@ -326,6 +327,87 @@ def test_class_weights_are_the_usual_balanced_ones_and_reach_the_loss():
     expected = F.cross_entropy(model(images), labels, model.class_weights)
     assert torch.equal(model.training_step((images, labels), 0), expected)
     assert not torch.isclose(expected, F.cross_entropy(model(images), labels))
+
+
+# ---- A teacher.
+
+TAUGHT = ["fit", "--model=best/lenet_distilled", f"--data_dir={DATA}", "--val_size=297", "--accelerator=cpu"]
+TAUGHT += ["--devices=1", "--max_epochs=2", "--batch_size=100"]
+BETTER = REPO / "weights" / "vgg11_quarter.ckpt"  # trained with mirrored images
+
+
+def asked(images: Tensor, temperature: float) -> Tensor:
+    """What the released VGG-11 says of images and their mirrors, computed apart."""
+    teacher = LitClassifier.load_from_checkpoint(BETTER).eval()
+    seen = FashionMNISTDataModule.load_from_checkpoint(BETTER)
+    with torch.no_grad():
+        logits = [teacher.net(seen.preprocess(views)) for views in (images, images.flip(-1))]
+    return ((logits[0] + logits[1]) / 2 / temperature).softmax(dim=1)
+
+
+def test_the_targets_are_what_the_teacher_says_of_image_and_mirror(capsys):
+    data = FashionMNISTDataModule(str(DATA), val_size=297, batch_size=7)
+    data.setup("fit")
+    labels = data.train_set.labels.clone()
+    model = LitClassifier(LeNet())
+    trainer: Any = SimpleNamespace(datamodule=data, is_global_zero=True, log_every_n_steps=50)
+    model._trainer = trainer
+    Distillation(str(BETTER), temperature=3).on_fit_start(trainer, model)
+    assert capsys.readouterr().out == f"Asking the teacher {BETTER} about {len(labels):,} images\n"
+    images, targets = data.train_set[torch.arange(20)]
+    assert torch.allclose(targets, asked(images, 3), atol=1e-5)
+    assert torch.equal(data.train_set.labels, labels)  # for class weights and balanced batches
+    images = data.preprocess(images)
+    expected = -(targets * model.net(images).log_softmax(dim=1)).sum(dim=1).mean()
+    assert torch.isclose(model.training_step((images, targets), 0), expected)
+
+
+@pytest.mark.slow
+def test_who_was_taught_is_tested_predicts_and_continues_without_the_teacher(tmp_path):
+    write(tmp_path / "run")
+    recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    recipe["model"] |= {"mixup": 0, "cutmix": 0}
+    teacher = {"class_path": "callbacks.distillation.Distillation", "init_args": {"teacher": "lenet"}}
+    recipe["trainer"]["callbacks"].append(teacher)
+    folder = tmp_path / "run"
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    shutil.copytree(folder, tmp_path / "whole")
+    assert train(tmp_path / "whole").code == 0
+    assert train(folder, at=["train", 1, 2, 0]).code == 143
+    assert train(folder, "--ckpt_path", str(SAVED / "last.ckpt")).code == 0
+    expected, found = checkpoint(tmp_path / "whole"), checkpoint(folder)
+    assert all(torch.equal(tensor, found["state_dict"][name]) for name, tensor in expected["state_dict"].items())
+    assert not [name for name in found["state_dict"] if "teacher" in name]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--model.mixup=0.2", "mixup, cutmix and data.photographed need labels"),
+        ("--data.photographed=0.5", "mixup, cutmix and data.photographed need labels"),
+    ],
+)
+def test_mistakes_of_teaching(flags, says, tmp_path):
+    answer = run_forked(*TAUGHT, *flags.split(), folder=tmp_path)
+    assert (answer.code, answer.err.count("\n")) == (2, 1), answer
+    assert says in answer.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"teacher": "nobody"}, "nobody"),
+        ({"teacher": "lenet", "temperature": 0.0}, "Distillation: temperature=0.0 must be a positive number"),
+    ],
+)
+def test_mistakes_in_naming_a_teacher(arguments, says, tmp_path):
+    recipe = yaml.safe_load((REPO / "configs" / "best" / "lenet_distilled.yaml").read_text())
+    recipe["trainer"]["callbacks"][-1]["init_args"] = arguments
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    flags = [flag.replace("--model=best/lenet_distilled", "--config=mine.yaml") for flag in TAUGHT]
+    answer = run_forked(*flags, folder=tmp_path)
+    assert (answer.code, answer.err.count("\n")) == (2, 1), answer
+    assert says in answer.err
 
 
 # ---- Every tag that a run leaves for TensorBoard is read back and held against values computed apart.

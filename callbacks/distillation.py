@@ -1,0 +1,71 @@
+"""Distillation: a small network learns from the predictions of a better one, its teacher."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from datamodules.batches import ImageTensors
+from errors import UserError
+from weights.trained import load_trained
+
+WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
+BATCH = 500
+
+
+class Distillation(Callback):
+    """Trains on a teacher's probabilities instead of the labels (Hinton et al. 2015, arXiv:1503.02531).
+
+    Before the first epoch the teacher sees each training image once, and its mirror if it was trained with mirrors.
+    The targets are softmax(mean logits / temperature), however an image is augmented. Training accuracy then counts how
+    often both networks prefer the same class; validation and test count the labels as always.
+
+    A teacher that was trained on the validation images passes on what it knows of them, and makes validation accuracy
+    too high: leave out the same ones (`data.split_seed`, `data.val_size`).
+
+    Args:
+        teacher: A network in `weights/`, such as "vgg11_quarter", or the path of a checkpoint.
+        temperature: Above 1 the targets say more about how alike the other classes are.
+
+    Raises:
+        ValueError: If the temperature is not above 0.
+        UserError: When training begins, if the teacher can't be read or knows other classes, or if the recipe has what
+            needs labels: mixup, cutmix, `data.photographed`.
+    """
+
+    def __init__(self, teacher: str, temperature: float = 4.0) -> None:
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"Distillation: temperature={temperature} must be a positive number")
+        self.teacher = teacher
+        self.temperature = temperature
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Replace the labels of the training images."""
+        named = WEIGHTS / f"{self.teacher}.ckpt"
+        teacher, its_data, _ = load_trained(named if named.is_file() else Path(self.teacher))
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        classifier: Any = pl_module
+        problem = ""
+        if tuple(its_data.class_names) != tuple(data.class_names):
+            problem = f"the teacher {self.teacher} knows other classes: {', '.join(its_data.class_names)}"
+        elif classifier.mix is not None or data.hparams.get("photographed"):
+            problem = "mixup, cutmix and data.photographed need labels; leave them out, or the teacher"
+        if problem:
+            raise UserError(problem if trainer.is_global_zero else "")
+        if trainer.is_global_zero:
+            print(f"Asking the teacher {self.teacher} about {len(data.train_set):,} images", flush=True)
+        teacher.to(pl_module.device)
+
+        @torch.no_grad()
+        def logits(images: Tensor) -> Tensor:
+            return teacher(its_data.preprocess(images.to(pl_module.device))).float()
+
+        mean = []
+        for images in data.train_set.images.split(BATCH):
+            views = [images, images.flip(-1)] if its_data.hparams.get("horizontal_flip") else [images]
+            mean.append(torch.stack([logits(view) for view in views]).mean(dim=0).cpu())
+        targets = torch.cat(mean).div(self.temperature).softmax(dim=1)
+        data.train_set = ImageTensors(data.train_set.images, data.train_set.labels, targets)
