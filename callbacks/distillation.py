@@ -27,7 +27,8 @@ class Distillation(Callback):
     too high: leave out the same ones (`data.split_seed`, `data.val_size`).
 
     Args:
-        teacher: A network in `weights/`, such as "vgg11_quarter", or the path of a checkpoint.
+        teacher: A network in `weights/`, such as "vgg11_quarter", or the path of a checkpoint; to continue a run that
+            names a path takes --trust_checkpoint.
         temperature: Above 1 the targets say more about how alike the other classes are.
 
     Raises:
