@@ -45,13 +45,18 @@ class Distillation(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replace the labels of the training images."""
-        named = WEIGHTS / f"{self.teacher}.ckpt"
-        teacher, its_data, _ = load_trained(named if named.is_file() else Path(self.teacher))
+        named = {path.stem: path for path in WEIGHTS.glob("*.ckpt")}
+        try:
+            teacher, its_data, _ = load_trained(named.get(self.teacher, Path(self.teacher)))
+        except UserError as error:
+            hint = f"give a checkpoint, or one of {', '.join(sorted(named))}"
+            raise UserError(f"no teacher: {error}; {hint}" if trainer.is_global_zero else "") from None
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         classifier: Any = pl_module
         problem = ""
         if tuple(its_data.class_names) != tuple(data.class_names):
-            problem = f"the teacher {self.teacher} knows other classes: {', '.join(its_data.class_names)}"
+            both = [", ".join(classes) for classes in (its_data.class_names, data.class_names)]
+            problem = f"the teacher {self.teacher} was trained on other classes, {both[0]}; these are {both[1]}"
         elif classifier.mix is not None or data.hparams.get("photographed"):
             problem = "mixup, cutmix and data.photographed need labels; leave them out, or the teacher"
         if problem:

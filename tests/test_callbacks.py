@@ -396,7 +396,10 @@ def test_mistakes_of_teaching(flags, says, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"teacher": "nobody"}, "nobody"),
+        (
+            {"teacher": "nobody"},
+            "nobody does not exist; give a checkpoint, or one of alexnet_half",
+        ),
         ({"teacher": "lenet", "temperature": 0.0}, "Distillation: temperature=0.0 must be a positive number"),
     ],
 )

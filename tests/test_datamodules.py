@@ -45,6 +45,7 @@ from datamodules.files import torchvision_sets
 from datamodules.files.download import DownloadError, download
 from datamodules.files.finding import KNOWN, NAMES, SYSTEM_DIR, is_sample, load, prepare
 from datamodules.files.grounds import _laid, photographed
+from datamodules.files.listing import list_folder
 from datamodules.files.photographs import saturate, warp
 from datamodules.files.pictures import read_picture
 from errors import UserError
@@ -1040,6 +1041,39 @@ def test_a_folder_without_splits_is_split_by_class_and_seed(tmp_path):
     assert len(of_folder(folder, tmp_path, test_size=0, val_size=21).val_set) == 21
 
 
+def test_a_picture_stays_in_its_part_when_others_come_and_go(tmp_path):
+    folder = put_classes(tmp_path / "own", cat=100, dog=100)
+    before = list_folder(folder, None, None, 0).parts
+    for name in ("cat/0.png", "dog/7.png"):
+        (folder / name).unlink()
+    draw(folder / "cat" / "new.png", (1, 2, 3))
+    after = list_folder(folder, None, None, 0).parts
+    assert [len(part) for part in after.values()] == [len(before["train"]) - 1, len(before["val"]), len(before["test"])]
+    moved = {
+        file.path
+        for part in before
+        for file in set(before[part]) ^ set(after[part])
+        if file.path not in ("cat/0.png", "dog/7.png", "cat/new.png")
+    }
+    assert len(moved) <= 6, "those at the edges between the parts alone"
+
+
+def test_folders_of_systems_are_no_classes(tmp_path):
+    folder = put_classes(tmp_path / "own", cat=10, dog=10)
+    put_classes(folder, **{"@eaDir": 3, "__MACOSX": 3, ".trash": 3})
+    draw(folder / "cat" / "._0.png")
+    data = of_folder(folder, tmp_path)
+    assert list(data.class_names) == ["cat", "dog"]
+    assert sum(map(len, (data.train_set, data.val_set, data.test_set))) == 20
+
+
+@pytest.mark.parametrize("names", [("training_set", "test_set"), ("TRAIN", "eval"), ("Train_Set", "dev")])
+def test_splits_by_other_names(tmp_path, names):
+    for name in names:
+        put_classes(tmp_path / "own" / name, cat=10, dog=10)
+    assert list(of_folder(tmp_path / "own", tmp_path).class_names) == ["cat", "dog"]
+
+
 @pytest.mark.slow
 @pytest.mark.long
 def test_a_hundred_thousand_pictures_are_read_once_and_a_bar_shows_it(tmp_path):
@@ -1080,7 +1114,12 @@ def test_classes_may_bear_the_names_of_splits(tmp_path):
     [
         (lambda folder: folder.mkdir(), "has no sub-folders; one for each class"),
         (lambda folder: draw(folder / "a.png"), r"has no sub-folders \(pictures lie in it directly\)"),
-        (lambda folder: put_classes(folder, cat=5), "has one class only, cat;"),
+        (lambda folder: put_classes(folder, cat=5), "has one class only, cat; a network needs"),
+        (
+            lambda folder: put_classes(folder / "inner", cat=5, dog=5),
+            r"has one class only, inner; did you mean .*inner\?",
+        ),
+        (lambda folder: put_classes(folder, train=5, test=5), "train has no sub-folders; one for each class"),
         (lambda folder: (put_classes(folder, cat=5) / "dog").mkdir(), "dog holds no picture; remove it"),
         (
             lambda folder: (put_classes(folder / "train", a=5, b=5), put_classes(folder / "test", c=5)),
@@ -1119,11 +1158,10 @@ def test_pictures_both_trained_on_and_tested_on_are_named(tmp_path, caplog):
     folder = tmp_path / "own"
     put_classes(folder / "train", cat=6, dog=6)
     put_classes(folder / "test", cat=6, dog=6)
-    of_folder(folder, tmp_path)
+    of_folder(folder, tmp_path, val_size=0)
     assert "both trained on" not in caplog.text
     shutil.copy(folder / "train" / "cat" / "3.png", folder / "test" / "cat" / "copy.png")
-    other = PicturesDataModule(str(folder / "." / "..") + "/own", data_dir=str(tmp_path / "made"), image_size=16)
-    other.setup("fit")
+    of_folder(folder / "." / ".." / "own", tmp_path, val_size=0)
     assert "1 picture in both training and evaluation" in caplog.text
     assert "train/cat/3.png and test/cat/copy.png" in caplog.text
 

@@ -102,7 +102,7 @@ def box(image, threshold=25):
 
 
 def test_folders_are_searched_in_order_and_files_taken_as_they_stand(tmp_path):
-    for name in ("b.PNG", "a.jpg", "deep/c.webp", "notes.txt", "record.json", "phone.HEIC"):
+    for name in ("b.PNG", "a.jpg", "deep/c.webp", "notes.txt", "record.json", "phone.HEIC", "._a.jpg", ".trash/d.jpg"):
         path = tmp_path / "pictures" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()

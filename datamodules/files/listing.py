@@ -1,24 +1,22 @@
 """Which pictures a folder holds, one sub-folder a class, and which of them are held out."""
 
+import hashlib
 import logging
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from datamodules.files.finding import DatasetError
-from datamodules.files.pictures import is_picture_name
+from datamodules.files.pictures import is_hidden, pictures_below
 
 # Usual names of the sub-folders that split a data set, lower case.
 NAMES = {
-    "train": {"train", "training"},
-    "val": {"val", "valid", "validation", "dev"},
-    "test": {"test", "testing"},
+    "train": {"train", "training", "train_set", "training_set", "trainset"},
+    "val": {"val", "valid", "validation", "dev", "eval", "evaluation", "val_set", "validation_set", "valset"},
+    "test": {"test", "testing", "test_set", "testset"},
 }
 FEW = 5  # pictures of a class, with which little can be learned or measured
 log = logging.getLogger(__name__)
@@ -53,13 +51,15 @@ def list_folder(folder: Path, val_size: int | None, test_size: int | None, seed:
     inside = _sub_folders(folder)
     by_part = {part: next((path for path in inside if path.name.lower() in NAMES[part]), None) for part in NAMES}
     train = by_part["train"]
+    if train and (by_part["val"] or by_part["test"]) and not _sub_folders(train):
+        raise DatasetError(f"{train} has no sub-folders; one for each class, named like it, is expected in each part")
     if not (train and (by_part["val"] or by_part["test"] or len(inside) == 1) and _sub_folders(train)):
         classes, files = _classes(folder, folder, inside)
         parts: dict[str, list[File]] = {"train": files, "val": [], "test": []}
         by_part = {}
     else:
         if ignored := [path.name for path in inside if path not in by_part.values()]:
-            warn_once(f"{folder}: {', '.join(map(printable, ignored))} beside train are not used")
+            warn_once(f"{folder}: {', '.join(map(printable, ignored))} beside {train.name} are not used")
         classes, files = _classes(folder, train, _sub_folders(train))
         parts = {"train": files, "val": [], "test": []}
         for part, path in by_part.items():
@@ -100,7 +100,7 @@ def printable(text: str) -> str:
 
 def _sub_folders(folder: Path) -> list[Path]:
     try:
-        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        return sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
     except OSError as error:
         hint = "give a folder that holds a sub-folder of pictures for each class"
         raise DatasetError(f"{folder} can't be read: {error.strerror}; {hint}") from None
@@ -115,7 +115,7 @@ def _classes(
     for name, path in zip(names, folders, strict=True):
         if name not in classes:
             raise DatasetError(f"{path} is a class that the training pictures don't have; remove it, or add it there")
-        found = [File(os.path.relpath(file, root), classes.index(name)) for file in sorted(_pictures(path))]
+        found = [File(os.path.relpath(file, root), classes.index(name)) for file in sorted(pictures_below(path))]
         if not found and known is None:
             raise DatasetError(f"{path} holds no picture; remove it, or put the pictures of that class there")
         files += found
@@ -124,25 +124,18 @@ def _classes(
     return classes, files
 
 
-def _pictures(folder: Path) -> Iterator[Path]:
-    """The picture files in a folder and in those within it, each folder once, wherever links lead."""
-    seen = set()
-    for place, inside, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            inside.clear()
-            continue
-        seen.add(real)
-        inside[:] = sorted(name for name in inside if not name.startswith("."))
-        yield from (Path(place, name) for name in names if not name.startswith(".") and is_picture_name(name))
-
-
 def _check_classes(folder: Path, classes: tuple[str, ...], files: list[File]) -> None:
     if not classes:
-        loose = " (pictures lie in it directly)" if any(_pictures(folder)) else ""
+        loose = " (pictures lie in it directly)" if any(pictures_below(folder)) else ""
         raise DatasetError(f"{folder} has no sub-folders{loose}; one for each class, named like it, is expected")
     if len(classes) == 1:
-        raise DatasetError(f"{folder} has one class only, {classes[0]}; a network needs two or more to tell apart")
+        inner = folder / classes[0]
+        hint = (
+            f"did you mean {inner}?"
+            if inner.is_dir() and len(_sub_folders(inner)) > 1
+            else "a network needs two or more"
+        )
+        raise DatasetError(f"{folder} has one class only, {classes[0]}; {hint}")
     if twice := [name for name, count in Counter(classes).items() if count > 1]:
         raise DatasetError(f"{folder} has two classes that are both shown as {twice[0]}; rename one")
 
@@ -152,11 +145,15 @@ def _held_out(files: list[File], wanted: int | None, seed: int, setting: str) ->
     share = 0.1 if wanted is None else wanted / max(1, len(files))
     if share >= 1:
         raise DatasetError(f"data.{setting}={wanted} leaves none of the {len(files)} training pictures; lower it")
-    generator = torch.Generator().manual_seed(seed)
-    out: set[int] = set()
-    for label in sorted({file.label for file in files}):
-        places = [place for place, file in enumerate(files) if file.label == label]
+    out = set()
+    for label in {file.label for file in files}:
+        of_class = [file for file in files if file.label == label]
         # At least one, so that each class is measured; but a class is never emptied.
-        count = min(max(1, round(share * len(places))), len(places) - 1) if share else 0
-        out.update(places[index] for index in torch.randperm(len(places), generator=generator)[:count].tolist())
-    return [file for i, file in enumerate(files) if i not in out], [file for i, file in enumerate(files) if i in out]
+        count = min(max(1, round(share * len(of_class))), len(of_class) - 1) if share else 0
+        out.update(sorted(of_class, key=lambda file: _lot(file, seed))[:count])
+    return [file for file in files if file not in out], [file for file in files if file in out]
+
+
+def _lot(file: File, seed: int) -> bytes:
+    """A random number of the file's own, so that it stays in its part when others come and go."""
+    return hashlib.sha256(f"{seed} {Path(file.path).as_posix()}".encode(errors="surrogatepass")).digest()

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from PIL import Image, ImageOps
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 # Reported when found in a folder, since one would expect them to be read.
 UNREADABLE_SUFFIXES = {".heic", ".heif", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw"}
+# Folders of thumbnails and deleted files.
+OF_SYSTEMS = {"@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information"}
 # Of fractions, and of 8, 10, 12, 14 and 16 bits.
 WHITES = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)
 LONGEST_EDGE = 1024  # pixels; larger pictures are scaled down unless another edge is asked for
@@ -30,10 +32,26 @@ def find_pictures(paths: Iterable[Path]) -> list[Path]:
         if not path.is_dir():
             found.append(path)
             continue
-        for folder, folders, names in os.walk(path):
-            folders.sort()
-            found += [Path(folder, name) for name in sorted(names) if is_picture_name(name)]
+        found += pictures_below(path)
     return found
+
+
+def pictures_below(folder: Path) -> Iterator[Path]:
+    """The picture files in a folder and in those within it, each folder once, wherever links lead; none hidden."""
+    seen = set()
+    for place, inside, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            inside.clear()
+            continue
+        seen.add(real)
+        inside[:] = sorted(name for name in inside if not is_hidden(name))
+        yield from (Path(place, name) for name in sorted(names) if not is_hidden(name) and is_picture_name(name))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, or one that systems and archives leave between pictures."""
+    return name.startswith(".") or name in OF_SYSTEMS
 
 
 def is_picture_name(name: str) -> bool:
@@ -71,7 +89,9 @@ def read_picture(path: Path, edge: int = LONGEST_EDGE) -> Image.Image:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise PictureError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller") from None
     except Image.UnidentifiedImageError:
-        raise PictureError(f"is not a picture that can be read ({', '.join(formats)})") from None
+        raise PictureError(
+            f"is not a picture that can be read ({', '.join(formats)}); save it as JPEG or PNG"
+        ) from None
     except MemoryError:
         raise PictureError("does not fit in memory; make it smaller") from None
     except OSError as error:
