@@ -51,6 +51,14 @@ def explain(message: str, given: Mapping[str, str], known: Iterable[str]) -> str
     return message
 
 
+def own_words(message: str) -> str:
+    """One line: of a class in a list what it says itself, without the types that the parser tried beside the list."""
+    message = one_line(message)
+    kinds = "Not a valid|Expected"
+    said = re.match(rf"Does not validate against .*? Errors: - (?!{kinds})(.+?) - (?:{kinds})", message)
+    return said[1] if said else message
+
+
 def _full_name(keys: list[str], given: Mapping[str, str]) -> tuple[str, str]:
     """The setting that the parsers name part by part, as the user wrote it, and 'FILE: ' where a file holds it."""
     path = ".".join(keys)

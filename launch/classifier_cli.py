@@ -15,7 +15,7 @@ from callbacks.processes import Processes
 from callbacks.run_folder import RunFolder
 from cli.command import Command
 from cli.flags import FLAGS
-from cli.messages import explain
+from cli.messages import explain, own_words
 from datamodules import FashionMNISTDataModule, PicturesDataModule, class_of
 from errors import UserError, one_line
 from inspection.table import table
@@ -184,7 +184,7 @@ class ClassifierCLI(LightningCLI):
                     f"{self.config.model.net.class_path} has lazy layers, which get their sizes when it is first used; "
                     "use it once at the end of its __init__: self(torch.zeros(1, CHANNELS, HEIGHT, WIDTH))"
                 ) from None
-            raise UserError(one_line(str(error) or type(error).__name__)) from None
+            raise UserError(own_words(str(error) or type(error).__name__)) from None
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
