@@ -1086,6 +1086,7 @@ def test_slurm_job_is_saved_and_requeued(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(bool(slurm.why_not()), reason=slurm.why_not())
 def test_slurm_itself_requeues_the_job(tmp_path: Path) -> None:
     """Two tasks, SIGUSR1, requeue: in the end the weights of the job that nobody stopped."""
@@ -1185,7 +1186,7 @@ def stop_and_continue(folder: Path, points: list[list], *flags: str) -> None:
             {"batch_size": 83},
             ("--devices", "3", "--trainer.val_check_interval", "0.4", "--trainer.accumulate_grad_batches", "3"),
             [["validation", 1, 0, 1]],
-            marks=pytest.mark.slow,
+            marks=[pytest.mark.slow, pytest.mark.long],
         ),
         (
             {"ema": True, "batch_size": 125},

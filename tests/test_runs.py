@@ -443,6 +443,7 @@ def test_a_training_holds_the_lock_of_its_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_failed_recipe_does_not_stop_the_others(tmp_path: Path) -> None:
     arguments = ("--train", "nin", "lenet", "--image_size", "28", *TRAIN[2:])
     answer = compare_py(*arguments, folder=tmp_path)
