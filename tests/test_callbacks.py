@@ -363,7 +363,7 @@ def test_the_targets_are_what_the_teacher_says_of_image_and_mirror(capsys):
 
 
 @pytest.mark.slow
-def test_who_was_taught_is_tested_predicts_and_continues_without_the_teacher(tmp_path):
+def test_a_taught_network_continues_bit_equal_and_keeps_no_teacher(tmp_path):
     write(tmp_path / "run")
     recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     recipe["model"] |= {"mixup": 0, "cutmix": 0}

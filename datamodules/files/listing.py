@@ -130,11 +130,8 @@ def _check_classes(folder: Path, classes: tuple[str, ...], files: list[File]) ->
         raise DatasetError(f"{folder} has no sub-folders{loose}; one for each class, named like it, is expected")
     if len(classes) == 1:
         inner = folder / classes[0]
-        hint = (
-            f"did you mean {inner}?"
-            if inner.is_dir() and len(_sub_folders(inner)) > 1
-            else "a network needs two or more"
-        )
+        nested = inner.is_dir() and len(_sub_folders(inner)) > 1
+        hint = f"did you mean {inner}?" if nested else "a network needs two or more to tell apart"
         raise DatasetError(f"{folder} has one class only, {classes[0]}; {hint}")
     if twice := [name for name, count in Counter(classes).items() if count > 1]:
         raise DatasetError(f"{folder} has two classes that are both shown as {twice[0]}; rename one")

@@ -89,9 +89,8 @@ def read_picture(path: Path, edge: int = LONGEST_EDGE) -> Image.Image:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise PictureError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller") from None
     except Image.UnidentifiedImageError:
-        raise PictureError(
-            f"is not a picture that can be read ({', '.join(formats)}); save it as JPEG or PNG"
-        ) from None
+        readable = ", ".join(formats)
+        raise PictureError(f"is not a picture that can be read ({readable}); save it as JPEG or PNG") from None
     except MemoryError:
         raise PictureError("does not fit in memory; make it smaller") from None
     except OSError as error:
