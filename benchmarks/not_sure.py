@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
-from benchmarks.harness.side_by_side import PROJECT, Parser, print_table, write_record
+from benchmarks.harness.side_by_side import Parser, print_table, write_record
 from datamodules import CLASS_NAMES, FashionMNISTDataModule
 from lit_modules import LitClassifier
 from pictures.predict import as_batch, read_pictures
-from weights.trained import load_trained
+from weights import WEIGHTS
+from weights.trained import load_trained, logits_of
 
 NOISE = 2000  # images
 
@@ -29,7 +30,7 @@ def main() -> None:
     options = parser.parse_args()
     noise = torch.randint(256, (NOISE, 1, 28, 28), generator=torch.Generator().manual_seed(0)).byte()
     results: list[dict[str, Any]] = []
-    for path in sorted((PROJECT / "weights").glob("*.ckpt")):
+    for path in sorted(WEIGHTS.glob("*.ckpt")):
         classifier, data, _ = load_trained(path)
         if not classifier.out_of_distribution or tuple(data.class_names) != CLASS_NAMES:
             continue
@@ -48,12 +49,10 @@ def main() -> None:
     write_record("not_sure", options, results)
 
 
-@torch.no_grad()
 def _scores(classifier: LitClassifier, data: FashionMNISTDataModule, images: Tensor) -> Tensor:
     """Images (N, 1, 28, 28) uint8 to scores (N,)."""
     fitted: Any = classifier.out_of_distribution
-    batches = images.split(data.eval_batch_size)
-    return torch.cat([fitted.score(classifier(data.preprocess(batch)).float()) for batch in batches])
+    return fitted.score(logits_of(classifier, data, images))
 
 
 def _share(scores: Tensor) -> float:

@@ -4,16 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
 from datamodules.batches import ImageTensors
 from errors import UserError
-from weights.trained import load_trained
-
-WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
-BATCH = 500
+from weights import WEIGHTS
+from weights.trained import load_trained, logits_of
 
 
 class Distillation(Callback):
@@ -64,14 +60,7 @@ class Distillation(Callback):
         if trainer.is_global_zero:
             print(f"Asking the teacher {self.teacher} about {len(data.train_set):,} images", flush=True)
         teacher.to(pl_module.device)
-
-        @torch.no_grad()
-        def logits(images: Tensor) -> Tensor:
-            return teacher(its_data.preprocess(images.to(pl_module.device))).float()
-
-        mean = []
-        for images in data.train_set.images.split(BATCH):
-            views = [images, images.flip(-1)] if its_data.hparams.get("horizontal_flip") else [images]
-            mean.append(torch.stack([logits(view) for view in views]).mean(dim=0).cpu())
-        targets = torch.cat(mean).div(self.temperature).softmax(dim=1)
-        data.train_set = ImageTensors(data.train_set.images, data.train_set.labels, targets)
+        images = data.train_set.images
+        logits = logits_of(teacher, its_data, images, mirror=bool(its_data.hparams.get("horizontal_flip")))
+        targets = logits.div(self.temperature).softmax(dim=1)
+        data.train_set = ImageTensors(images, data.train_set.labels, targets)

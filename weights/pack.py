@@ -23,7 +23,7 @@ from errors import OneLineParser, RunError, UserError, run_program
 from lit_modules import LitClassifier
 from lit_modules.execution.out_of_distribution import OutOfDistribution
 from runs.record import read, write_json
-from weights.trained import load_trained
+from weights.trained import load_trained, logits_of
 
 FOLDER = Path(__file__).parent
 # How much rounding may change the accuracy, as a share of the test images; at least one image.
@@ -154,9 +154,7 @@ def _listed_record(entry: dict[str, Any]) -> dict[str, Any]:
 def _fit_out_of_distribution(classifier: LitClassifier, data: FashionMNISTDataModule) -> dict[str, Any] | None:
     """As at the end of a training epoch; see callbacks/out_of_distribution.py."""
     data.setup("validate")
-    batches = data.val_set.images.split(data.eval_batch_size)
-    with torch.no_grad():
-        fitted = OutOfDistribution.fit(torch.cat([classifier(data.preprocess(batch)).float() for batch in batches]))
+    fitted = OutOfDistribution.fit(logits_of(classifier, data, data.val_set.images))
     return fitted and fitted._asdict()
 
 

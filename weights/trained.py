@@ -50,3 +50,19 @@ def load_trained(path: Path, trust: bool = False) -> tuple[LitClassifier, Fashio
     if "recipe" in checkpoint:
         checkpoint["recipe"] = recipe_name(checkpoint)
     return classifier, data, checkpoint
+
+
+@torch.no_grad()
+def logits_of(
+    classifier: LitClassifier, data: FashionMNISTDataModule, images: torch.Tensor, mirror: bool = False
+) -> torch.Tensor:
+    """Logits (N, classes) float32, on the CPU, of uint8 images (N, C, H, W), computed batch by batch.
+
+    With `mirror` they are the mean of those of each image and of its mirror image.
+    """
+
+    def logits(batch: torch.Tensor) -> torch.Tensor:
+        return classifier(data.preprocess(batch.to(classifier.device))).float().cpu()
+
+    batches = images.split(data.eval_batch_size)
+    return torch.cat([(logits(batch) + logits(batch.flip(-1))) / 2 if mirror else logits(batch) for batch in batches])
