@@ -39,8 +39,10 @@ class Distillation(Callback):
         self.teacher = teacher
         self.temperature = temperature
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Replace the labels of the training images."""
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Replace the labels of the training images; later hooks come after Lightning has made the loader."""
+        if stage != "fit":
+            return
         named = {path.stem: path for path in WEIGHTS.glob("*.ckpt")}
         try:
             teacher, its_data, _ = load_trained(named.get(self.teacher, Path(self.teacher)))
@@ -59,7 +61,7 @@ class Distillation(Callback):
             raise UserError(problem if trainer.is_global_zero else "")
         if trainer.is_global_zero:
             print(f"Asking the teacher {self.teacher} about {len(data.train_set):,} images", flush=True)
-        teacher.to(pl_module.device)
+        teacher.to(trainer.strategy.root_device)
         images = data.train_set.images
         logits = logits_of(teacher, its_data, images, mirror=bool(its_data.hparams.get("horizontal_flip")))
         targets = logits.div(self.temperature).softmax(dim=1)

@@ -14,7 +14,7 @@ from callbacks.run_folder import next_folder
 
 
 class PredictionWriter(Callback):
-    """Writes one line per image: index, label, predicted class, and the probability of every class.
+    """Writes one line per image: index, name if it has one, label, predicted class, and the probability of every class.
 
     With several processes, each writes its own batches, with the images' indices, into its own file.
 
@@ -47,10 +47,12 @@ class PredictionWriter(Callback):
         # Batches are distributed in turn: this one is the (batch_idx * world_size + rank)-th of the whole set.
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         first = (batch_idx * trainer.world_size + trainer.global_rank) * data.eval_batch_size
+        names = getattr(data, "test_names", None)
         best = torch.argmax(outputs, dim=1).tolist()
         for offset, (label, guess, probabilities) in enumerate(zip(labels, best, outputs.tolist(), strict=True)):
             if label >= 0:
-                row = [first + offset, self.class_names[label], self.class_names[guess]]
+                image = first + offset
+                row = [image, *([names[image]] if names else []), self.class_names[label], self.class_names[guess]]
                 self._rows.append(row + [f"{probability:.6f}" for probability in probabilities])
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -58,8 +60,9 @@ class PredictionWriter(Callback):
         folder = str(next_folder(self.path, "predict")) if trainer.is_global_zero else ""
         number = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
         self.path = Path(trainer.strategy.broadcast(folder)) / f"predictions{number}.csv"
+        named = ["picture"] if hasattr(trainer.datamodule, "test_names") else []  # type: ignore[attr-defined]
         with self.path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["image", "label", "prediction", *self.class_names])
+            writer.writerow(["image", *named, "label", "prediction", *self.class_names])
             writer.writerows(self._rows)
         self.images = len(self._rows)

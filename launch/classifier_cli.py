@@ -161,7 +161,7 @@ class ClassifierCLI(LightningCLI):
         net = config.model.net
         follow = {"image_size": config.data.image_size}
         if issubclass(self.data_class, PicturesDataModule):
-            follow |= follow_pictures(config, command)
+            follow |= follow_pictures(config, command, self.start.settings.get("data", {}))
         for name in follow.keys() & inspect.signature(named(net.class_path)).parameters:
             net.init_args[name] = follow[name]
         asked_for = any(token.startswith("--trainer.precision") for token in command.overrides)

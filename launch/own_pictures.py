@@ -1,5 +1,6 @@
 """A run on other pictures than Fashion-MNIST's: what of its settings the pictures decide."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from errors import UserError, one_line
 from runs.settings import DECIDED
 
 
-def follow_pictures(config: Namespace, command: Command) -> dict[str, Any]:
+def follow_pictures(config: Namespace, command: Command, stored: Mapping[str, Any]) -> dict[str, Any]:
     """Fill in what the pictures decide and the user leaves open; a checkpoint alone keeps what it was trained with.
 
     Args:
         config: The parsed configuration, of which `data` and the number of classes are filled in.
         command: The command line that it was made from.
+        stored: The settings of the data in the checkpoint; empty without one.
 
     Returns:
         Settings that a network follows, if it has them.
@@ -32,6 +34,9 @@ def follow_pictures(config: Namespace, command: Command) -> dict[str, Any]:
             file = given.get(f"data.{name}")  # "" is a flag
             if file and Path(file).resolve().is_relative_to(PROJECT / "configs"):
                 config.data[name] = None
+    for name in ("mean", "std"):  # a trained network expects its own, whatever the pictures are now
+        if config.data[name] is None:
+            config.data[name] = stored.get(name)
     if any(config.data[name] is None for name in DECIDED):
         try:
             data = PicturesDataModule(**config.data)

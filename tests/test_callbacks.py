@@ -350,9 +350,10 @@ def test_the_targets_are_what_the_teacher_says_of_image_and_mirror(capsys):
     data.setup("fit")
     labels = data.train_set.labels.clone()
     model = LitClassifier(LeNet())
-    trainer: Any = SimpleNamespace(datamodule=data, is_global_zero=True, log_every_n_steps=50)
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    trainer: Any = SimpleNamespace(datamodule=data, is_global_zero=True, log_every_n_steps=50, strategy=strategy)
     model._trainer = trainer
-    Distillation(str(BETTER), temperature=3).on_fit_start(trainer, model)
+    Distillation(str(BETTER), temperature=3).setup(trainer, model, "fit")
     assert capsys.readouterr().out == f"Asking the teacher {BETTER} about {len(labels):,} images\n"
     images, targets = data.train_set[torch.arange(20)]
     assert torch.allclose(targets, asked(images, 3), atol=1e-5)
@@ -360,6 +361,28 @@ def test_the_targets_are_what_the_teacher_says_of_image_and_mirror(capsys):
     images = data.preprocess(images)
     expected = -(targets * model.net(images).log_softmax(dim=1)).sum(dim=1).mean()
     assert torch.isclose(model.training_step((images, targets), 0), expected)
+
+
+SPY = """
+import torch
+from lightning.pytorch import Callback
+
+class Spy(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        torch.save(batch[1], f"targets_{trainer.global_step}.pt")
+"""
+
+
+def test_the_recipe_trains_on_what_the_teacher_says(tmp_path):
+    (tmp_path / "spy.py").write_text(SPY)
+    answer = run_forked(*TAUGHT, "--max_epochs=1", "--trainer.callbacks+=spy.Spy", folder=tmp_path)
+    assert answer.code == 0, answer.err
+    data = FashionMNISTDataModule(str(DATA), val_size=297)
+    data.setup("fit")
+    seen = torch.cat([torch.load(file) for file in tmp_path.glob("targets_*.pt")])
+    expected = asked(data.train_set.images, 2.0)
+    assert seen.shape == expected.shape
+    assert torch.cdist(seen, expected, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1).values.max() < 1e-4
 
 
 @pytest.mark.slow

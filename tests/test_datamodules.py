@@ -1,6 +1,7 @@
 """The data module, its files, and the whole data set."""
 
 import contextlib
+import csv
 import fcntl
 import gzip
 import hashlib
@@ -1407,6 +1408,30 @@ def test_a_folder_is_trained_on_tested_and_looked_at(tmp_path):
     assert row["probabilities"] == pytest.approx(expected, abs=1e-4)
     written = export(run / "checkpoints" / "best.ckpt", "torch_export", tmp_path / "own.pt2", None, trust=False)
     assert "Checked on 60 images of noise: same class on all" in written
+
+
+def test_a_run_knows_the_pictures_it_was_trained_on(tmp_path):
+    folder = put_classes(tmp_path / "mine", bag=20, coat=20)
+    common = ["--accelerator=cpu", f"--data={folder}", f"--data_dir={tmp_path}", f"--log_dir={tmp_path / 'logs'}"]
+    recipe = ["--model=lenet", "--max_epochs=2", "--batch_size=8"]
+    assert run_forked(*recipe, *common, folder=tmp_path).code == 0
+    checkpoint = f"--ckpt_path={tmp_path / 'logs' / 'lenet' / 'version_0' / 'checkpoints' / 'last.ckpt'}"
+    assert run_forked("fit", *recipe, *common, checkpoint, folder=tmp_path).code == 0
+    assert run_forked("predict", *common, checkpoint, folder=tmp_path).code == 0
+    rows = list(csv.DictReader((tmp_path / "outputs" / "predict_0" / "predictions.csv").read_text().splitlines()))
+    assert len(rows) == 4
+    assert all((folder / row["picture"]).is_file() and row["picture"].startswith(row["label"]) for row in rows)
+    before = run_forked("test", checkpoint, *common, folder=tmp_path).out
+    seen = {row["picture"] for row in rows}
+    for file in folder.rglob("*.png"):
+        if str(file.relative_to(folder)) not in seen:
+            draw(file, (255, 255, int(file.stem)))
+    assert run_forked("test", checkpoint, *common, folder=tmp_path).out == before
+    assert run_forked("test", "--model=lenet", checkpoint, *common, folder=tmp_path).out == before  # the old mean
+    for own in (recipe, []):
+        answer = run_forked("fit", *own, *common, checkpoint, folder=tmp_path)
+        assert (answer.code, answer.err.count("\n")) == (2, 1)
+        assert "the training pictures are not those that the checkpoint was trained on" in answer.err
 
 
 @pytest.mark.parametrize(("fit", "edges"), [("crop", (200, 200)), ("pad", (0, 200)), ("stretch", (90, 200))])

@@ -66,6 +66,7 @@ class TensorBoardPictures(Callback):
         self._inputs_shown = True
         if writes(trainer):
             images, labels = (part[:INPUTS].cpu() for part in batch)
+            labels = labels if labels.dim() == 1 else labels.argmax(dim=1)  # probabilities, from a teacher
             names = [self._confusion.class_names[label] for label in labels.tolist()]
             show(trainer, "inputs/training_images", pictures.inputs(images, names), trainer.global_step)
 

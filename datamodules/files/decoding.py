@@ -27,7 +27,7 @@ from datamodules.files.listing import File, Listing, list_folder, printable, war
 from datamodules.files.pictures import PictureError, read_picture
 from errors import count
 
-VERSION = 2  # of what a cache holds
+VERSION = 3  # of what a cache holds
 Fit = Literal["crop", "pad", "stretch"]
 
 
@@ -37,12 +37,14 @@ class Cache(NamedTuple):
     Attributes:
         classes: Their names, in order.
         parts: Images (N, C, S, S) uint8, mapped from the file, and labels (N,) int64 of train, val and test.
+        names: The pictures' paths within the folder, or places in the set, of train, val and test.
         mean: Of the training pixels, which lie in 0..1.
         std: Of the training pixels.
     """
 
     classes: tuple[str, ...]
     parts: dict[str, tuple[Tensor, Tensor]]
+    names: dict[str, list[str]]
     mean: float
     std: float
 
@@ -111,8 +113,8 @@ def decode(
     if lost := [one for label, one in enumerate(listing.classes) if label not in left]:
         raise DatasetError(f"{name}: no picture of {lost[0]} is left to train on")
     if listing.parts["test"] is listing.parts["val"]:
-        parts["test"] = parts["val"]
-    return Cache(listing.classes, parts, found["mean"], found["std"])
+        parts["test"], found["names"]["test"] = parts["val"], found["names"]["val"]
+    return Cache(listing.classes, parts, found["names"], found["mean"], found["std"])
 
 
 def fit_square(picture: Image.Image, size: int, fit: Fit = "crop") -> np.ndarray:
@@ -173,6 +175,7 @@ def _fill(
     try:
         pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(rows), 3, size, size))
         labels: dict[str, list[int]] = {part: [] for part in listing.parts}
+        names: dict[str, list[str]] = {part: [] for part in listing.parts}
         bad: list[tuple[str, str]] = []
         hashes: dict[bytes, tuple[str, str]] = {}
         twice: list[tuple[str, str]] = []
@@ -196,6 +199,7 @@ def _fill(
                 if "train" in (first[0], part) and first[0] != part:
                     twice.append((first[1], name))
                 labels[part].append(file.label)
+                names[part].append(name)
                 count += 1
         numbers = max(1, len(labels["train"])) * 3 * size * size
         mean = total / numbers
@@ -210,7 +214,7 @@ def _fill(
             kept.flush()
             less.replace(temporary)
         temporary.replace(images)
-        content = {"labels": labels, "mean": mean, "std": std, "bad": bad, "twice": twice}
+        content = {"labels": labels, "names": names, "mean": mean, "std": std, "bad": bad, "twice": twice}
         temporary.write_text(json.dumps(content), encoding="utf-8")
         temporary.replace(facts)
     finally:

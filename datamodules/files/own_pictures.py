@@ -1,11 +1,13 @@
 """Other pictures than Fashion-MNIST's as a LightningDataModule: a folder of one's own, or a set of torchvision's."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -142,6 +144,29 @@ class PicturesDataModule(FashionMNISTDataModule):
         if stage in ("test", "predict") and not len(self.test_set):
             where = self.hparams["folder"] or self.hparams["dataset"]
             raise DatasetError(f"{where}: no pictures are left to test on; set data.test_size")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the training pictures are known by; saved in checkpoints."""
+        if self._cache is None:
+            return {}
+        # Rounded, as versions of Pillow decode the same file a little differently.
+        known = self._cache.names["train"], round(self._cache.mean, 6), round(self._cache.std, 6)
+        return {"training_pictures": hashlib.sha256(repr(known).encode()).hexdigest()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to continue a training on other pictures."""
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING and state_dict != self.state_dict():
+            raise DatasetError(
+                f"{self.hparams['folder'] or self.hparams['dataset']}: the training pictures are not those that the "
+                "checkpoint was trained on; put them back, or start again without --ckpt_path"
+            )
+
+    @property
+    def test_names(self) -> list[str]:
+        """Of each test picture its path within the folder, or its place in the data set."""
+        self.prepare_data()
+        assert self._cache is not None
+        return self._cache.names["test"]
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches; with `balanced` an epoch's images are drawn so that all classes are as likely."""
