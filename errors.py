@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 if sys.version_info < (3, 10):  # noqa: UP036  # a system's own Python, where the environment was not activated
     sys.exit(f"error: Python 3.10 or newer is needed, this is {sys.version.split()[0]}: source .venv/bin/activate")
 
-# The modules of requirements.txt.
-REQUIRED = "filelock jsonargparse lightning matplotlib numpy PIL rich tensorboard torch torchmetrics torchvision yaml"
+# The modules of requirements.txt, and what they bring along.
+REQUIRED = "filelock jsonargparse lightning numpy PIL rich tensorboard torch torchmetrics torchvision yaml"
 
 
 class UserError(Exception):
@@ -105,13 +105,28 @@ def run_program(name: str, run: Callable[[], int | None], interrupted: str = "St
             print(f"\n{stopped}", file=sys.stderr)
         return stopped.exit_code
     except KeyboardInterrupt:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # one line for all of a run's processes
+        if is_first_process():
             print(f"\n{interrupted}", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
         return _report_missing(name, error)
     finally:
         sys.stdout, sys.stderr = kept
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for a run's others: torchrun's of the same machine, SLURM's of all machines."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def signal_name(signum: int) -> str:
+    """The signal's name as the user knows it."""
+    return "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+
+
+def stopped_code(signum: int) -> int:
+    """The exit code of a process that was asked to stop."""
+    return 130 if signum == signal.SIGINT else 143
 
 
 @contextmanager

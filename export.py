@@ -22,9 +22,10 @@ def parser() -> argparse.ArgumentParser:
         prog="python export.py",
         usage="python export.py --ckpt_path PATH --format onnx|torch_export [--output FILE]",
         allow_abbrev=False,
-        description="Exports a checkpoint with its preprocessing: uint8 images (N, 28, 28) in, grey, light on dark; "
-        "calibrated class probabilities (N, 10) out; N is free. The names of the classes are in the file's metadata. "
-        "The file is checked against the checkpoint on 1,000 test images before it is kept.",
+        description="Exports a checkpoint with its preprocessing. In: uint8 images, for Fashion-MNIST (N, 28, 28), "
+        'grey, light on dark. Out: calibrated class probabilities, and a score that is above 1 for "not sure". N is '
+        "free. The names of the classes are in the file's metadata. The file is checked against the checkpoint before it is "
+        "kept: on 1,000 test images, or on noise for other pictures.",
     )
     parser.add_argument("--ckpt_path", type=Path, required=True, metavar="PATH", help="checkpoint of a run")
     parser.add_argument("--format", choices=SUFFIXES, required=True, help="kind of file")

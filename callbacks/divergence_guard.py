@@ -26,10 +26,9 @@ class DivergenceGuard(Callback):
 
     On the CPU each batch's loss is checked before its optimiser step, so the weights stay those of the last good
     batch. On other devices a check at every step would make the CPU wait for the device, so the guard looks every
-    `log_every_n_steps` batches and before each checkpoint: the weights in memory may be lost by then (they were before
-    the step that made the loss infinite or NaN, as a rule), but no checkpoint is ever written with them, and the last
-    good one stays. The last step of an epoch shows in no training loss: the validation loss is checked too, and each
-    checkpoint's weights.
+    `log_every_n_steps` batches and before each checkpoint: by then the weights in memory may be ruined, as a rule by
+    the step before the bad loss, but no checkpoint is ever written with them, and the last good one stays. The last
+    step of an epoch shows in no training loss: the validation loss is checked too, and each checkpoint's weights.
 
     A network is stuck at chance if its mean loss over `chance_steps` batches is that of guessing, ln(`num_classes`).
     Some initialisations of NiN and GoogLeNet never leave it (a few runs in a hundred in d2l's published executions).
@@ -37,7 +36,7 @@ class DivergenceGuard(Callback):
     Args:
         processes: The callback that lets the processes agree.
         num_classes: Number of classes.
-        chance_steps: Number of batches, from the first of the run, after which the mean loss is checked.
+        chance_steps: Number of batches, from the first after a start or restart, after which the mean loss is checked.
         stop_at_chance: Raise instead of only reporting it.
     """
 

@@ -14,10 +14,10 @@ from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
 
-from callbacks.processes import Processes, signal_name, stopped_code
+from callbacks.processes import Processes
 from callbacks.run_folder import RunCheckpoint
 from callbacks.signal_watch import BEFORE_TRAINING, SIGNALS
-from errors import Stopped
+from errors import Stopped, signal_name, stopped_code
 
 FIRST_BATCH = 30.0  # seconds to wait for the first batch, as nobody knows yet how long one takes
 

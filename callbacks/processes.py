@@ -18,7 +18,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import Callback
 
 from callbacks.signal_watch import SIGNALS, SignalWatch
-from errors import Stopped, print_error
+from errors import Stopped, is_first_process, print_error, signal_name, stopped_code
 
 POLL_SECONDS = 0.5
 STARTED_BY = "CLASSIC_CNNS_STARTED_BY"  # where the first process leaves its number for those that it starts
@@ -65,7 +65,7 @@ class Processes(Callback):
             Stopped: Always.
         """
         self.end_with_parent()
-        raise Stopped(f"Stopped by {signal_name(signum)}." if is_first() else "", stopped_code(signum))
+        raise Stopped(f"Stopped by {signal_name(signum)}." if is_first_process() else "", stopped_code(signum))
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Start to watch."""
@@ -146,7 +146,7 @@ class Processes(Callback):
 
     def _end_at_once(self, signum: int, again: bool) -> None:
         """End all processes of this machine, whatever state they are in."""
-        if is_first():
+        if is_first_process():
             why = "at once" if again else f"by {signal_name(signum)} (a process did not answer)"
             os.write(2, f"\nStopped {why}: nothing was saved since the last checkpoint.\n".encode())
         self.kill_children()
@@ -155,21 +155,6 @@ class Processes(Callback):
             if os.getppid() == self._parent:
                 os.kill(self._parent, signal.SIGKILL)
         os._exit(stopped_code(signum))
-
-
-def is_first() -> bool:
-    """Whether this process speaks for all processes of its machine."""
-    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-
-
-def signal_name(signum: int) -> str:
-    """The signal's name as the user knows it."""
-    return "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
-
-
-def stopped_code(signum: int) -> int:
-    """The exit code of a process that was asked to stop."""
-    return 130 if signum == signal.SIGINT else 143
 
 
 def _is_child() -> bool:

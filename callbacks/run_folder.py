@@ -1,7 +1,8 @@
 """A folder for each run, and the run's own checkpoints in it."""
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from checkpoints.writing import AtomicCheckpointIO
 from errors import UserError, shown
 
 OUTPUTS = Path("outputs")  # of predict; compare.py's pictures lie there too
-SLURM_JOB = "slurm_job"  # file in the run's folder that names the job; launch/start.py finds a requeued job's run by it
+SLURM_JOB = "slurm_job"  # in the run's folder: job and command; launch/start.py finds a requeued job's run by it
 
 
 class RunFolder(Callback):
@@ -26,30 +27,32 @@ class RunFolder(Callback):
 
     Args:
         recipe: Name of the recipe.
-        start: Folder of the run that is continued.
+        start: Folder of the run that is continued; None for a new one.
+        arguments: The command line, by which a requeued job tells its runs apart.
 
     Attributes:
         log_dir: Folder of all runs.
         path: The run's folder; None before training starts, and if nothing is to be kept (`fast_dev_run`).
     """
 
-    def __init__(self, recipe: str, start: Path) -> None:
+    def __init__(self, recipe: str, start: Path | None, arguments: Sequence[str] = ()) -> None:
         self.log_dir = Path()
         self.path: Path | None = None
         self._recipe = recipe
         self._start = start
+        self._arguments = list(arguments)
 
     def claim(self) -> Path:
         """The folder, created if needed; only for the first process."""
         if self.path is None:
             # Absolute, or a run that is continued from another working folder would forget its best epoch.
-            parent, start = self.log_dir.resolve() / self._recipe, self._start.resolve()
-            if start.parent == parent and _number(start, "version") is not None:
+            parent, start = self.log_dir.resolve() / self._recipe, self._start and self._start.resolve()
+            if start and start.parent == parent and _number(start, "version") is not None:
                 self.path = start
             else:
                 self.path = next_folder(parent, "version")
             if job := os.environ.get("SLURM_JOB_ID"):
-                (self.path / SLURM_JOB).write_text(job, encoding="utf-8")
+                (self.path / SLURM_JOB).write_text(json.dumps([job, self._arguments]), encoding="utf-8")
         return self.path
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -39,6 +39,7 @@ class Command:
         ckpt_path: Checkpoint to start from.
         fallbacks: Older checkpoints to start from if that one is damaged, newest first.
         arguments: The command line as it was given.
+        fashion_mnist: Whether that data set was asked for by name.
         find_batch_size: Take the largest batch that fits into memory.
         find_lr: Find the learning rate by trial.
         log_dir: Folder of the runs.
@@ -60,6 +61,7 @@ class Command:
     ckpt_path: str | None = None
     fallbacks: list[str] = field(default_factory=list)
     arguments: list[str] = field(default_factory=list)
+    fashion_mnist: bool = False
     find_batch_size: bool = False
     find_lr: bool = False
     log_dir: str = "logs"
@@ -167,8 +169,10 @@ def _apply(command: Command, name: str, flag: Flag, value: str) -> None:
         sectioned = bool(set(load_yaml(path)) & set(SUBCOMMANDS))
         (command.outer_configs if sectioned else command.configs).append(path)
     elif name == "--data":
-        if value != "fashion_mnist":
-            command.overrides += _data(value)
+        named = ("--data.folder=", "--data.dataset=")  # by an earlier --data
+        command.overrides = [token for token in command.overrides if not token.startswith(named)]
+        command.fashion_mnist = value == "fashion_mnist"
+        command.overrides += [] if command.fashion_mnist else _data(value)
     elif name == "--ckpt_path":
         command.ckpt_path = value
     elif name == "--batch_size" and value == "auto":

@@ -154,8 +154,8 @@ PREDICT_FLAGS = {
     ),
 }
 # LightningCLI's own flags, passed through and checked there.
-LONG_GROUPS = ("--trainer", "--model", "--data", "--checkpoint")
-LONG_FLAGS = ("--seed_everything", "--verbose", "--weights_only", "--return_predictions")
+LONG_GROUPS = ("--trainer", "--model", "--data")
+LONG_FLAGS = ("--seed_everything", "--weights_only")
 # The network's image size always follows the data's; see launch/classifier_cli.py.
 LINKED = {"--model.net.image_size": "--image_size", "--model.net.init_args.image_size": "--image_size"}
 
@@ -170,7 +170,8 @@ def help_text(predict: bool = False) -> str:
         lines += [f"  {f'{name} {flag.metavar}':<20} {flag.help}" for name, flag in flags.items()]
         return "\n".join([*lines, "", "All other flags: python train.py --help and python train.py fit --help"])
     lines = ["usage: python train.py [fit|validate|test|predict] --model RECIPE [flags]", ""]
-    lines += ["Trains a classic CNN on Fashion-MNIST, then tests it. With a subcommand it does only that.", ""]
+    lines += ["Trains a classic CNN on Fashion-MNIST, then tests it. With a subcommand it does only that:"]
+    lines += [*(f"  {name:<20} {description}" for name, description in SUBCOMMANDS.items()), ""]
     lines += [f"  {f'{name} {flag.metavar}':<20} {flag.help}" for name, flag in FLAGS.items()]
     lines += ["", "recipes:"]
     names = recipes()
@@ -197,14 +198,6 @@ def refuse_pasted_dashes(arguments: Iterable[str]) -> None:
         if set(token[: len(token) - len(word)]) & set(DASHES):
             typed = f"{'-' if word[:1].isdigit() or word[:1] == '.' else '--'}{word}"
             raise UserError(f"{token} begins with a dash as pages print it, not with hyphens; type {typed}")
-
-
-def take_values(tokens: list[str]) -> list[str]:
-    """The words up to the next flag, removed from the front of the tokens."""
-    values = []
-    while tokens and is_value(tokens[0]):
-        values.append(tokens.pop(0))
-    return values
 
 
 def take_flag(token: str, tokens: list[str], refused: Mapping[str, str]) -> list[str]:

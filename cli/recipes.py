@@ -34,7 +34,8 @@ def recipe_path(value: str) -> Path:
         path = Path(value)
         if path.is_file():
             return path
-        raise UserError(f"the recipe file {value} does not exist{did_you_mean(path.stem, known)}")
+        hint = did_you_mean(path.with_suffix("").as_posix().rpartition("configs/")[2], known)
+        raise UserError(f"the recipe file {value} does not exist{hint}")
     in_order = sorted(known, key=lambda name: ("/" in name, name))
     hint = did_you_mean(value, known) or f"; the recipes are: {', '.join(in_order)}"
     raise UserError(f"unknown recipe {value!r}{hint}")

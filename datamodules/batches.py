@@ -41,8 +41,8 @@ class ImageTensors(Dataset):
 
 
 class _DealtOut(DistributedSampler, SequentialSampler):
-    """Distributes batches to the processes itself: Lightning, also in a user's own Trainer, replaces neither a
-    `DistributedSampler` if there are several processes nor, for `overfit_batches`, a `SequentialSampler`."""
+    """Distributes batches to the processes itself. It has both bases so that Lightning, also in a user's own Trainer,
+    leaves it alone: other samplers are replaced under several processes, and for `overfit_batches`."""
 
     def __init__(self, count: int, rank: int, world_size: int) -> None:
         super().__init__(range(count), world_size, rank)  # type: ignore[arg-type]

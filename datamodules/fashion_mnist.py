@@ -177,7 +177,7 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
         """Epoch and batch at which training continues; not batch 0 if a checkpoint was saved within an epoch."""
         trainer: Any = self.trainer
         epoch, batch = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress.current
-        order = epoch.processed * (not getattr(trainer, "overfit_batches", 0))  # else the same in every epoch
+        order = epoch.processed * (not getattr(trainer, "overfit_batches", 0))  # whose images stay the same
         return order, batch.processed if epoch.ready > epoch.processed else 0
 
     def _eval_loader(self, images: ImageTensors, kind: str = "sampler") -> DataLoader:

@@ -19,7 +19,7 @@ from lit_modules import LitClassifier
 from lit_modules.execution.cuda_graphs import MODES
 from runs.settings import is_kept
 
-# What weights stand for: a network's settings, and the meaning of its outputs.
+# Must equal the checkpoint's even when it is only measured: the network, and the meaning of its outputs.
 LEARNED = ("model.net", "data.class_names")
 
 

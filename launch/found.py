@@ -9,14 +9,15 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 
 from callbacks.lr_curve import Curve
-from errors import UserError, one_line
+from errors import UserError, is_first_process, one_line
 from launch.checks import check_input
 from launch.learning_rate import HIGHEST, LOWEST, STEPS, find_learning_rate, from_first_process
-from launch.lightning_flags import try_optimizer
+from launch.lightning_flags import try_optimizer, unfuse
 from launch.memory import largest_batch_size
 from weights.imagenet import start_from_imagenet
 
 STEPS_AN_EPOCH = 100  # what fits in memory need not train well: fewer steps learn less in the same epochs
+AUTOCAST = dict.fromkeys(("bf16", "bf16-mixed"), torch.bfloat16) | dict.fromkeys(("16", "16-mixed"), torch.float16)
 FOUND = "CLASSIC_CNNS_FOUND"  # where the first process leaves what it found for the processes that it starts
 
 
@@ -36,7 +37,7 @@ class Trials:
 
     def settings(self, config: Namespace) -> dict[str, float]:
         """What was found, by dotted name."""
-        if os.environ.get("LOCAL_RANK", "0") == "0" or FOUND not in os.environ:
+        if is_first_process() or FOUND not in os.environ:
             found = from_first_process(lambda: self._find(config.clone()), self._bare_trainer(config))
             os.environ[FOUND] = json.dumps(found)
         return json.loads(os.environ[FOUND])
@@ -73,7 +74,7 @@ class Trials:
     def _find_batch_size(self, config: Namespace) -> int:
         on_gpu = torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda")
         device = torch.device("cuda" if on_gpu else "cpu")
-        dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(config.trainer.precision))
+        dtype = AUTOCAST.get(str(config.trainer.precision))
         shape = (config.data.channels, config.data.image_size, config.data.image_size)
         own, given = self._throwaway(config), config.data.batch_size
         try_optimizer(own.model, config.model, device)
@@ -98,6 +99,8 @@ class Trials:
         trainer = self._bare_trainer(config)
         accumulated = config.trainer.accumulate_grad_batches * trainer.world_size
         own = self._throwaway(config)
+        if settings["gradient_clip_val"] and str(settings["precision"]) in AUTOCAST:
+            unfuse(own.model, try_optimizer(own.model, config.model, trainer.strategy.root_device))
         if config.pretrained:
             start_from_imagenet(own.model.net, config.data.mean, config.data.std)
         print(f"Trying {STEPS} learning rates from {LOWEST:g} to {HIGHEST:g}", flush=True)

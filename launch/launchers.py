@@ -6,8 +6,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from callbacks.processes import is_first
-from errors import UserError, count
+from errors import UserError, count, is_first_process
 
 
 def take_over_processes(trainer: Namespace) -> None:
@@ -34,7 +33,7 @@ def take_over_processes(trainer: Namespace) -> None:
                 f"num_nodes={trainer.num_nodes} was given; leave --num_nodes out"
             )
     except UserError as error:
-        raise UserError(str(error) if is_first() else "") from None
+        raise UserError(str(error) if is_first_process() else "") from None
     trainer.devices, trainer.num_nodes = here, machines
 
 

@@ -101,8 +101,6 @@ def try_optimizer(model: LitClassifier, names: Namespace, device: torch.device) 
 def check_training(trainer: Trainer, model: LitClassifier, names: Namespace, validates: bool) -> None:
     """Try optimiser and schedule on stand-ins for the weights; refuse to watch metrics that are not measured.
 
-    An optimiser whose fused kernel can't be combined with gradient clipping gets its plain one.
-
     Args:
         trainer: The run's Trainer.
         model: Its classifier.
@@ -113,18 +111,30 @@ def check_training(trainer: Trainer, model: LitClassifier, names: Namespace, val
     plugin = trainer.precision_plugin
     if isinstance(optimizer, LBFGS) and getattr(plugin, "scaler", None):
         raise UserError("LBFGS can't train in 16-mixed: it takes no scaled gradients; set --precision bf16-mixed or 32")
-    # In mixed precision Lightning does not clip what a fused kernel may still have to unscale.
-    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-    if trainer.gradient_clip_val and isinstance(plugin, MixedPrecision) and fused:
-        make: Any = model.optimizer
-        model.optimizer = partial(make, fused=False)
-        if trainer.is_global_zero:
-            print(f"Clipping gradients in {plugin.precision}: {type(optimizer).__name__} runs without its fused kernel")
+    clipped = trainer.gradient_clip_val and isinstance(plugin, MixedPrecision)
+    if clipped and unfuse(model, optimizer) and trainer.is_global_zero:
+        print(f"Clipping gradients in {plugin.precision}: {type(optimizer).__name__} runs without its fused kernel")
     if model.scheduler:
         _check_schedule(trainer, model, names, optimizer, validates)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(monitor := getattr(callback, "monitor", None), str):
             _check_monitor(monitor, type(callback).__name__, trainer, validates)
+
+
+def unfuse(model: LitClassifier, optimizer: Any) -> bool:
+    """Have the model's optimiser made without its fused kernel, if it has one; says whether it has.
+
+    In mixed precision Lightning does not clip what such a kernel may still have to unscale.
+
+    Args:
+        model: The classifier.
+        optimizer: One that its factory has made.
+    """
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    if fused:
+        make: Any = model.optimizer
+        model.optimizer = partial(make, fused=False)
+    return fused
 
 
 def check_length(trainer: Trainer, model: LitClassifier, batches: int) -> None:

@@ -76,7 +76,7 @@ def largest_batch_size(
         most: Never more than this.
 
     Raises:
-        RuntimeError: If not even one image fits.
+        RuntimeError: If not even two images fit.
     """
     net = net.to(device).train()
     optimizer = make_optimizer(net.parameters())

@@ -20,7 +20,7 @@ from callbacks.divergence_guard import ADVICE, is_overflow
 from callbacks.processes import Processes, end_process
 from cli.command import Command
 from datamodules import DatasetError
-from errors import Diverged, RunError, UserError, one_line, run_program, shown
+from errors import Diverged, RunError, UserError, is_first_process, one_line, run_program, shown
 from launch import verbs
 from launch.classifier_cli import ClassifierCLI
 from launch.memory import advice, is_out_of_memory, keep_freed_memory
@@ -87,8 +87,8 @@ def _one_line_errors(cli: ClassifierCLI) -> Iterator[None]:
         raise UserError(one_line(str(error))) from None
     except (RuntimeError, MemoryError) as error:
         if is_overflow(error):
-            first = os.environ.get("LOCAL_RANK", "0") == "0"
-            raise Diverged(f"the optimiser's step is too large for the weights; {ADVICE}" if first else "") from None
+            why = f"the optimiser's step is too large for the weights; {ADVICE}"
+            raise Diverged(why if is_first_process() else "") from None
         _check_folder(cli)
         if not is_out_of_memory(error):
             raise

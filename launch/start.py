@@ -1,5 +1,6 @@
 """Where a run starts: from scratch, or from a checkpoint, whose settings it then takes over."""
 
+import json
 import os
 import shlex
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from checkpoints.trust import Trusted
 from cli.command import Command
 from cli.recipes import load_yaml
 from datamodules.files.finding import whole_below
-from errors import UserError, print_warning, shown
+from errors import UserError, is_first_process, print_warning, shown
 
 
 @dataclass
@@ -82,10 +83,10 @@ class Start:
             )
 
     @property
-    def folder(self) -> Path:
-        """The folder of the run that the checkpoint belongs to, or the current one."""
-        parent = Path(self.command.ckpt_path or "").parent
-        return parent.parent if parent.name == "checkpoints" else Path()
+    def folder(self) -> Path | None:
+        """The folder of the run that the checkpoint belongs to, if it lies in one."""
+        parent = Path(self.command.ckpt_path or "").absolute().parent
+        return parent.parent if self.command.ckpt_path and parent.name == "checkpoints" else None
 
     def arguments(self) -> list[str]:
         """For LightningCLI: the checkpoint's settings, then the recipe, then the flags; later ones win."""
@@ -132,7 +133,7 @@ def _requeued(command: Command) -> bool:
         return False
     for marker in log_dir.glob(f"version_*/{SLURM_JOB}"):
         checkpoint = marker.parent / "checkpoints" / "last.ckpt"
-        if marker.read_text(encoding="utf-8") == job and checkpoint.is_file():
+        if marker.read_text(encoding="utf-8") == json.dumps([job, command.arguments]) and checkpoint.is_file():
             command.ckpt_path = str(checkpoint)
     return command.ckpt_path is not None
 
@@ -152,6 +153,8 @@ def _keep_what_was_found(command: Command, checkpoint: dict[str, Any], path: str
 def _check_pictures(own: bool, command: Command) -> None:
     """Refuse a checkpoint of one data set with another, whose classes are others even where there are as many."""
     given = {"data.folder", "data.dataset"} & command.given().keys()
+    if own and command.fashion_mnist:
+        raise UserError(f"{command.ckpt_path} was trained on other pictures; leave --data fashion_mnist out")
     if given and not own:
         raise UserError(f"{command.ckpt_path} was trained on Fashion-MNIST; leave --data out, or train on the pictures")
     if own and command.configs and not given:
@@ -167,7 +170,7 @@ def _newest_valid(command: Command) -> dict[str, Any]:
         except UserError as error:
             damages.append(error)
             continue
-        if damages and os.environ.get("LOCAL_RANK", "0") == "0":
+        if damages and is_first_process():
             print_warning(f"{damages[0]}; starting from {path}")
         command.ckpt_path = path
         return checkpoint

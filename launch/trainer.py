@@ -54,7 +54,7 @@ class RunCallbacks:
     def __init__(self, start: Start, processes: Processes) -> None:
         self.start = start
         self.processes = processes
-        self.folder = RunFolder(start.recipe, start.folder)
+        self.folder = RunFolder(start.recipe, start.folder, start.command.arguments)
         self.best = RunCheckpoint(self.folder, "best", monitor="val/accuracy", mode="max")
         self.last = RunCheckpoint(self.folder, "last", same_as=self.best)
         self.speed = Speed()

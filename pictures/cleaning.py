@@ -8,7 +8,7 @@ sharpen, centre on 28x28, negate, convert to grey. The same is done here, with t
   in the data set, and specks do not stop the trimming.
 - A picture that is light on dark already is not negated.
 - On a background that is patterned, or neither light nor dark, as a bed or a floor is, the garment is cut out by its
-  colours (`pictures.segmentation`) and its mean becomes a middling grey.
+  colours (`pictures.segmentation`) and its median becomes a middling grey.
 - Lanczos scaling replaces leaving out pixels, which suffers from noise and fine patterns, and sharpening.
 - A picture of 28x28 pixels is taken for an image of the data set: it is only made grey and, if needed, negated.
 
@@ -99,7 +99,7 @@ def _on_ground(picture: Image.Image, invert: Invert) -> Image.Image:
 
 
 def _centred(values: np.ndarray, object_: np.ndarray) -> np.ndarray:
-    """Trimmed to the object, longest edge 28; the larger part of an odd margin is on the left and on top, as there."""
+    """Trimmed to the object, longest edge 28; the larger part of an odd margin is left and on top, as in the set."""
     rows, columns = np.flatnonzero(object_.any(axis=1)), np.flatnonzero(object_.any(axis=0))
     values = values[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     height, width = values.shape

@@ -31,9 +31,9 @@ TITLE = "Classic CNNs on Fashion-MNIST · 经典卷积网络"
 HEADING = f"""# {TITLE}
 Upload a photograph of one garment, shoe or bag on a plain background, or draw one and fill it in.
 Each network says what it takes the picture for; warm colours mark what that answer rests on (LayerCAM).
-It is not sure of what is unlike 95 % of the images that it was validated on.
+It is not sure of what is stranger than 95 % of the images that it was validated on.
 <br>上传一张照片（一件衣服、一只鞋（侧面）或一个包，背景尽量单一），或者自己画一件并涂满。
-各个网络分别给出判断；暖色表示判断的依据（LayerCAM）。与 95 % 的验证图片都不像的图片，标为“不确定”。"""
+各个网络分别给出判断；暖色表示判断的依据（LayerCAM）。比 95 % 的验证图片更陌生的图片，标为“不确定”。"""
 STAGES = """### What comes out of each stage · 每个阶段输出了什么
 Click a stage to enlarge it: each small square is one feature map, dark at its lowest value, yellow at its highest.
 <br>点击某个阶段可放大：每个小方格是一张特征图，最暗处值最小，最黄处值最大。"""

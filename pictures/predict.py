@@ -228,7 +228,7 @@ def _print_table(pictures: Pictures, top: Sequence[Sequence[tuple[str, float]]])
         console = Console(highlight=False, width=Console(width=10_000).measure(table).maximum)  # one line a picture
     console.print(table)
     if unsure := sum(score > 1 for score in pictures.scores):
-        print(f"Not sure of {count(unsure, 'picture')}: unlike 95 % of the images that the network was validated on.")
+        print(f"Not sure of {count(unsure, 'picture')}: stranger than 95 % of the validation images.")
 
 
 def _in_words(score: float) -> str:

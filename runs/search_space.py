@@ -78,8 +78,9 @@ class Request:
 
     @property
     def command(self) -> str:
-        """The command line, without flags that only name places."""
-        words = [self.recipe, "--space", *self.spelled, "--trials", str(self.trials), *self.flags]
+        """The command line, without where the results go."""
+        words = [self.recipe, "--space", *self.spelled, "--trials", str(self.trials), "--pruner", self.pruner]
+        words += self.flags
         return shlex.join(["python", "sweep.py", *words])
 
 

@@ -15,7 +15,7 @@ import yaml
 
 from cli.command import Command, parse_command_line
 from cli.recipes import PROJECT, load_yaml, recipes
-from errors import MissingPackage, RunError, Stopped, UserError, printed_error
+from errors import MissingPackage, RunError, Stopped, UserError, printed_error, stopped_code
 from runs.plots import draw_trials
 from runs.reading import SWEEPS
 from runs.record import write_json
@@ -162,7 +162,9 @@ def _train(trial: Trial, request: Request, folder: Path) -> int | None:
                 if code is None and trial.should_prune():
                     return None  # it is ended
     if code in STOPPED:
-        raise Stopped("The training was stopped. The same command continues from here.", code % 256)
+        raise Stopped(
+            "The training was stopped. The same command continues from here.", stopped_code(-code) if code < 0 else code
+        )
     return code
 
 

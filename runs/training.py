@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from cli.command import parse_command_line
 from cli.recipes import PROJECT, resolved
-from errors import Stopped, UserError, plain
+from errors import Stopped, UserError, plain, signal_name, stopped_code
 from runs.reading import Run, find_runs, matches
 from runs.settings import shaping
 
@@ -176,10 +176,8 @@ def start(arguments: Sequence[str], **streams: Any) -> Iterator[subprocess.Popen
         for signum, handler in before.items():
             signal.signal(signum, handler)
     if got:
-        name = "Ctrl-C" if got[0] == signal.SIGINT else signal.Signals(got[0]).name
-        raise Stopped(
-            f"Stopped by {name}. The same command continues from here.", 130 if got[0] == signal.SIGINT else 143
-        )
+        message = f"Stopped by {signal_name(got[0])}. The same command continues from here."
+        raise Stopped(message, stopped_code(got[0]))
 
 
 def _stop_with(parent: int) -> Callable[[], None]:

@@ -373,6 +373,7 @@ def test_changes_of_a_network_without_a_record_as_it_is_are_left_out(results: Re
     assert len(some) == len(plain) == 1
     assert rows(table("ablation", Results(results.entries, some))) == [["changed"], ["---"]]
     assert rows(table("ablation", Results(results.entries, some | plain)))[0] == ["changed", "LeNet"]
+    assert rows(table("ablation_lenet", results))[0] == ["changed", "LeNet"]
     with pytest.raises(UserError, match="no network 'resnet'"):
         table("ablation_resnet", results)
 

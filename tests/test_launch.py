@@ -227,6 +227,18 @@ def test_last_continues_in_the_same_folder(tmp_path):
         assert [epoch[name] for epoch in continued["epochs"]] == [epoch[name] for epoch in straight["epochs"]]
 
 
+def test_a_run_started_in_another_ones_folder_leaves_it_alone(tmp_path):
+    flags = ["fit", "--model=lenet_classic", f"--data_dir={DATA}", "--val_size=200", "--max_epochs=1"]
+    good(run_forked(*flags, folder=tmp_path))
+    first = tmp_path / "logs" / "lenet_classic" / "version_0"
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
+    good(run_forked(*flags, "--log_dir=../..", folder=first))
+    unsaved = good(run_forked(*flags, "--trainer.enable_checkpointing=false", "--log_dir=elsewhere", folder=first))
+    assert "Checkpoint:" not in unsaved
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert (first.with_name("version_1") / "record.json").is_file()
+
+
 # --- the command's forms ----------------------------------------------------------------------------------------------
 
 
@@ -1073,12 +1085,14 @@ def test_slurm_job_is_saved_and_requeued(tmp_path: Path) -> None:
     assert checkpoint(folder)["global_step"] > 5
     whole = write(tmp_path / "whole")
     assert train(whole).code == 0
-    # SLURM starts the same command again, and says so; another job's run is not taken for this one's.
+    # SLURM starts the same command again, and says so; it takes neither another job's run for its own nor another
+    # command's.
     (folder / "command.json").write_text("{}")
     again = {**ENVIRONMENT, **job, "SLURM_RESTART_COUNT": "1"}
     command = [sys.executable, str(REPO / "train.py"), *flags()]
-    for number, environment in enumerate((again, again | {"SLURM_JOB_ID": "18"})):
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=2 * MINUTE)
+    other_job, other_run = again | {"SLURM_JOB_ID": "18"}, [*command, "--max_epochs=1"]
+    for number, (words, environment) in enumerate(((command, again), (command, other_job), (other_run, again))):
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=2 * MINUTE)
         assert done.returncode == 0, done.stderr
         assert len(list((folder / SAVED.parents[1]).iterdir())) == 1 + number
     expected, found = checkpoint(whole), checkpoint(folder)
@@ -1460,6 +1474,13 @@ def test_a_run_can_be_continued_with_the_rate_found(found: Path) -> None:
     assert flags == ["--max_epochs=2", f"--lr={rate_in_config(found)}"]
     answer = find_and_train("--ckpt_path", "last", *flags, folder=found)
     assert answer.code == 0, answer.err
+
+
+def test_a_rate_is_found_where_gradients_are_clipped_in_mixed_precision(tmp_path: Path) -> None:
+    flags = ("--trainer.gradient_clip_val", "1", "--precision", "bf16-mixed", "--max_epochs", "1")
+    answer = find_and_train("--lr", "auto", *flags, folder=tmp_path)
+    assert (answer.code, answer.err) == (0, "")
+    assert "Clipping gradients in bf16-mixed: AdamW runs without its fused kernel" in answer.out
 
 
 @pytest.mark.slow

@@ -897,7 +897,9 @@ def test_a_sweep_outlives_a_failing_trial_and_goes_on_after_ctrl_c(tmp_path: Pat
     wanted = run.settings | {"trainer.precision": shaping(yaml.safe_load(printed.stdout)).get("trainer.precision")}
     assert shaping(yaml.safe_load(printed.stdout)) == {name: value for name, value in wanted.items() if value}
     best = max(epoch["val/accuracy"] for epoch in run.record["epochs"])
-    assert f"Expected: {best:.4f} validation accuracy" in (tmp_path / "mine.yaml").read_text(encoding="utf-8")
+    header = (tmp_path / "mine.yaml").read_text(encoding="utf-8")
+    assert f"Expected: {best:.4f} validation accuracy" in header
+    assert "--pruner" in header
 
 
 def test_a_bad_trial_is_given_up(tmp_path: Path) -> None:

@@ -73,8 +73,8 @@ def export(ckpt_path: Path, format: str, output: Path, data_dir: Path | None, tr
         What was written: agreement, size and latency, as text.
 
     Raises:
-        UserError: If the checkpoint, the data set, an optional package or the target can't be used.
-        RunError: If the exported file computes something different from the checkpoint.
+        UserError: If the checkpoint, the data set or an optional package can't be used.
+        RunError: If the file can't be written, or computes something different from the checkpoint.
     """
     write, read = {"onnx": (_write_onnx, _read_onnx), "torch_export": (_write_torch_export, _read_torch_export)}[format]
     if format == "onnx":
@@ -125,7 +125,7 @@ def _metadata(recipe: str, temperature: float, data: FashionMNISTDataModule) -> 
         "temperature": repr(temperature),
         "input": f"images: uint8 (N, {shape}",
         "output": f"probabilities: float32 (N, {len(data.class_names)}); out_of_distribution, where it was fitted: "
-        "float32 (N), above 1 for images unlike 95 % of the validation images",
+        "float32 (N), above 1 for images stranger than 95 % of the validation images",
     }
 
 

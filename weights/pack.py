@@ -80,7 +80,9 @@ def pack(ckpt_path: Path, output: Path | None, record_path: Path | None, data_di
         RunError: If the small file's score differs from the record's; nothing is written then.
     """
     known = listed(ckpt_path) if record_path is None else {}
-    record = _listed_record(known) if known else _read_record(record_path or ckpt_path.parents[1] / "record.json")
+    record = (
+        _listed_record(known) if known else _read_record(record_path or ckpt_path.resolve().parents[1] / "record.json")
+    )
     classifier, data, checkpoint = load_trained(ckpt_path)
     recipe = str(checkpoint.get("recipe") or "unnamed")
     if recipe != record["recipe"]:

@@ -163,7 +163,8 @@ def _speedrun(results: Results, language: Language) -> str:
 
 def _ablation(network: str, results: Results, language: Language) -> str:
     """The changes of the family ablation and what they did, for one network or for all; bold: more than chance."""
-    entries = [entry for entry in results.entries if entry.family == "ablation" and entry.recipe.endswith(network)]
+    entries = [entry for entry in results.entries if entry.family == "ablation"]
+    entries = [entry for entry in entries if network in ("", entry.recipe.partition("/")[2])]
     if not entries:
         raise UserError(f"there is no network {network!r} with changes to show")
     cells: dict[tuple[str, str], str] = {}

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from datamodules.files.finding import DatasetError
 from datamodules.files.listing import File, Listing, list_folder, printable, warn_once
 from datamodules.files.pictures import PictureError, read_picture
-from errors import count
+from errors import count, one_line
 
 VERSION = 3  # of what a cache holds
 Fit = Literal["crop", "pad", "stretch"]
@@ -170,7 +170,7 @@ def _fill(
         try:
             return reader(row[1])
         except (PictureError, ValueError) as error:
-            return " ".join(str(error).split())
+            return one_line(str(error))
 
     try:
         pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(rows), 3, size, size))

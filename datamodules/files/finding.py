@@ -166,11 +166,6 @@ def load(folder: Path, split: Literal["train", "test"]) -> tuple[Tensor, Tensor]
     return images, labels.long()
 
 
-def is_sample(images: Tensor) -> bool:
-    """Whether the images (or labels) of one split come from the small sample of tests/data."""
-    return len(images) not in (60_000, 10_000)
-
-
 def _parse_idx(content: bytes, shape: tuple[int, ...]) -> Tensor:
     """Images (N, 28, 28) or labels (N,), uint8; `shape` is one item's. Raises ValueError if the format is wrong."""
     dims = 1 + len(shape)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from datamodules.files.finding import DatasetError
 from datamodules.files.pictures import is_hidden, pictures_below
+from errors import is_first_process
 
 # Usual names of the sub-folders that split a data set, lower case.
 NAMES = {
@@ -78,7 +79,8 @@ def hold_out(name: str, parts: dict[str, list[File]], val_size: int | None, test
     if not parts["test"] and not parts["val"]:
         parts["train"], parts["test"] = _held_out(parts["train"], test_size, seed + 1, "test_size")
     elif not parts["test"]:
-        warn_once(f"{name} has no test pictures: the test is on the validation ones, which also choose the epoch")
+        choosing = "" if val_size == 0 else ", which also choose the epoch"
+        warn_once(f"{name} has no test pictures: the test is on the validation ones{choosing}")
         parts["test"] = parts["val"]
     if val_size == 0:
         parts["val"] = []
@@ -89,7 +91,7 @@ def hold_out(name: str, parts: dict[str, list[File]], val_size: int | None, test
 @cache
 def warn_once(message: str) -> None:
     """Warn, once in a run: on its first process alone, and not again when the pictures are looked at again."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if is_first_process():
         log.warning(message)
 
 

@@ -18,7 +18,7 @@ UNREADABLE_SUFFIXES = {".heic", ".heif", ".svg", ".psd", ".dng", ".cr2", ".nef",
 OF_SYSTEMS = {"@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information"}
 # Of fractions, and of 8, 10, 12, 14 and 16 bits.
 WHITES = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)
-LONGEST_EDGE = 1024  # pixels; larger pictures are scaled down unless another edge is asked for
+LONGEST_EDGE = 1024  # pixels; larger JPEGs are decoded at a reduced size unless another edge is asked for
 
 
 class PictureError(Exception):
@@ -66,7 +66,7 @@ def _suffixes() -> set[str]:
 
 
 def read_picture(path: Path, edge: int = LONGEST_EDGE) -> Image.Image:
-    """The first frame of a file, upright, in mode RGB or RGBA, with at least `edge` of its pixels' rows or columns.
+    """The first frame of a file, upright, in mode RGB or RGBA; large JPEGs reduced to at least `edge` pixels an edge.
 
     Raises:
         PictureError: If the file can't be read as a picture.

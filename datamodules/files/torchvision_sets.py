@@ -22,6 +22,7 @@ from datamodules.files.decoding import VERSION, Cache, Fit, decode, fit_square
 from datamodules.files.download import TIMEOUT
 from datamodules.files.finding import DatasetError
 from datamodules.files.listing import File, Listing, hold_out, printable
+from errors import one_line
 
 # Sets in which each picture has one class. The name is the class's in lower case; of EMNIST also with a split.
 EMNIST = {"emnist": "balanced", "emnist_letters": "letters", "emnist_digits": "digits", "emnist_byclass": "byclass"}
@@ -142,7 +143,7 @@ def _opened(name: str, data_dir: Path) -> tuple[dict[str, Any], dict[str, list[i
     except ImportError as error:
         raise DatasetError(f"{name} needs a package that is not installed: {error}") from None
     except Exception as error:  # torchvision and the classes of others raise anything
-        why = " ".join(str(error).split()) or type(error).__name__
+        why = one_line(str(error)) or type(error).__name__
         raise DatasetError(
             f"{name} can't be read from {data_dir} or fetched: {why[:400]}; get online, or put its files there as "
             f"torchvision lays them out"
