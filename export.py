@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Exports a checkpoint with its preprocessing. In: uint8 images, for Fashion-MNIST (N, 28, 28), "
         'grey, light on dark. Out: calibrated class probabilities, and a score that is above 1 for "not sure". N is '
-        "free. The names of the classes are in the file's metadata. The file is checked against the checkpoint before it is "
+        "free. The names of the classes are in the file's metadata. It is checked against the checkpoint before it is "
         "kept: on 1,000 test images, or on noise for other pictures.",
     )
     parser.add_argument("--ckpt_path", type=Path, required=True, metavar="PATH", help="checkpoint of a run")

@@ -12,7 +12,7 @@ with importing("sweep.py"):
     from cli.flags import FLAGS
     from cli.recipes import did_you_mean
     from runs.flags import Parser, at_least_one, one_of, path, yaml_file
-    from runs.search_space import PRUNERS, Request, add_setting
+    from runs.search_space import PRUNERS, SweepRequest, add_setting
     from runs.training import INTERRUPTED
 
 NOT_PASSED = {
@@ -68,7 +68,7 @@ def _run(arguments: list[str]) -> int:
     return sweep(request)
 
 
-def parse(arguments: list[str]) -> Request | None:
+def parse(arguments: list[str]) -> SweepRequest | None:
     """Check the arguments; None if help was asked for.
 
     Raises:
@@ -79,7 +79,9 @@ def parse(arguments: list[str]) -> Request | None:
     if options is None:
         return None
     recipe, *others = options.recipes or [""]
-    request = Request(recipe, {}, options.space, options.trials, options.pruner, options.output, options.log_dir, flags)
+    request = SweepRequest(
+        recipe, {}, options.space, options.trials, options.pruner, options.output, options.log_dir, flags
+    )
     for setting in request.spelled:
         add_setting(request.space, setting)
     if others:

@@ -17,7 +17,7 @@ import torch
 from benchmarks.harness import side_by_side
 from benchmarks.harness.our_turns import EPOCHS, EpochTurns, command
 from benchmarks.harness.side_by_side import Contestant, contest, median, print_table, ratios, spread
-from callbacks.tensorboard import drawing as pictures
+from callbacks.tensorboard import drawing
 from datamodules import CLASS_NAMES
 from datamodules.files.finding import load, prepare
 from inspection.graph import network_graph
@@ -62,7 +62,7 @@ def once_seconds(data_dir: Path) -> float:
     start = time.perf_counter()
     network_graph(net, (1, 28, 28))
     names = [CLASS_NAMES[label] for label in labels[:16].tolist()]
-    pictures.inputs(images[:16, None] / torch.tensor(255.0), names)
+    drawing.inputs(images[:16, None] / torch.tensor(255.0), names)
     return time.perf_counter() - start
 
 

@@ -140,7 +140,7 @@ class GracefulStop(Callback):
 
     def _stop(self, trainer: pl.Trainer, signum: int, message: str, path: Path | None) -> None:
         if signum == self._requeue_signal and path:
-            message += f" {_requeued() if trainer.is_global_zero else ''}"
+            message += f" {_requeue() if trainer.is_global_zero else ''}"
         elif path:
             message += f"\nContinue with: {self._how_to_continue(path)}"
         self._processes.watch.patience = math.inf  # it has answered
@@ -148,7 +148,7 @@ class GracefulStop(Callback):
         raise Stopped(message if trainer.is_global_zero else "", stopped_code(signum))
 
 
-def _requeued() -> str:
+def _requeue() -> str:
     """Have SLURM start this job again; says whether it does."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}" if array else os.environ.get("SLURM_JOB_ID", "")

@@ -39,7 +39,7 @@ from lit_modules import LitClassifier
 LARGEST_SEED = 2**32 - 1  # the largest that NumPy accepts
 
 
-class OneLineParser(LightningArgumentParser):
+class StrictParser(LightningArgumentParser):
     """An argument parser that raises its errors, and accepts no abbreviated flags."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -115,7 +115,7 @@ class ClassifierCLI(LightningCLI):
             save_config_kwargs={"recipe": self.start.recipe, "folder": self.callbacks.folder},
             seed_everything_default=0,
             trainer_defaults={"num_sanity_val_steps": 0, "use_distributed_sampler": False},
-            parser_class=OneLineParser,
+            parser_class=StrictParser,
             parser_kwargs={"prog": f"train.py [options] {self.command.subcommand}"},
             args=self.start.arguments(),
             run=False,

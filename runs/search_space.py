@@ -53,7 +53,7 @@ Space = dict[str, Range | Choice]
 
 
 @dataclass
-class Request:
+class SweepRequest:
     """A checked command line of sweep.py.
 
     Attributes:
@@ -102,7 +102,7 @@ def add_setting(space: Space, setting: str) -> None:
     space[name] = _values(key, values, CHECKS.get(name))
 
 
-def checked_space(request: Request, folder: Path) -> Space:
+def checked_space(request: SweepRequest, folder: Path) -> Space:
     """The space, with whole numbers where a setting takes those; train.py checks its ends and choices once."""
     notes = folder / "sweep.json"
     if notes.exists():

@@ -20,7 +20,7 @@ from runs.plots import draw_trials
 from runs.reading import SWEEPS
 from runs.record import write_json
 from runs.report import rich_table, terminal
-from runs.search_space import Choice, Range, Request, Space, checked_space, every_combination, in_order, spelled
+from runs.search_space import Choice, Range, Space, SweepRequest, checked_space, every_combination, in_order, spelled
 from runs.settings import kind, leaves
 from runs.training import STOPPED, start, training_lock
 
@@ -35,7 +35,7 @@ SHOWN = 10  # trials in the table
 MARK = "with the settings that a sweep found"  # in the header of each recipe written here
 
 
-def sweep(request: Request) -> int:
+def sweep(request: SweepRequest) -> int:
     """Run the trials that are missing, write the best recipe, and show the table.
 
     Returns:
@@ -77,7 +77,7 @@ def sweep(request: Request) -> int:
     return 0
 
 
-def _run_trials(request: Request, command: Command, folder: Path, output: Path) -> "optuna.Study":
+def _run_trials(request: SweepRequest, command: Command, folder: Path, output: Path) -> "optuna.Study":
     space = checked_space(request, folder)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     pruner = {
@@ -117,7 +117,7 @@ def _run_trials(request: Request, command: Command, folder: Path, output: Path) 
     return study
 
 
-def _run_trial(study: "optuna.Study", trial: Trial, request: Request, folder: Path) -> str:
+def _run_trial(study: "optuna.Study", trial: Trial, request: SweepRequest, folder: Path) -> str:
     """Train with the trial's settings, and tell Optuna; returns one line for the terminal."""
     own, settings = trial.user_attrs["folder"], trial.user_attrs["settings"]
     for twin in study.get_trials(states=[TrialState.COMPLETE]):
@@ -140,7 +140,7 @@ def _run_trial(study: "optuna.Study", trial: Trial, request: Request, folder: Pa
     return f"failed: {_last_line(folder / own / 'output.txt') or f'exit code {code}'}"
 
 
-def _train(trial: Trial, request: Request, folder: Path) -> int | None:
+def _train(trial: Trial, request: SweepRequest, folder: Path) -> int | None:
     """Run or continue train.py; returns its exit code, or None if the trial was pruned."""
     folder.mkdir(exist_ok=True)
     arguments = ["fit", "--model", request.recipe, f"--log_dir={folder}", *request.flags]
@@ -172,7 +172,7 @@ def _stop(signum: int, frame: Any) -> None:
     raise Stopped("Stopped by SIGTERM. The same command continues from here.", 143)
 
 
-def _fingerprint(request: Request, command: Command) -> str:
+def _fingerprint(request: SweepRequest, command: Command) -> str:
     """What identifies a sweep: the recipe's content, the space and the flags."""
     texts = [path.read_text(encoding="utf-8") for path in (*command.configs, *command.outer_configs)]
     whole = json.dumps([texts, sorted(request.spelled), request.flags])
@@ -262,7 +262,7 @@ def _check_output(output: Path) -> None:
 
 
 def _write_recipe(
-    output: Path, record: dict[str, Any], best: FrozenTrial, request: Request, command: Command, space: Space
+    output: Path, record: dict[str, Any], best: FrozenTrial, request: SweepRequest, command: Command, space: Space
 ) -> None:
     """Write the best trial's configuration, without defaults and settings of the machine."""
     files = [load_yaml(path) for path in command.configs]

@@ -28,6 +28,7 @@ import torch
 import yaml
 from commands import DATA, ENVIRONMENT, REPO, Answer, run, run_forked
 from conftest import Run
+from drawing.mistakes import Mistake, explain_mistakes
 from PIL import Image
 from stoppable import COMPUTED, SAVED, checkpoint, differences, train, write
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -43,7 +44,7 @@ from callbacks.distillation import Distillation
 from callbacks.divergence_guard import DivergenceGuard
 from callbacks.processes import Processes
 from callbacks.temperature import GRID, best_temperature
-from callbacks.tensorboard import drawing as pictures
+from callbacks.tensorboard import drawing
 from callbacks.tensorboard.pictures import is_drawn
 from datamodules import CLASS_NAMES, FashionMNISTDataModule
 from errors import Diverged, UserError
@@ -53,7 +54,6 @@ from lit_modules.execution.out_of_distribution import OutOfDistribution
 from models import VGG, GoogLeNet, LeNet, NiN
 from pictures.feature_maps import feature_maps
 from pictures.feature_maps import grid as grid_of
-from pictures.mistakes import Mistake, explain_mistakes
 from weights.imagenet import _first_convolution, _weights_for, start_from_imagenet
 
 # ---- Training that has gone wrong ends, or says so, and keeps the last good checkpoint.
@@ -540,9 +540,9 @@ def test_validation_scalars_are_torchmetrics_values(
 def test_confusion_matrix_shows_torchmetrics_counts(events: EventAccumulator, apart: Apart) -> None:
     counts = multiclass_confusion_matrix(apart.logits, apart.labels, num_classes=10)
     assert counts.sum() == 297
-    expected = pixels(pictures.confusion_matrix(counts, CLASS_NAMES))
+    expected = pixels(drawing.confusion_matrix(counts, CLASS_NAMES))
     assert torch.equal(last_picture(events, "errors/confusion_matrix"), expected)
-    assert not torch.equal(expected, pixels(pictures.confusion_matrix(counts.T, CLASS_NAMES)))
+    assert not torch.equal(expected, pixels(drawing.confusion_matrix(counts.T, CLASS_NAMES)))
 
 
 def test_most_confident_mistakes_are_the_most_confident_ones(events: EventAccumulator, apart: Apart) -> None:
@@ -550,7 +550,7 @@ def test_most_confident_mistakes_are_the_most_confident_ones(events: EventAccumu
     wrong = [index for index in range(297) if probabilities[index].argmax() != apart.labels[index]]
     worst = sorted(wrong, key=lambda index: -probabilities[index].max().item())[:16]
     assert len(worst) == 16
-    expected = pictures.mistakes(
+    expected = drawing.mistakes(
         apart.images[worst, 0],
         [CLASS_NAMES[label] for label in apart.labels[worst].tolist()],
         [CLASS_NAMES[guess] for guess in probabilities[worst].argmax(dim=1).tolist()],
@@ -594,7 +594,7 @@ def test_without_captum_nothing_is_explained_and_nothing_said(tmp_path: Path) ->
 
 
 def test_filters_are_the_weights_and_change(events: EventAccumulator, apart: Apart) -> None:
-    expected = pixels(pictures.filters(apart.net.features[0].weight.detach()))
+    expected = pixels(drawing.filters(apart.net.features[0].weight.detach()))
     assert torch.equal(last_picture(events, "filters/first_layer"), expected)
     first, *_, last = (image.encoded_image_string for image in events.Images("filters/first_layer"))
     assert first != last
@@ -612,7 +612,7 @@ def test_feature_maps_are_the_outputs_of_the_stages(
 def test_inputs_are_the_first_training_batch(events: EventAccumulator, apart: Apart) -> None:
     order = torch.randperm(len(apart.train), generator=torch.Generator().manual_seed(0))[:16]  # seed 0, epoch 0
     names = [CLASS_NAMES[label] for label in apart.train.labels[order].tolist()]
-    expected = pictures.inputs(normalised(apart.train.images[order]), names)
+    expected = drawing.inputs(normalised(apart.train.images[order]), names)
     assert torch.equal(last_picture(events, "inputs/training_images"), pixels(expected))
     assert len(events.Images("inputs/training_images")) == 1
 
@@ -756,7 +756,7 @@ def test_two_processes_count_every_image_once(tmp_path: Path) -> None:
     folder = tmp_path / "logs" / "lenet" / "version_0"
     events, apart = read(folder), Apart(folder)
     counts = multiclass_confusion_matrix(apart.logits, apart.labels, num_classes=10)
-    expected = pixels(pictures.confusion_matrix(counts, CLASS_NAMES))
+    expected = pixels(drawing.confusion_matrix(counts, CLASS_NAMES))
     assert torch.equal(last_picture(events, "errors/confusion_matrix"), expected)
     for tag in ("errors/most_confident", *EXPLAINED):
         assert len(events.Images(tag)) == 1, tag
@@ -778,10 +778,10 @@ def test_grid_places_tiles_row_by_row() -> None:
 def test_filters_show_zero_as_grey_and_each_at_full_contrast() -> None:
     weight = torch.zeros(2, 1, 1, 2)
     weight[0, 0, 0, 0], weight[1, 0, 0, 0] = 0.5, -3.0
-    picture = pixels(pictures.filters(weight))[:, :, 0]
+    picture = pixels(drawing.filters(weight))[:, :, 0]
     levels = picture.unique().tolist()
     assert levels == [0, 128, 255]
-    assert pictures.filters(torch.randn(96, 3, 11, 11)).mode == "RGB"
+    assert drawing.filters(torch.randn(96, 3, 11, 11)).mode == "RGB"
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
@@ -791,7 +791,7 @@ def test_feature_maps_without_contrast_are_drawn(value: float) -> None:
 
 
 def test_confusion_matrix_is_blue_where_right_and_orange_where_wrong() -> None:
-    picture = pixels(pictures.confusion_matrix(torch.tensor([[10, 0], [5, 5]]), ["first", "second"])).int()
+    picture = pixels(drawing.confusion_matrix(torch.tensor([[10, 0], [5, 5]]), ["first", "second"])).int()
     cell, left, head = 36, 86, 84
     corners = picture[head + 2 :: cell, left + 2 :: cell][:2, :2]  # where no digit stands
     red, blue = corners[..., 0], corners[..., 2]
@@ -801,15 +801,15 @@ def test_confusion_matrix_is_blue_where_right_and_orange_where_wrong() -> None:
 
 
 def test_no_mistakes_is_said() -> None:
-    picture = pictures.mistakes(torch.empty(0, 28, 28, dtype=torch.uint8), [], [], [])
+    picture = drawing.mistakes(torch.empty(0, 28, 28, dtype=torch.uint8), [], [], [])
     assert (pixels(picture) < 128).any()
 
 
 def test_large_inputs_are_shrunk_and_small_ones_enlarged() -> None:
-    large = pictures.enlarge(torch.randint(0, 256, (2, 224, 224), dtype=torch.uint8))
+    large = drawing.enlarge(torch.randint(0, 256, (2, 224, 224), dtype=torch.uint8))
     assert large.shape == (2, 112, 112)
     small = torch.randint(0, 256, (2, 28, 28), dtype=torch.uint8)
-    assert torch.equal(pictures.enlarge(small)[:, ::4, ::4], small)
+    assert torch.equal(drawing.enlarge(small)[:, ::4, ::4], small)
 
 
 def test_compiled_and_plain_networks_have_one_graph() -> None:

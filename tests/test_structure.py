@@ -1,6 +1,7 @@
 """The house as it is built: which room imports which, how large its parts are, and what stays light."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -132,6 +133,16 @@ def test_the_core_is_read_in_half_an_hour() -> None:
     core = [path for path in product() if room(path) in rooms and not {"files", "execution"} & set(path.parts)]
     assert len(core) >= 10
     assert sum(map(lines, [Path("train.py"), *core])) <= CORE_LINES
+
+
+def test_the_readme_counts_the_lines_of_its_half_hour() -> None:
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    route, number = re.findall(r"Half an hour shows(.*?): (\d+) lines", text, re.DOTALL)[0]
+    files = [Path(name) for name in re.findall(r"`([\w/]+\.\w+)`", route)]
+    (fit,) = (node for node in tree(Path("launch/verbs.py")).body if getattr(node, "name", "") == "fit")
+    total = sum(lines(path) for path in files if path.name != "verbs.py") + len(ast.unparse(fit).splitlines())
+    assert len(files) == 8
+    assert abs(total - int(number)) <= 10
 
 
 def lines(path: Path) -> int:

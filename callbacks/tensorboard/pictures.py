@@ -16,7 +16,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
 
 from callbacks.confusion import Confusion
-from callbacks.tensorboard import drawing as pictures
+from callbacks.tensorboard import drawing
 from inspection.graph import network_graph
 from inspection.stages import stage_outputs
 from pictures.feature_maps import feature_maps
@@ -68,7 +68,7 @@ class TensorBoardPictures(Callback):
             images, labels = (part[:INPUTS].cpu() for part in batch)
             labels = labels if labels.dim() == 1 else labels.argmax(dim=1)  # probabilities, from a teacher
             names = [self._confusion.class_names[label] for label in labels.tolist()]
-            show(trainer, "inputs/training_images", pictures.inputs(images, names), trainer.global_step)
+            show(trainer, "inputs/training_images", drawing.inputs(images, names), trainer.global_step)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Keep the norms of the gradients, if histograms are wanted."""
@@ -109,7 +109,7 @@ class TensorBoardPictures(Callback):
         step = trainer.global_step - 1
         first = next((module for module in net.modules() if isinstance(module, nn.Conv2d)), None)
         if first is not None:
-            show(trainer, "filters/first_layer", pictures.filters(first.weight.detach().cpu()), step)
+            show(trainer, "filters/first_layer", drawing.filters(first.weight.detach().cpu()), step)
         data = _data(trainer)
         image = (data.val_set if len(data.val_set) else data.train_set).images[:1].to(pl_module.device)
         outputs = [found for found in stage_outputs(net, data.preprocess(image)) if found[2].dim() == 3]
@@ -121,12 +121,12 @@ class TensorBoardPictures(Callback):
     def _draw_validation(self, trainer: pl.Trainer, step: int) -> None:
         """Draw the confusion matrix and the most confident mistakes."""
         confusion, names = self._confusion, self._confusion.class_names
-        show(trainer, "errors/confusion_matrix", pictures.confusion_matrix(confusion.matrix, names), step)
+        show(trainer, "errors/confusion_matrix", drawing.confusion_matrix(confusion.matrix, names), step)
         wrong = confusion.mistakes
         tiles = _data(trainer).val_set.images[[mistake.image for mistake in wrong]]
         labels, guesses = ([names[getattr(mistake, part)] for mistake in wrong] for part in ("label", "guess"))
         sure = [mistake.probability for mistake in wrong]
-        show(trainer, "errors/most_confident", pictures.mistakes(tiles, labels, guesses, sure), step)
+        show(trainer, "errors/most_confident", drawing.mistakes(tiles, labels, guesses, sure), step)
 
     def _show_histograms(self, trainer: pl.Trainer, net: nn.Module, step: int) -> None:
         writer = _writer(trainer)
