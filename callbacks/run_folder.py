@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.tensorboard import SummaryWriter
 
 from checkpoints.writing import AtomicCheckpointIO
+from datamodules import DatasetError
 from errors import UserError, shown
 
 OUTPUTS = Path("outputs")  # of predict; compare.py's pictures lie there too
@@ -41,6 +43,7 @@ class RunFolder(Callback):
         self._recipe = recipe
         self._start = start
         self._arguments = list(arguments)
+        self._is_new = False
 
     def claim(self) -> Path:
         """The folder, created if needed; only for the first process."""
@@ -50,7 +53,7 @@ class RunFolder(Callback):
             if start and start.parent == parent and _number(start, "version") is not None:
                 self.path = start
             else:
-                self.path = next_folder(parent, "version")
+                self.path, self._is_new = next_folder(parent, "version"), True
             if job := os.environ.get("SLURM_JOB_ID"):
                 (self.path / SLURM_JOB).write_text(json.dumps([job, self._arguments]), encoding="utf-8")
         return self.path
@@ -62,6 +65,11 @@ class RunFolder(Callback):
         folder = str(self.claim()) if trainer.is_global_zero else ""
         self.path = Path(trainer.strategy.broadcast(folder))
         trainer._default_root_dir = str(self.path)  # type: ignore[attr-defined]  # where the user's own callbacks write
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave no folder behind of a run that was refused before its first step."""
+        if self._is_new and self.path and type(exception) in (UserError, DatasetError) and not trainer.global_step:
+            shutil.rmtree(self.path, ignore_errors=True)
 
 
 class RunLogger(TensorBoardLogger):

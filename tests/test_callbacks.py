@@ -28,7 +28,6 @@ import torch
 import yaml
 from commands import DATA, ENVIRONMENT, REPO, Answer, run, run_forked
 from conftest import Run
-from drawing.mistakes import Mistake, explain_mistakes
 from PIL import Image
 from stoppable import COMPUTED, SAVED, checkpoint, differences, train, write
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -54,6 +53,7 @@ from lit_modules.execution.out_of_distribution import OutOfDistribution
 from models import VGG, GoogLeNet, LeNet, NiN
 from pictures.feature_maps import feature_maps
 from pictures.feature_maps import grid as grid_of
+from pictures.mistakes import Mistake, explain_mistakes
 from weights.imagenet import _first_convolution, _weights_for, start_from_imagenet
 
 # ---- Training that has gone wrong ends, or says so, and keeps the last good checkpoint.
@@ -435,6 +435,7 @@ def test_mistakes_in_naming_a_teacher(arguments, says, tmp_path):
     assert (answer.code, answer.err.count("\n")) == (2, 1), answer
     assert answer.err.startswith(f"train.py: error: {says}")
     assert len(answer.err) < 200
+    assert not list((tmp_path / "logs").rglob("version_*"))
 
 
 # ---- Every tag that a run leaves for TensorBoard is read back and held against values computed apart.
