@@ -103,7 +103,9 @@ def parse(arguments: list[str]) -> Request | None:
     if options.seeds and not recipes:
         raise UserError("--seeds goes with --train (python compare.py --help)")
     for recipe in recipes:
-        parse_command_line(["--model", recipe, *flags])
+        command = parse_command_line(["--model", recipe, *flags])
+        if command and (command.find_lr or command.find_batch_size):
+            raise UserError("--train knows runs by their settings: give --lr and --batch_size as numbers, not auto")
     defaults = Request()
     log_dir, seeds = options.log_dir or defaults.log_dir, options.seeds or defaults.seeds
     return Request(options.paths, log_dir, options.output, recipes, seeds, flags)

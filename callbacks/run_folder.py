@@ -154,6 +154,12 @@ class RunCheckpoint(ModelCheckpoint):
             self.best_model_score = self.kth_value = score
             self.best_k_models = {path: score}
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save; what watches no metric does so after every epoch, where Lightning's waits for a validation."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self.monitor is None and not self._should_skip_saving_checkpoint(trainer):  # as it does a second time
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         same, files = self._same_as, trainer.strategy.checkpoint_io
         if same and same._last_global_step_saved == trainer.global_step and isinstance(files, AtomicCheckpointIO):

@@ -135,6 +135,8 @@ def _callbacks(stored: Any, trainer: Any, training: bool) -> dict[str, Any]:
                 kept[callback.state_key] = _checkpoints(state, callback, trainer)
         elif isinstance(callback, EarlyStopping | WeightAveraging):
             kept[callback.state_key] = _like(callback.state_dict(), state, callback.state_key)
+            if isinstance(callback, EarlyStopping):
+                kept[callback.state_key]["patience"] = callback.patience  # may be given anew
         else:
             kept[callback.state_key] = state
     return kept

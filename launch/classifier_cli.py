@@ -1,8 +1,10 @@
 """LightningCLI with this project's classes and defaults, and with errors of one line: it parses, checks and builds."""
 
 import inspect
+import re
 import sys
 from argparse import ArgumentError
+from enum import Enum
 from functools import cached_property
 from typing import Any
 
@@ -36,6 +38,8 @@ from launch.start import Start
 from launch.trainer import RunCallbacks, precision, validates
 from lit_modules import LitClassifier
 
+# Settings of callbacks may be members of an enumeration, which YAML does not know.
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 LARGEST_SEED = 2**32 - 1  # the largest that NumPy accepts
 
 
@@ -147,6 +151,9 @@ class ClassifierCLI(LightningCLI):
             super().parse_arguments(parser, args)
         except (ArgumentError, ValueError) as error:  # the latter from a path with a zero byte
             actions = parser._actions
+            unknown = re.match(r"unrecognized arguments: --data\.(\w+)", str(error))
+            if unknown and unknown[1] in inspect.signature(PicturesDataModule).parameters:
+                raise UserError(f"--data.{unknown[1]} is for pictures other than Fashion-MNIST's: add --data") from None
             known = [flag[2:] for action in actions for flag in action.option_strings if not flag.endswith(".help")]
             raise UserError(explain(str(error), self.command.given(), known)) from None
         seed = self.config.seed_everything

@@ -3,14 +3,21 @@
 import importlib.util
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from functools import partial
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import BackboneFinetuning, BatchSizeFinder, Callback, LearningRateFinder
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    Callback,
+    LearningRateFinder,
+    SpikeDetection,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import nn
@@ -22,6 +29,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from callbacks.divergence_guard import is_overflow
 from cli.messages import MADE_OF_SCHEDULES
 from cli.recipes import did_you_mean
+from datamodules import FashionMNISTDataModule
 from errors import UserError, count, one_line
 from lit_modules import LitClassifier
 from lit_modules.schedules import of_length, open_lengths
@@ -35,6 +43,8 @@ LEAST = {  # Lightning checks other settings
 INSTEAD: dict[type, str] = {
     LearningRateFinder: "--lr auto, which searches before the run",
     BatchSizeFinder: "--batch_size auto, which searches before the run",
+    StochasticWeightAveraging: "callbacks.ema.EMA; its own average is made after the last checkpoint, and lost",
+    SpikeDetection: "the project's own check of the loss, which always runs",
     BackboneFinetuning: "callbacks.fine_tuning.FreezeFeatures, which knows these networks' parts",
 }
 OWN = ("callbacks.", "launch.", "lightning")  # modules whose callbacks log no metrics to watch
@@ -43,9 +53,10 @@ METRICS = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")
 
 def check_trainer_settings(settings: Namespace, subcommand: str) -> None:
     """Refuse Trainer settings that would fail late or change nothing."""
-    measured = {"validate": "limit_val_batches", "test": "limit_test_batches", "predict": "limit_predict_batches"}
-    if (name := measured.get(subcommand)) and settings[name] == 0:
-        raise UserError(f"trainer.{name}=0 leaves nothing to {subcommand}; raise it, or leave it out")
+    needed = {"fit": ["limit_train_batches", "max_epochs", "max_steps"], "validate": ["limit_val_batches"]}
+    for name in needed.get(subcommand, [f"limit_{subcommand}_batches"]):
+        if settings[name] == 0:
+            raise UserError(f"trainer.{name}=0 leaves nothing to {subcommand}; raise it, or leave it out")
     for name, least in LEAST.items():
         value = settings[name]
         if value is not None and not least <= value < math.inf:
@@ -63,6 +74,8 @@ def check_trainer_settings(settings: Namespace, subcommand: str) -> None:
     profiler = getattr(settings.profiler, "class_path", settings.profiler)
     if str(profiler).rpartition(".")[2] in ("xla", "XLAProfiler") and not importlib.util.find_spec("torch_xla"):
         raise UserError(f"trainer.profiler={profiler} needs the package torch_xla, for TPUs; take simple or advanced")
+    if (getattr(settings.profiler, "init_args", None) or {}).get("emit_nvtx") and not torch.cuda.is_available():
+        raise UserError("trainer.profiler: emit_nvtx needs an NVIDIA GPU; leave it out")
 
 
 def check_trainer(trainer: Trainer, settings: Namespace, net: nn.Module) -> None:
@@ -137,21 +150,18 @@ def unfuse(model: LitClassifier, optimizer: Any) -> bool:
     return fused
 
 
-def check_length(trainer: Trainer, model: LitClassifier, batches: int) -> None:
-    """Refuse what does not fit the number of training batches in an epoch.
+def check_length(trainer: Trainer, model: LitClassifier, data: FashionMNISTDataModule, then_test: bool) -> None:
+    """Refuse what does not fit the number of batches, of training, validation and test.
 
     Args:
         trainer: The run's Trainer.
         model: Its classifier.
-        batches: Training batches an epoch on each process, before any limit.
+        data: The data module, set up.
+        then_test: Whether a test follows.
     """
-    limit = trainer.limit_train_batches
-    limited = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    if limit and not limited:
-        name = "overfit_batches" if getattr(trainer, "overfit_batches", 0) else "limit_train_batches"
-        raise UserError(
-            f"trainer.{name}={limit} is less than a batch; an epoch has {count(batches, 'batch')}: raise it"
-        )
+    limited = _limited(trainer, "train", data.train_set, data.batch_size)
+    for name, images in (("val", data.val_set), *([("test", data.test_set)] if then_test else [])):
+        _limited(trainer, name, images, data.eval_batch_size)
     interval = trainer.val_check_interval
     if trainer.check_val_every_n_epoch is not None and isinstance(interval, int) and interval > limited > 0:
         raise UserError(
@@ -173,6 +183,17 @@ def check_length(trainer: Trainer, model: LitClassifier, batches: int) -> None:
                 f"OneCycleLR with total_steps={given['total_steps']} ends before the run, which takes "
                 f"{count(int(steps), 'step')}; leave total_steps out: it then takes the run's length"
             )
+
+
+def _limited(trainer: Trainer, name: str, images: Sized, batch_size: int) -> int:
+    """Batches of an epoch, or of an evaluation, on each process."""
+    batches = math.ceil(len(images) / (batch_size * trainer.world_size))
+    limit = getattr(trainer, f"limit_{name}_batches")
+    limited = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    if limit and batches and not limited:
+        flag = "overfit_batches" if getattr(trainer, "overfit_batches", 0) else f"limit_{name}_batches"
+        raise UserError(f"trainer.{flag}={limit} is less than a batch; there are {count(batches, 'batch')}: raise it")
+    return limited
 
 
 def _stepped_optimizer(model: LitClassifier, device: torch.device) -> Any:

@@ -90,6 +90,8 @@ def _one_line_errors(cli: ClassifierCLI) -> Iterator[None]:
             why = f"the optimiser's step is too large for the weights; {ADVICE}"
             raise Diverged(why if is_first_process() else "") from None
         _check_folder(cli)
+        if "view size is not compatible" in str(error):  # a callback's or a network's own, like ModelPruning's
+            raise UserError(f"{one_line(str(error))}; set --model.channels_last false") from None
         if not is_out_of_memory(error):
             raise
         data = cli.config.data
@@ -126,6 +128,7 @@ def _quiet() -> None:
         r"`ModelCheckpoint\(monitor='val/accuracy'\)` could not find",  # the run ends before its first validation
         "The number of training batches .* is smaller than the logging interval",
         "You have overridden `on_before_batch_transfer`",  # LitClassifier seeds the step there, for any data module
+        "You're using the WeightAveraging callback, but loading a checkpoint outside",  # which holds the average
         "Be aware that when using `ckpt_path`, callbacks",  # a test needs no checkpoint callback
         "Checkpoint directory .* exists and is not empty",  # a continued run uses its own folder
         "You are using a custom batch sampler `EvalBatches`",  # which returns every image

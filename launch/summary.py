@@ -38,7 +38,10 @@ def summary(record: dict[str, Any], trainer: Trainer, checkpoint: Path | None) -
         lines.append(f"Logs: {shown(trainer.logger.log_dir)}")
         lines.append(f"Next: tensorboard --logdir {shlex.quote(shown(trainer.logger.root_dir))}")
     if checkpoint:
-        lines.append(f"      python train.py predict --ckpt_path {shlex.quote(shown(checkpoint))}")
+        data = record["config"]["data"]
+        source = data.get("folder") or data.get("dataset")
+        of_own = f" --data {shlex.quote(source)}" if source else ""
+        lines.append(f"      python train.py predict --ckpt_path {shlex.quote(shown(checkpoint))}{of_own}")
     return "\n".join(lines)
 
 

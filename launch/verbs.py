@@ -1,9 +1,10 @@
 """What fit, validate, test and predict do once network, data and Trainer are built."""
 
-import math
 from collections.abc import Sequence, Sized
 from functools import partial
 from pathlib import Path
+
+from lightning.pytorch.callbacks import WeightAveraging
 
 from callbacks.run_folder import OUTPUTS, next_folder
 from callbacks.run_record import RunRecord, images_measured
@@ -29,8 +30,10 @@ def fit(cli: ClassifierCLI) -> None:
         started = start_from_imagenet(model.net, config.data.mean, config.data.std)
         if trainer.is_global_zero:
             print(started)
+    if cli.command.then_test:
+        data.setup("test")
     data.setup("fit")  # before anything is written
-    check_length(trainer, model, math.ceil(len(data.train_set) / (data.batch_size * trainer.world_size)))
+    check_length(trainer, model, data, cli.command.then_test)
     try:
         Path(config.log_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -46,6 +49,9 @@ def fit(cli: ClassifierCLI) -> None:
 
     best = cli.callbacks.best_checkpoint()
     if cli.command.then_test:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, WeightAveraging):
+                callback._average_model = None  # or loading would put the plain weights back in place of the averaged
         trainer.test(model, data, best, verbose=False, weights_only=True)
     if trainer.is_global_zero:
         record = next(callback.record for callback in trainer.callbacks if isinstance(callback, RunRecord))  # type: ignore[attr-defined]
@@ -54,6 +60,9 @@ def fit(cli: ClassifierCLI) -> None:
 
 def validate(cli: ClassifierCLI) -> None:
     """Measure on the validation images; print one line."""
+    cli.datamodule.setup("validate")
+    if not len(cli.datamodule.val_set):
+        raise UserError("data.val_size=0 leaves no images to validate on; set --val_size above 0")
     cli.trainer.validate(cli.model, cli.datamodule, cli.command.ckpt_path, verbose=False, weights_only=True)
     _print_scores(cli, "validate", "val", cli.datamodule.val_set, cli.trainer.num_val_batches)
 

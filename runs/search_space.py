@@ -113,8 +113,15 @@ def checked_space(request: SweepRequest, folder: Path) -> Space:
         }
     print("Checking the settings", flush=True)
     config = resolved(request.recipe, request.flags)
-    if not config["data"]["val_size"]:
+    trainer = config["trainer"]
+    if config["data"]["val_size"] == 0:
         raise UserError("a sweep chooses by validation accuracy: set --val_size above 0")
+    if trainer["fast_dev_run"] or trainer["limit_val_batches"] == 0:
+        raise UserError("a sweep chooses by validation accuracy: leave out fast_dev_run and limit_val_batches=0")
+    if 0 < (trainer["max_epochs"] or 0) < (trainer["check_val_every_n_epoch"] or 1):
+        raise UserError(
+            "a sweep chooses by validation accuracy: leave out check_val_every_n_epoch, which exceeds the run"
+        )
     now = leaves(config)
     space: Space = {}
     for name, values in request.space.items():

@@ -61,7 +61,11 @@ def train_missing(request: Request) -> tuple[list[Run], list[str]]:
     Raises:
         UserError: If the configuration of a recipe is not valid, or another process trains in the folder.
     """
-    wanted = {recipe: shaping(_resolved(recipe, request.flags)) for recipe in request.recipes}
+    configs = {recipe: _resolved(recipe, request.flags) for recipe in request.recipes}
+    for config in configs.values():
+        if config["trainer"]["fast_dev_run"] or config["trainer"]["limit_test_batches"] == 0:
+            raise UserError("--train compares tested runs: leave out fast_dev_run and limit_test_batches=0")
+    wanted = {recipe: shaping(config) for recipe, config in configs.items()}
     failed = []
     with training_lock(request.log_dir):
         # Seed by seed, so that all recipes can be compared early on.

@@ -583,6 +583,7 @@ def test_each_recorded_run_lies_in_the_band_of_the_others(results: Results) -> N
         (["lenet", "--minutes", "0"], "--minutes must be above 0"),
         (["lenet", "--minutes", "0.001"], "nothing fits in the time"),
         (["lenet", "--seed", "x"], "invalid int value"),
+        (["lenet", "--bogus", "1"], "unknown flag --bogus"),
     ],
 )
 def test_mistakes_in_verify_are_one_line(

@@ -182,6 +182,8 @@ def test_validate_measures_the_images_held_out(trained, tmp_path):
     best = max(record(trained.folder)["epochs"], key=lambda epoch: epoch["val/accuracy"])
     out = good(run_forked("validate", f"--ckpt_path={trained.best}", folder=tmp_path))
     assert out == f"validate on 297 images: accuracy {best['val/accuracy']:.4f}, loss {best['val/loss']:.4f}\n"
+    answer = run_forked("validate", f"--ckpt_path={trained.best}", "--val_size=0", folder=tmp_path)
+    assert (answer.code, "set --val_size above 0" in answer.err) == (2, True)
 
 
 def test_predict_writes_one_line_an_image(trained, tmp_path):
@@ -679,6 +681,7 @@ HEAVY = {
     ),
     "val size too large": ("--val_size 1500", "data.val_size=1500 leaves none of the 1500 training images"),
     "patience without validation": ("--val_size 0 --patience 2", "--patience needs validation images"),
+    "setting of other pictures": ("--data.balanced true", "is for pictures other than Fashion-MNIST's: add --data"),
     "file for a data folder": ("--data_dir {files}/empty.yaml", "empty.yaml is a file, but a folder is expected"),
     "file for a log folder": ("--log_dir {files}/empty.yaml/logs", "runs can't be written to"),
 }
@@ -1765,11 +1768,18 @@ NOT_HERE = {
     "callbacks=BatchSizeFinder": "--batch_size auto",
     "callbacks=LearningRateFinder": "--lr auto",
     "callbacks=[{class_path: EarlyStopping, init_args: {monitor: val_loss}}]": "did you mean val/loss?",
+    "callbacks=SpikeDetection": "which always runs",
+    "callbacks=[{class_path: StochasticWeightAveraging, init_args: {swa_lrs: 0.01}}]": "callbacks.ema.EMA",
+    "callbacks=[{class_path: ModelPruning, init_args: {pruning_fn: l1_unstructured}}]": "--model.channels_last false",
     "default_root_dir=mine": "--log_dir",
     "gradient_clip_algorithm=mine --trainer.gradient_clip_val=1": "gradient_clip_algorithm",
     "gradient_clip_val=.nan": "gradient_clip_val=nan",
     "gradient_clip_val=-1": "at least 0",
+    "limit_test_batches=0.01": "limit_test_batches=0.01 is less than a batch",
+    "limit_train_batches=0": "leaves nothing to fit",
     "limit_train_batches=0.01": "limit_train_batches=0.01 is less than a batch",
+    "limit_val_batches=0.01 --val_size=200": "limit_val_batches=0.01 is less than a batch",
+    "max_steps=0": "leaves nothing to fit",
     "log_every_n_steps=0": "at least 1",
     "max_epochs=-1": "this run has no end",
     "overfit_batches=0.01": "overfit_batches=0.01 is less than a batch",
@@ -1822,6 +1832,49 @@ class Empty(nn.Module):
     def forward(self, images):
         return images.flatten(1)[:, :10]
 """
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "check_val_every_n_epoch=5",
+        "val_check_interval=2",
+        "val_check_interval=4 --trainer.check_val_every_n_epoch=null",
+    ],
+)
+def test_the_last_checkpoint_is_the_end_of_training(settings: str, folder: Path) -> None:
+    works("--val_size=200", "--max_epochs=2", *f"--trainer.{settings}".split(), folder=folder)
+    last = torch.load(folder / "logs/lenet/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 6
+
+
+def test_weights_that_lightning_averages_are_tested(folder: Path) -> None:
+    works("--val_size=200", "--max_epochs=2", "--trainer.callbacks=EMAWeightAveraging", folder=folder)
+    run = folder / "logs/lenet/version_0"
+    flags = [f"--ckpt_path={run / 'checkpoints/best.ckpt'}", "--accelerator=cpu", "--trainer.limit_test_batches=3"]
+    tested = run_forked("test", *flags, folder=folder)
+    assert f"accuracy {record(run)['test']['accuracy']:.4f}, loss {record(run)['test']['loss']:.4f}" in tested.out
+
+
+def test_a_timer_stops_the_run(folder: Path) -> None:
+    timer = ["--trainer.callbacks=Timer", "--trainer.callbacks.duration=00:00:00:01"]
+    works("--max_epochs=10000", "--model.scheduler=null", *timer, folder=folder)
+    assert len(record(folder / "logs/lenet/version_0")["epochs"]) < 10_000
+
+
+def test_patience_may_change_when_a_run_is_continued(folder: Path) -> None:
+    standing = [
+        "--val_size=200",
+        "--max_epochs=6",
+        "--model.scheduler=null",
+        "--model.optimizer=torch.optim.SGD",
+        "--lr=1e-9",
+    ]
+    works(*standing, "--patience=1", folder=folder)
+    run = folder / "logs/lenet/version_0"
+    assert len(record(run)["epochs"]) == 2
+    works(*standing, "--patience=9", "--ckpt_path=last", folder=folder)
+    assert len(record(run)["epochs"]) == 6
 
 
 @pytest.mark.parametrize("logger", ["false", "[]"])

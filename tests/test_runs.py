@@ -304,6 +304,8 @@ def test_missing_package_is_named_in_one_line(
         (["--train"], "--train needs the names of recipes"),
         (["--train", "lenett"], "did you mean lenet"),
         (["--train", "lenet", "--seeds", "0"], "--seeds must be an integer of at least 1, got '0'"),
+        (["--train", "lenet", "--lr", "auto"], "give --lr and --batch_size as numbers"),
+        (["--train", "lenet", "--trainer.limit_test_batches", "0"], "--train compares tested runs"),
         (["--train", "lenet", "--seed", "1"], "give their number with --seeds"),
         (["--train", "lenet", "--model", "nin"], "name the recipes behind --train"),
         (["--train", "lenet", "--max_epochs", "none"], "--max_epochs must be"),
@@ -845,6 +847,14 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=60)
     assert done.stdout.startswith("usage: python sweep.py")
     assert done.stdout.endswith("set()\n"), done
+
+
+@pytest.mark.parametrize(
+    "flags", ["--trainer.limit_val_batches 0", "--trainer.fast_dev_run 1", "--trainer.check_val_every_n_epoch 99"]
+)
+def test_a_sweep_needs_validations(flags: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep.main(["lenet", "--space", "lr=1e-4,1e-3", "--log_dir", str(tmp_path), *SAMPLE, *flags.split()]) == 2
+    assert "a sweep chooses by validation accuracy" in capsys.readouterr().err
 
 
 def test_settings_that_train_py_refuses_end_the_sweep_before_it_starts(

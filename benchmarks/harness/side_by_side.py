@@ -22,6 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from errors import UserError, printed_error
 from runs.record import commit, machine, peak_memory, write_json
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -261,9 +262,12 @@ def checked(arguments: Sequence[str], timeout: float | None = None) -> str:
     """Run Python with these arguments; returns what it printed.
 
     Raises:
+        UserError: If it refuses its arguments.
         RuntimeError: If it fails, with the end of its output.
     """
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=PROJECT, timeout=timeout)
+    if done.returncode == UserError.exit_code:
+        raise UserError(printed_error(done.stderr))
     if done.returncode:
         raise RuntimeError(f"python {' '.join(arguments)} ended with {done.returncode}: {done.stderr[-2000:]}")
     return done.stdout
