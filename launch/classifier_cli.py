@@ -169,7 +169,13 @@ class ClassifierCLI(LightningCLI):
         follow = {"image_size": config.data.image_size}
         if issubclass(self.data_class, PicturesDataModule):
             follow |= follow_pictures(config, command, self.start.settings.get("data", {}))
+        flags = {name.replace(".init_args", "") for name, file in command.given().items() if not file}
         for name in follow.keys() & inspect.signature(named(net.class_path)).parameters:
+            if f"model.net.{name}" in flags and net.init_args[name] != follow[name]:
+                given = net.init_args[name]
+                raise UserError(
+                    f"model.net.{name}={given} does not fit the pictures, which need {follow[name]}; leave it out"
+                )
             net.init_args[name] = follow[name]
         asked_for = any(token.startswith("--trainer.precision") for token in command.overrides)
         config.trainer.precision, self.slow_bf16 = precision(config.trainer, asked_for)

@@ -17,9 +17,11 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     SpikeDetection,
     StochasticWeightAveraging,
+    Timer,
 )
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
@@ -61,6 +63,12 @@ def check_trainer_settings(settings: Namespace, subcommand: str) -> None:
         value = settings[name]
         if value is not None and not least <= value < math.inf:
             raise UserError(f"trainer.{name}={value} must be a finite number, at least {least}")
+    try:
+        Timer(settings.max_time)
+    except (MisconfigurationException, TypeError):
+        raise UserError(
+            f"trainer.max_time={settings.max_time} is not valid: days:hours:minutes:seconds was expected, 00:01:30:00"
+        ) from None
     if settings.default_root_dir is not None:
         raise UserError(
             f"trainer.default_root_dir={settings.default_root_dir} would change nothing: "

@@ -1428,6 +1428,8 @@ def test_a_run_knows_the_pictures_it_was_trained_on(tmp_path):
             draw(file, (255, 255, int(file.stem)))
     assert run_forked("test", checkpoint, *common, folder=tmp_path).out == before
     assert run_forked("test", "--model=lenet", checkpoint, *common, folder=tmp_path).out == before  # the old mean
+    answer = run_forked(*recipe, *common, "--model.net.num_classes=5", folder=tmp_path)
+    assert (answer.code, "num_classes=5 does not fit the pictures, which need 2" in answer.err) == (2, True)
     answer = run_forked("test", *common, checkpoint, "--data=fashion_mnist", folder=tmp_path)
     assert (answer.code, "leave --data fashion_mnist out" in answer.err) == (2, True)
     for own in (recipe, []):

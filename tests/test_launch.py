@@ -1780,6 +1780,7 @@ NOT_HERE = {
     "limit_train_batches=0.01": "limit_train_batches=0.01 is less than a batch",
     "limit_val_batches=0.01 --val_size=200": "limit_val_batches=0.01 is less than a batch",
     "max_steps=0": "leaves nothing to fit",
+    "max_time=bogus": "trainer.max_time=bogus is not valid",
     "log_every_n_steps=0": "at least 1",
     "max_epochs=-1": "this run has no end",
     "overfit_batches=0.01": "overfit_batches=0.01 is less than a batch",

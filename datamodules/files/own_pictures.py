@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -147,11 +148,14 @@ class PicturesDataModule(FashionMNISTDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What the training pictures are known by; saved in checkpoints."""
-        if self._cache is None:
-            return {}
+        return {"training_pictures": self._fingerprint} if self._cache else {}
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        assert self._cache is not None
         # Rounded, as versions of Pillow decode the same file a little differently.
         known = self._cache.names["train"], round(self._cache.mean, 6), round(self._cache.std, 6)
-        return {"training_pictures": hashlib.sha256(repr(known).encode()).hexdigest()}
+        return hashlib.sha256(repr(known).encode()).hexdigest()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse to continue a training on other pictures."""
