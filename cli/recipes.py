@@ -34,7 +34,7 @@ def recipe_path(value: str) -> Path:
         path = Path(value)
         if path.is_file():
             return path
-        hint = did_you_mean(path.with_suffix("").as_posix().rpartition("configs/")[2], known)
+        hint = did_you_mean((path.parent / path.stem).as_posix().rpartition("configs/")[2], known)
         raise UserError(f"the recipe file {value} does not exist{hint}")
     in_order = sorted(known, key=lambda name: ("/" in name, name))
     hint = did_you_mean(value, known) or f"; the recipes are: {', '.join(in_order)}"

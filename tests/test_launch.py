@@ -1480,7 +1480,7 @@ def test_a_run_can_be_continued_with_the_rate_found(found: Path) -> None:
 
 
 def test_a_rate_is_found_where_gradients_are_clipped_in_mixed_precision(tmp_path: Path) -> None:
-    flags = ("--trainer.gradient_clip_val", "1", "--precision", "bf16-mixed", "--max_epochs", "1")
+    flags = ("--trainer.gradient_clip_val", "1", "--precision", "bf16-mixed", "--max_epochs", "1", "--batch_size", "32")
     answer = find_and_train("--lr", "auto", *flags, folder=tmp_path)
     assert (answer.code, answer.err) == (0, "")
     assert "Clipping gradients in bf16-mixed: AdamW runs without its fused kernel" in answer.out
