@@ -266,7 +266,13 @@ STARTING_POINTS = {
 }
 
 
-@pytest.mark.parametrize("name", exercises.EXERCISES)
+SLOWEST = "vgg-2"  # trains a VGG
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.long) if name == SLOWEST else name for name in exercises.EXERCISES],
+)
 def test_a_starting_point_gets_its_hint_and_a_solution_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exercises, "LIMIT", 600)
     file = name.replace("-", "_") + exercises.EXERCISES[name].suffix

@@ -939,7 +939,11 @@ def test_signal_to_the_whole_group_with_workers(
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the processes in /proc")
 @pytest.mark.parametrize(
-    ("halted", "signals", "code"), [(1, (signal.SIGTERM,), 143), (0, (signal.SIGINT, signal.SIGINT), 130)]
+    ("halted", "signals", "code"),
+    [
+        pytest.param(1, (signal.SIGTERM,), 143, marks=pytest.mark.long),
+        (0, (signal.SIGINT, signal.SIGINT), 130),
+    ],
 )
 def test_hung_process_can_be_ended(halted: int, signals: tuple[signal.Signals, ...], code: int, tmp_path: Path) -> None:
     folder = write(tmp_path / "run", batch_size=125)

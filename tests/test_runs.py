@@ -403,7 +403,7 @@ def test_a_killed_run_goes_on_in_its_own_folder(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGHUP])
+@pytest.mark.parametrize("signum", [signal.SIGKILL, pytest.param(signal.SIGHUP, marks=pytest.mark.long)])
 def test_no_training_outlives_compare(signum: signal.Signals, tmp_path: Path) -> None:
     """It saves a checkpoint first, and holds the lock of the folder until then."""
     flags = ["--data_dir", str(DATA), "--val_size", "200", "--max_epochs", "400", "--accelerator", "cpu"]
