@@ -30,7 +30,7 @@ from docs.drawing import (
 from errors import OneLineParser, UserError, run_program
 from inspection.stages import stages
 from inspection.table import by, table_rows
-from weights.pack import FOLDER as WEIGHTS
+from weights import WEIGHTS
 from weights.trained import load_trained
 
 DOCS = Path(__file__).resolve().parent

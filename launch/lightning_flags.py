@@ -199,7 +199,8 @@ def _limited(trainer: Trainer, name: str, images: Sized, batch_size: int) -> int
     limit = getattr(trainer, f"limit_{name}_batches")
     limited = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     if limit and batches and not limited:
-        flag = "overfit_batches" if getattr(trainer, "overfit_batches", 0) else f"limit_{name}_batches"
+        overfitting = getattr(trainer, "overfit_batches", 0) and name != "test"  # which sets the other two
+        flag = "overfit_batches" if overfitting else f"limit_{name}_batches"
         raise UserError(f"trainer.{flag}={limit} is less than a batch; there are {count(batches, 'batch')}: raise it")
     return limited
 

@@ -85,8 +85,10 @@ class Start:
     @property
     def folder(self) -> Path | None:
         """The folder of the run that the checkpoint belongs to, if it lies in one."""
-        parent = Path(self.command.ckpt_path or "").absolute().parent
-        return parent.parent if self.command.ckpt_path and parent.name == "checkpoints" else None
+        if not self.command.ckpt_path:
+            return None
+        parent = Path(self.command.ckpt_path).absolute().parent
+        return parent.parent if parent.name == "checkpoints" else None
 
     def arguments(self) -> list[str]:
         """For LightningCLI: the checkpoint's settings, then the recipe, then the flags; later ones win."""

@@ -23,9 +23,9 @@ from errors import OneLineParser, RunError, UserError, run_program
 from lit_modules import LitClassifier
 from lit_modules.execution.out_of_distribution import OutOfDistribution
 from runs.record import read, write_json
+from weights import WEIGHTS
 from weights.trained import load_trained, logits_of
 
-FOLDER = Path(__file__).parent
 # How much rounding may change the accuracy, as a share of the test images; at least one image.
 TOLERANCE = 0.0005
 MIXED_TOLERANCE = 0.002  # if the record was not measured in float32, as the small file is
@@ -87,7 +87,7 @@ def pack(ckpt_path: Path, output: Path | None, record_path: Path | None, data_di
     recipe = str(checkpoint.get("recipe") or "unnamed")
     if recipe != record["recipe"]:
         raise UserError(f"the record is of a run of {record['recipe']}, the checkpoint of {recipe}; give --record FILE")
-    output = output or (ckpt_path if known else FOLDER / f"{recipe.replace('/', '-')}.ckpt")
+    output = output or (ckpt_path if known else WEIGHTS / f"{recipe.replace('/', '-')}.ckpt")
     listed(output)  # refuses a damaged listing before anything is measured
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f"{output.stem}.partial")  # not listed, so that it can be loaded before it is

@@ -107,12 +107,16 @@ class PicturesDataModule(FashionMNISTDataModule):
         """Pixels of a stored picture's edge."""
         return self.hparams["stored_size"] or self.image_size
 
+    @property
+    def source(self) -> str:
+        """The folder, or the data set's name; "" with neither."""
+        return self.hparams["folder"] or self.hparams["dataset"]
+
     def prepare_data(self) -> None:
         """List and decode the pictures; what the settings leave open is taken from them."""
         if self._cache is not None:
             return
-        settings = self.hparams
-        source = settings["folder"] or settings["dataset"]
+        settings, source = self.hparams, self.source
         if not source:
             raise DatasetError("the network is for other pictures than Fashion-MNIST's; say which: --data FOLDER")
         rest = [settings[name] for name in ("bad_files", "val_size", "test_size", "split_seed")]
@@ -143,8 +147,7 @@ class PicturesDataModule(FashionMNISTDataModule):
         if self.hparams["dataset_on_device"] is None and self.train_set.images.nbytes > ON_DEVICE:
             self.hparams["dataset_on_device"] = False
         if stage in ("test", "predict") and not len(self.test_set):
-            where = self.hparams["folder"] or self.hparams["dataset"]
-            raise DatasetError(f"{where}: no pictures are left to test on; set data.test_size")
+            raise DatasetError(f"{self.source}: no pictures are left to test on; set data.test_size")
 
     def state_dict(self) -> dict[str, Any]:
         """What the training pictures are known by; saved in checkpoints."""
@@ -161,8 +164,8 @@ class PicturesDataModule(FashionMNISTDataModule):
         """Refuse to continue a training on other pictures."""
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING and state_dict != self.state_dict():
             raise DatasetError(
-                f"{self.hparams['folder'] or self.hparams['dataset']}: the training pictures are not those that the "
-                "checkpoint was trained on; put them back, or start again without --ckpt_path"
+                f"{self.source}: the training pictures are not those that the checkpoint was trained on; put them "
+                "back, or start again without --ckpt_path"
             )
 
     @property
