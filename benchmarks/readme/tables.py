@@ -4,6 +4,7 @@ What stands between `<!-- results FAMILY -->` and `<!-- /results -->` becomes th
 after `<!-- results MODULE -->`, in a page of docs/, that of the entries whose network is in models/MODULE.py; after
 `<!-- results first -->` the short one with which the READMEs begin; after `<!-- results speedrun -->` the board of the
 speedrun.
+after `<!-- results photographs -->` the runs of results/photos/.
 `<!-- throughput DEVICE -->` and `<!-- measured DEVICE -->` are the tables of the benchmarks. Where a record is missing,
 so is its line or its cell.
 """
@@ -11,6 +12,7 @@ so is its line or its cell.
 import json
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean, median
@@ -19,13 +21,13 @@ from typing import Any, NamedTuple
 import jinja2
 
 from benchmarks.harness.side_by_side import PROJECT
-from benchmarks.readme.entries import Entry, Results
+from benchmarks.readme.entries import RECORD, Entry, Results
 from benchmarks.readme.rounding import accuracies, down, duration, mean_and_range, share, span, up
 from cli.recipes import load_yaml
 from errors import UserError
 from runs.differences import LEVEL, differences
 from runs.groups import Group
-from runs.reading import Run
+from runs.reading import Run, find_runs
 
 README, CHINESE = PROJECT / "README.md", PROJECT / "README.zh-CN.md"
 SPEEDRUN = PROJECT / "benchmarks" / "speedrun.md"
@@ -89,6 +91,8 @@ def results_table(name: str, results: Results, language: Language) -> str:
         return _first(results, language)
     if name == "speedrun":
         return _speedrun(results, language)
+    if name == "photographs":
+        return _photographs(results.folder / "photos", language)
     if name.startswith("ablation"):
         return _ablation(name.removeprefix("ablation").removeprefix("_"), results, language)
     if name in {entry.family for entry in results.entries}:
@@ -161,6 +165,25 @@ def _speedrun(results: Results, language: Language) -> str:
     return _markdown([_header("speedrun", language), *(row for _, row in sorted(board))], left=2)
 
 
+def _photographs(folder: Path, language: Language) -> str:
+    """Networks trained on a folder of photographs, the best first: accuracy in the best and in the last epoch."""
+    found = sorted(RECORD.fullmatch(path.name).group(1, 3, 0) for path in folder.glob("*.json"))  # type: ignore[union-attr]
+    table = []
+    for (_, device), same in groupby(found, key=lambda name: name[:2]):
+        runs = find_runs([folder / name for *_, name in same])
+        record = runs[0].record
+        network = record["config"]["model"]["net"]["class_path"].rpartition(".")[2]
+        chosen = accuracies(runs)
+        images = record["test"]["images"]
+        last = [Fraction(round(run.record["epochs"][-1]["val/accuracy"] * images), images) for run in runs]
+        balanced = [Fraction(str(run.record["test"]["balanced_accuracy"])) for run in runs]
+        scores = (mean_and_range(values, language.to) for values in (chosen, last, balanced))
+        model = (f"`{record['recipe']}`", network, str(record["image_size"]), f"{record['parameters']:,}")
+        table.append((fmean(chosen), (*model, *scores, str(len(runs)), _place(runs, device, language))))
+    rows = [row for _, row in sorted(table, reverse=True)]
+    return _markdown([_header("photographs", language), *rows], left=2)
+
+
 def _ablation(network: str, results: Results, language: Language) -> str:
     """The changes of the family ablation and what they did, for one network or for all; bold: more than chance."""
     entries = [entry for entry in results.entries if entry.family == "ablation"]
@@ -205,7 +228,7 @@ def _command(entry: Entry, language: Language) -> tuple[str, str]:
 
 def _place(runs: Sequence[Run], device: str, language: Language) -> str:
     """The machines, and of CPUs the number of cores."""
-    machine = " / ".join(dict.fromkeys(run.machine.removeprefix("NVIDIA ") for run in runs))
+    machine = _machines(runs)
     cores = {run.record["machine"].get("cores") for run in runs} if device == "cpu" else set()
     return machine + "".join(TEXTS["cores"][language.number].format(count) for count in cores if count)
 
@@ -286,17 +309,29 @@ def _score(runs: Sequence[Run], language: Language) -> tuple[str, str]:
 
 
 def _time(runs: Sequence[Run], device: str, results: Results) -> str:
-    """Mean time of training, and where; of runs that were made beside other work, as benchmarks.throughput has it."""
-    alone = [run.record["fit_seconds"] for run in runs if "background" not in run.record]
-    seconds = alone or [
-        run.record["max_epochs"] * run.record["train_images"] / rate
-        for run in runs
-        if (rate := _rate_of(run, device, results))
-    ]
-    if not seconds:
+    """Mean time of training, and where.
+
+    Runs that were made beside other work give none: it is estimated (≈) from the speed that benchmarks.throughput
+    measured, or else the longest of them is the bound (≤).
+    """
+    if not runs:
         return ""
-    place = " / ".join(dict.fromkeys(run.machine.removeprefix("NVIDIA ") for run in runs)) if device == "gpu" else "CPU"
-    return f"{'' if alone else '≈ '}{duration(fmean(seconds))}, {place}"
+    alone = [run for run in runs if "background" not in run.record]
+    rates = [(run, rate) for run in runs if (rate := _rate_of(run, device, results))]
+    if alone:
+        time = duration(fmean(run.record["fit_seconds"] for run in alone))
+    elif rates:
+        seconds = [run.record["max_epochs"] * run.record["train_images"] / rate for run, rate in rates]
+        time = f"≈ {duration(fmean(seconds))}"
+    else:
+        time = f"≤ {duration(max(run.record['fit_seconds'] for run in runs))}"
+    timed = alone or [run for run, _ in rates] or runs
+    return f"{time}, {_machines(timed) if device == 'gpu' else 'CPU'}"
+
+
+def _machines(runs: Sequence[Run]) -> str:
+    """Their GPUs or CPUs; of a GPU without maker and memory."""
+    return " / ".join(dict.fromkeys(re.sub(r"^NVIDIA | \d+GB.*", "", run.machine) for run in runs))
 
 
 def _rate_of(run: Run, device: str, results: Results) -> float | None:
