@@ -1,13 +1,19 @@
 """Distillation: a small network learns from the predictions of a better one, its teacher."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from filelock import FileLock
 from lightning.pytorch.callbacks import Callback
 
+from checkpoints.writing import AtomicCheckpointIO
+from datamodules import FashionMNISTDataModule
 from datamodules.batches import ImageTensors
-from errors import UserError
+from errors import RunError, UserError
+from lit_modules import LitClassifier
 from weights import WEIGHTS
 from weights.trained import load_trained, logits_of
 
@@ -15,7 +21,8 @@ from weights.trained import load_trained, logits_of
 class Distillation(Callback):
     """Trains on a teacher's probabilities instead of the labels (Hinton et al. 2015, arXiv:1503.02531).
 
-    Before the first epoch the teacher sees each training image once, and its mirror if it was trained with mirrors.
+    Before the first epoch the teacher sees each training image once, and its mirror if it was trained with mirrors; its
+    logits are kept in `data_dir`/cache for the next run.
     The targets are softmax(mean logits / temperature), however an image is augmented. Training accuracy then counts how
     often both networks prefer the same class; validation and test count the labels as always.
 
@@ -44,8 +51,9 @@ class Distillation(Callback):
         if stage != "fit":
             return
         named = {path.stem: path for path in WEIGHTS.glob("*.ckpt")}
+        path = named.get(self.teacher, Path(self.teacher))
         try:
-            teacher, its_data, _ = load_trained(named.get(self.teacher, Path(self.teacher)))
+            teacher, its_data, _ = load_trained(path)
         except UserError as error:
             hint = f"give a checkpoint, or one of {', '.join(sorted(named))}"
             raise UserError(f"no teacher: {error}; {hint}" if trainer.is_global_zero else "") from None
@@ -59,10 +67,25 @@ class Distillation(Callback):
             problem = "mixup, cutmix and data.photographed need labels; leave them out, or the teacher"
         if problem:
             raise UserError(problem if trainer.is_global_zero else "")
-        if trainer.is_global_zero:
-            print(f"Asking the teacher {self.teacher} about {len(data.train_set):,} images", flush=True)
-        teacher.to(trainer.strategy.root_device)
         images = data.train_set.images
-        logits = logits_of(teacher, its_data, images, mirror=bool(its_data.hparams.get("horizontal_flip")))
+        digest = hashlib.sha256(path.read_bytes())
+        digest.update(images.numpy())
+        kept = data.data_dir / "cache" / f"teacher-{digest.hexdigest()[:32]}.pt"
+        teacher.to(trainer.strategy.root_device)
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(kept.with_suffix(".lock")):  # of several processes the first one asks
+                if not kept.exists():
+                    AtomicCheckpointIO().save_checkpoint({"logits": self._ask(teacher, its_data, images)}, kept)
+                logits = torch.load(kept, weights_only=True)["logits"]
+        except (OSError, RunError):  # a folder that can't be written
+            logits = self._ask(teacher, its_data, images)
         targets = logits.div(self.temperature).softmax(dim=1)
         data.train_set = ImageTensors(images, data.train_set.labels, targets)
+
+    def _ask(self, teacher: LitClassifier, its_data: FashionMNISTDataModule, images: torch.Tensor) -> torch.Tensor:
+        """The logits (N, classes) of uint8 images (N, C, H, W)."""
+        question = f"Asking the teacher {self.teacher} about {len(images):,} images"
+        print(question, flush=True)
+        mirror = bool(its_data.hparams.get("horizontal_flip"))
+        return logits_of(teacher, its_data, images, mirror, bar=question)

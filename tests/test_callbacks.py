@@ -331,30 +331,45 @@ def test_class_weights_are_the_usual_balanced_ones_and_reach_the_loss():
 
 # ---- A teacher.
 
-TAUGHT = ["fit", "--model=best/lenet_distilled", f"--data_dir={DATA}", "--val_size=297", "--accelerator=cpu"]
+TAUGHT = ["fit", "--model=best/lenet_distilled", "--data_dir=images", "--val_size=297", "--accelerator=cpu"]
 TAUGHT += ["--devices=1", "--max_epochs=2", "--batch_size=100"]
 BETTER = REPO / "weights" / "vgg11_quarter.ckpt"  # trained with mirrored images
 
 
-def asked(images: Tensor, temperature: float) -> Tensor:
-    """What the released VGG-11 says of images and their mirrors, computed apart."""
-    teacher = LitClassifier.load_from_checkpoint(BETTER).eval()
-    seen = FashionMNISTDataModule.load_from_checkpoint(BETTER)
+@pytest.fixture
+def images(tmp_path):
+    """A folder of the sample of the data, in which answers can be kept."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for path in DATA.glob("*.gz"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def asked(images: Tensor, temperature: float, path: Path = BETTER) -> Tensor:
+    """What a released network says of images and their mirrors, computed apart."""
+    teacher = LitClassifier.load_from_checkpoint(path).eval()
+    seen = FashionMNISTDataModule.load_from_checkpoint(path)
     with torch.no_grad():
         logits = [teacher.net(seen.preprocess(views)) for views in (images, images.flip(-1))]
     return ((logits[0] + logits[1]) / 2 / temperature).softmax(dim=1)
 
 
-def test_the_targets_are_what_the_teacher_says_of_image_and_mirror(capsys):
-    data = FashionMNISTDataModule(str(DATA), val_size=297, batch_size=7)
+@pytest.mark.parametrize("writable", [True, False])
+def test_the_targets_are_what_the_teacher_says_of_image_and_mirror(writable, images, capsys):
+    data = FashionMNISTDataModule(str(images), val_size=297, batch_size=7)
     data.setup("fit")
     labels = data.train_set.labels.clone()
     model = LitClassifier(LeNet())
+    if not writable:
+        (images / "cache").touch()
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     trainer: Any = SimpleNamespace(datamodule=data, is_global_zero=True, log_every_n_steps=50, strategy=strategy)
     model._trainer = trainer
-    Distillation(str(BETTER), temperature=3).setup(trainer, model, "fit")
-    assert capsys.readouterr().out == f"Asking the teacher {BETTER} about {len(labels):,} images\n"
+    question = f"Asking the teacher {BETTER} about {len(labels):,} images\n"
+    for temperature, said in ((1.5, question), (3, "" if writable else question)):  # its logits are kept
+        Distillation(str(BETTER), temperature).setup(trainer, model, "fit")
+        assert capsys.readouterr().out == said
     images, targets = data.train_set[torch.arange(20)]
     assert torch.allclose(targets, asked(images, 3), atol=1e-5)
     assert torch.equal(data.train_set.labels, labels)  # for class weights and balanced batches
@@ -373,31 +388,34 @@ class Spy(Callback):
 """
 
 
-def test_the_recipe_trains_on_what_the_teacher_says(tmp_path):
+def test_the_recipe_trains_on_what_the_teacher_says(tmp_path, images):
     (tmp_path / "spy.py").write_text(SPY)
     answer = run_forked(*TAUGHT, "--max_epochs=1", "--trainer.callbacks+=spy.Spy", folder=tmp_path)
     assert answer.code == 0, answer.err
-    data = FashionMNISTDataModule(str(DATA), val_size=297)
+    data = FashionMNISTDataModule(str(images), val_size=297)
     data.setup("fit")
     seen = torch.cat([torch.load(file) for file in tmp_path.glob("targets_*.pt")])
-    expected = asked(data.train_set.images, 2.0)
+    callback = yaml.safe_load((REPO / "configs/best/lenet_distilled.yaml").read_text())["trainer"]["callbacks"][-1]
+    settings = callback["init_args"]
+    path = REPO / "weights" / f"{settings['teacher']}.ckpt"
+    expected = asked(data.train_set.images, settings["temperature"], path)
     assert seen.shape == expected.shape
     assert torch.cdist(seen, expected, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1).values.max() < 1e-4
 
 
 @pytest.mark.slow
-def test_a_taught_network_continues_bit_equal_and_keeps_no_teacher(tmp_path):
+def test_a_taught_network_continues_bit_equal_and_keeps_no_teacher(tmp_path, images):
     write(tmp_path / "run")
     recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     recipe["model"] |= {"mixup": 0, "cutmix": 0}
     teacher = {"class_path": "callbacks.distillation.Distillation", "init_args": {"teacher": "lenet"}}
     recipe["trainer"]["callbacks"].append(teacher)
-    folder = tmp_path / "run"
+    folder, data = tmp_path / "run", ("--data_dir", str(images))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     shutil.copytree(folder, tmp_path / "whole")
-    assert train(tmp_path / "whole").code == 0
-    assert train(folder, at=["train", 1, 2, 0]).code == 143
-    assert train(folder, "--ckpt_path", str(SAVED / "last.ckpt")).code == 0
+    assert train(tmp_path / "whole", *data).code == 0
+    assert train(folder, *data, at=["train", 1, 2, 0]).code == 143
+    assert train(folder, *data, "--ckpt_path", str(SAVED / "last.ckpt")).code == 0
     expected, found = checkpoint(tmp_path / "whole"), checkpoint(folder)
     assert all(torch.equal(tensor, found["state_dict"][name]) for name, tensor in expected["state_dict"].items())
     assert not [name for name in found["state_dict"] if "teacher" in name]
@@ -410,6 +428,7 @@ def test_a_taught_network_continues_bit_equal_and_keeps_no_teacher(tmp_path):
         ("--data.photographed=0.5", "mixup, cutmix and data.photographed need labels"),
     ],
 )
+@pytest.mark.usefixtures("images")
 def test_mistakes_of_teaching(flags, says, tmp_path):
     answer = run_forked(*TAUGHT, *flags.split(), folder=tmp_path)
     assert (answer.code, answer.err.count("\n")) == (2, 1), answer
@@ -426,6 +445,7 @@ def test_mistakes_of_teaching(flags, says, tmp_path):
         ({"teacher": "lenet", "temperature": 0.0}, "Distillation: temperature=0.0 must be a positive number"),
     ],
 )
+@pytest.mark.usefixtures("images")
 def test_mistakes_in_naming_a_teacher(arguments, says, tmp_path):
     recipe = yaml.safe_load((REPO / "configs" / "best" / "lenet_distilled.yaml").read_text())
     recipe["trainer"]["callbacks"][-1]["init_args"] = arguments

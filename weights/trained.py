@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import instantiate_module
+from tqdm import tqdm
 
 from checkpoints.plain import recipe_name
 from checkpoints.reading import read_checkpoint, stored_config
@@ -54,15 +55,20 @@ def load_trained(path: Path, trust: bool = False) -> tuple[LitClassifier, Fashio
 
 @torch.no_grad()
 def logits_of(
-    classifier: LitClassifier, data: FashionMNISTDataModule, images: torch.Tensor, mirror: bool = False
+    classifier: LitClassifier,
+    data: FashionMNISTDataModule,
+    images: torch.Tensor,
+    mirror: bool = False,
+    bar: str | None = None,
 ) -> torch.Tensor:
     """Logits (N, classes) float32, on the CPU, of uint8 images (N, C, H, W), computed batch by batch.
 
-    With `mirror` they are the mean of those of each image and of its mirror image.
+    With `mirror` they are the mean of those of each image and of its mirror image. With `bar`, a progress bar of that
+    name is shown if stderr is a terminal.
     """
 
     def logits(batch: torch.Tensor) -> torch.Tensor:
         return classifier(data.preprocess(batch.to(classifier.device))).float().cpu()
 
-    batches = images.split(data.eval_batch_size)
+    batches = tqdm(images.split(data.eval_batch_size), bar, leave=False, disable=None if bar else True)
     return torch.cat([(logits(batch) + logits(batch.flip(-1))) / 2 if mirror else logits(batch) for batch in batches])
