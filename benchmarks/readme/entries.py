@@ -100,7 +100,7 @@ class Results:
 
     @cached_property
     def devices(self) -> list[str]:
-        """The entries that have records."""
+        """The devices that there are records of."""
         return sorted({device for _, device in self.runs})
 
 
@@ -182,7 +182,7 @@ def _family(family: str, section: dict[str, Any], more: tuple[str, ...]) -> Iter
     for line in section["entries"]:
         patterns = line["recipe"] if isinstance(line["recipe"], list) else [line["recipe"]]
         names = [name for pattern in patterns for name in recipes() if fnmatch(name, pattern)]
-        suffix, published = line.get("suffix", ""), line.get("published")
+        suffix, published, network = line.get("suffix", ""), line.get("published"), line.get("network", ())
         for name in names:
             yield Entry(
                 family=family,
@@ -191,7 +191,7 @@ def _family(family: str, section: dict[str, Any], more: tuple[str, ...]) -> Iter
                 suffix=suffix,
                 seeds=line.get("seeds", section["seeds"]),
                 line=" ".join(names) if len(patterns) > 1 else name + suffix,
-                network=tuple(line.get("network", ())),
+                network=tuple(network.get(name, ()) if isinstance(network, dict) else network),
                 published=published.get(name) if isinstance(published, dict) else published,
             )
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from benchmarks.harness.side_by_side import PROJECT
-from benchmarks.readme.entries import RECORD, Entry, Results
+from benchmarks.readme.entries import RECORD, Entry, Results, resolve
 from benchmarks.readme.rounding import accuracies, down, duration, mean_and_range, share, span, up
 from cli.recipes import load_yaml
 from errors import UserError
@@ -146,8 +146,9 @@ def _first(results: Results, language: Language) -> str:
     for entry in [entry for name in TEXTS["first"] for entry in results.entries if entry.name == name]:
         for device in [device for device in results.devices if results.of(entry, device)]:
             runs = results.of(entry, device)
-            time = _time(runs, device, results).partition(",")[0]
-            rows.append((*_command(entry, language), *_score(runs, language)[:1], time, _place(runs, device, language)))
+            time, timed = _timed(runs, device, results)
+            score = _score(runs, language)[:1]
+            rows.append((*_command(entry, language), *score, time, _place(timed, device, language)))
     return _markdown([_header("first", language), *rows], left=2)
 
 
@@ -172,9 +173,12 @@ def _photographs(folder: Path, language: Language) -> str:
     for (_, device), same in groupby(found, key=lambda name: name[:2]):
         runs = find_runs([folder / name for *_, name in same])
         record = runs[0].record
-        network = record["config"]["model"]["net"]["class_path"].rpartition(".")[2]
+        net = record["config"]["model"]["net"]
+        network = net["class_path"].rpartition(".")[2]
+        if (divisor := net["init_args"].get("width_divisor", 1)) > 1:
+            network += f" / {divisor}"
         chosen = accuracies(runs)
-        images = record["test"]["images"]
+        images = record["val_images"]
         last = [Fraction(round(run.record["epochs"][-1]["val/accuracy"] * images), images) for run in runs]
         balanced = [Fraction(str(run.record["test"]["balanced_accuracy"])) for run in runs]
         scores = (mean_and_range(values, language.to) for values in (chosen, last, balanced))
@@ -309,39 +313,45 @@ def _score(runs: Sequence[Run], language: Language) -> tuple[str, str]:
 
 
 def _time(runs: Sequence[Run], device: str, results: Results) -> str:
-    """Mean time of training, and where.
+    """Mean time of training, and where."""
+    time, timed = _timed(runs, device, results)
+    return f"{time}, {_machines(timed) if device == 'gpu' else 'CPU'}" if time else ""
+
+
+def _timed(runs: Sequence[Run], device: str, results: Results) -> tuple[str, Sequence[Run]]:
+    """Mean time of training, and the runs that it is of.
 
     Runs that were made beside other work give none: it is estimated (≈) from the speed that benchmarks.throughput
     measured, or else the longest of them is the bound (≤).
     """
     if not runs:
-        return ""
-    alone = [run for run in runs if "background" not in run.record]
-    rates = [(run, rate) for run in runs if (rate := _rate_of(run, device, results))]
-    if alone:
-        time = duration(fmean(run.record["fit_seconds"] for run in alone))
-    elif rates:
+        return "", runs
+    if alone := [run for run in runs if "background" not in run.record]:
+        return duration(fmean(run.record["fit_seconds"] for run in alone)), alone
+    if rates := [(run, rate) for run in runs if (rate := _rate_of(run, device, results))]:
         seconds = [run.record["max_epochs"] * run.record["train_images"] / rate for run, rate in rates]
-        time = f"≈ {duration(fmean(seconds))}"
-    else:
-        time = f"≤ {duration(max(run.record['fit_seconds'] for run in runs))}"
-    timed = alone or [run for run, _ in rates] or runs
-    return f"{time}, {_machines(timed) if device == 'gpu' else 'CPU'}"
+        return f"≈ {duration(fmean(seconds))}", [run for run, _ in rates]
+    return f"≤ {duration(max(run.record['fit_seconds'] for run in runs))}", runs
 
 
 def _machines(runs: Sequence[Run]) -> str:
     """Their GPUs or CPUs; of a GPU without maker and memory."""
-    return " / ".join(dict.fromkeys(re.sub(r"^NVIDIA | \d+GB.*", "", run.machine) for run in runs))
+    return " / ".join(dict.fromkeys(re.sub(r"\bNVIDIA |[ -](SXM\d-)?\d+GB.*", "", run.machine) for run in runs))
 
 
 def _rate_of(run: Run, device: str, results: Results) -> float | None:
     """Images per second in training as this run, but alone on the same kind of machine; None if not measured."""
     record = _read(results.folder, f"throughput-{device}") or {"machine": {}, "results": []}
-    name = "ours_bf16" if device == "cpu" and run.record["precision"].startswith("bf16") else "ours"
+    in_bf16 = run.record["precision"].startswith("bf16")
+    if device == "gpu" and not in_bf16:
+        return None  # it measures the default there
+    name = "ours_bf16" if device == "cpu" and in_bf16 else "ours"
     wanted = (run.recipe, run.record["image_size"], run.record["batch_size"])
     alike = all(record["machine"].get(key) == run.record["machine"].get(key) for key in ("cpu", "gpu"))
     for entry in record["results"] if alike else []:
         if (entry["network"], entry["image_size"], entry["batch_size"]) == wanted:
+            if run.record["config"]["model"]["net"] != resolve(run.recipe, ())["model"]["net"]:
+                return None
             return next((one["images_per_second"] for one in entry["contestants"] if one["contestant"] == name), None)
     return None
 
