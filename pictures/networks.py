@@ -74,7 +74,7 @@ class Network:
         if tuple(self.data.class_names) != CLASS_NAMES:
             facts.append(f"{len(self.data.class_names):,} classes of its own · 自有类别")
         if self.accuracy is not None:
-            facts.append(f"test accuracy · 测试准确率 {self.accuracy:.1%}")
+            facts.append(f"test accuracy · 测试准确率 {self.accuracy:.2%}")
         return "<br>".join(facts)
 
     def image(self, seen: Seen) -> np.ndarray | None:
