@@ -3,7 +3,7 @@
 What stands between `<!-- results FAMILY -->` and `<!-- /results -->` becomes the table of that family of entries;
 after `<!-- results MODULE -->`, in a page of docs/, that of the entries whose network is in models/MODULE.py; after
 `<!-- results first -->` the short one with which the READMEs begin; after `<!-- results speedrun -->` the board of the
-speedrun.
+speedrun;
 after `<!-- results photographs -->` the runs of results/photos/.
 `<!-- throughput DEVICE -->` and `<!-- measured DEVICE -->` are the tables of the benchmarks. Where a record is missing,
 so is its line or its cell.
