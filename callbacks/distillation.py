@@ -85,7 +85,6 @@ class Distillation(Callback):
 
     def _ask(self, teacher: LitClassifier, its_data: FashionMNISTDataModule, images: torch.Tensor) -> torch.Tensor:
         """The logits (N, classes) of uint8 images (N, C, H, W)."""
-        question = f"Asking the teacher {self.teacher} about {len(images):,} images"
-        print(question, flush=True)
+        print(f"Asking the teacher {self.teacher} about {len(images):,} images", flush=True)
         mirror = bool(its_data.hparams.get("horizontal_flip"))
-        return logits_of(teacher, its_data, images, mirror, bar=question)
+        return logits_of(teacher, its_data, images, mirror, bar="Teacher")
