@@ -1,6 +1,7 @@
 """Distillation: a small network learns from the predictions of a better one, its teacher."""
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +72,17 @@ class Distillation(Callback):
         digest = hashlib.sha256(path.read_bytes())
         digest.update(images.numpy())
         kept = data.data_dir / "cache" / f"teacher-{digest.hexdigest()[:32]}.pt"
-        teacher.to(trainer.strategy.root_device)
-        try:
+        logits = None
+        with suppress(OSError, RunError):  # a folder that can't be written
             kept.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(kept.with_suffix(".lock")):  # of several processes the first one asks
-                if not kept.exists():
-                    AtomicCheckpointIO().save_checkpoint({"logits": self._ask(teacher, its_data, images)}, kept)
-                logits = torch.load(kept, weights_only=True)["logits"]
-        except (OSError, RunError):  # a folder that can't be written
-            logits = self._ask(teacher, its_data, images)
+                if kept.exists():
+                    logits = torch.load(kept, weights_only=True)["logits"]
+                else:
+                    logits = self._ask(teacher.to(trainer.strategy.root_device), its_data, images)
+                    AtomicCheckpointIO().save_checkpoint({"logits": logits}, kept)
+        if logits is None:
+            logits = self._ask(teacher.to(trainer.strategy.root_device), its_data, images)
         targets = logits.div(self.temperature).softmax(dim=1)
         data.train_set = ImageTensors(images, data.train_set.labels, targets)
 

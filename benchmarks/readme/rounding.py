@@ -41,7 +41,12 @@ def duration(seconds: float) -> str:
 def accuracies(runs: Sequence[Run], key: str = "accuracy") -> list[Fraction]:
     """Each run's share of correctly classified test images, exact although the record holds 32-bit numbers."""
     tests = [run.record["test"] for run in runs]
-    return [Fraction(round(test[key] * test["images"]), test["images"]) for test in tests if key in test]
+    return [counted(test[key], test["images"]) for test in tests if key in test]
+
+
+def counted(value: float, images: int) -> Fraction:
+    """A share of so many images, exact."""
+    return Fraction(round(value * images), images)
 
 
 def mean_and_range(values: Sequence[Fraction], to: str = " to ") -> str:

@@ -22,7 +22,7 @@ import jinja2
 
 from benchmarks.harness.side_by_side import PROJECT
 from benchmarks.readme.entries import RECORD, Entry, Results, resolve
-from benchmarks.readme.rounding import accuracies, down, duration, mean_and_range, share, span, up
+from benchmarks.readme.rounding import accuracies, counted, down, duration, mean_and_range, share, span, up
 from cli.recipes import load_yaml
 from errors import UserError
 from runs.differences import LEVEL, differences
@@ -118,7 +118,7 @@ def _family(entries: Sequence[Entry], results: Results, language: Language) -> s
     rows = []
     for _, line in groupby(entries, key=lambda entry: entry.line):
         alike = list(line)
-        network = alike[0].network[language.number : language.number + 1] or [_class(alike[0])]
+        network = alike[0].network[language.number : language.number + 1] or [_class(alike[0].config)]
         model = (network[0], *_model(alike, language), _published(alike))
         for device in [device for device in results.devices if results.of(alike[0], device)] or [""]:
             runs = results.of(alike[0], device) if len(alike) == 1 else []
@@ -173,13 +173,11 @@ def _photographs(folder: Path, language: Language) -> str:
     for (_, device), same in groupby(found, key=lambda name: name[:2]):
         runs = find_runs([folder / name for *_, name in same])
         record = runs[0].record
-        net = record["config"]["model"]["net"]
-        network = net["class_path"].rpartition(".")[2]
-        if (divisor := net["init_args"].get("width_divisor", 1)) > 1:
+        network = _class(record["config"])
+        if (divisor := record["config"]["model"]["net"]["init_args"].get("width_divisor", 1)) > 1:
             network += f" / {divisor}"
         chosen = accuracies(runs)
-        images = record["val_images"]
-        last = [Fraction(round(run.record["epochs"][-1]["val/accuracy"] * images), images) for run in runs]
+        last = [counted(run.record["epochs"][-1]["val/accuracy"], run.record["val_images"]) for run in runs]
         balanced = [Fraction(str(run.record["test"]["balanced_accuracy"])) for run in runs]
         scores = (mean_and_range(values, language.to) for values in (chosen, last, balanced))
         model = (f"`{record['recipe']}`", network, str(record["image_size"]), f"{record['parameters']:,}")
@@ -226,15 +224,14 @@ def _change(entry: Entry, language: Language) -> str:
 
 def _command(entry: Entry, language: Language) -> tuple[str, str]:
     """What to give to train.py, and the network's name."""
-    network = entry.network[language.number] if entry.network else _class(entry)
+    network = entry.network[language.number] if entry.network else _class(entry.config)
     return f"`{' '.join([entry.recipe, *entry.flags])}`", network
 
 
 def _place(runs: Sequence[Run], device: str, language: Language) -> str:
     """The machines, and of CPUs the number of cores."""
-    machine = _machines(runs)
     cores = {run.record["machine"].get("cores") for run in runs} if device == "cpu" else set()
-    return machine + "".join(TEXTS["cores"][language.number].format(count) for count in cores if count)
+    return _machines(runs) + "".join(TEXTS["cores"][language.number].format(count) for count in cores if count)
 
 
 def throughput_table(record: dict[str, Any] | None, language: Language) -> str:
@@ -282,8 +279,8 @@ def _recipes(entries: Sequence[Entry]) -> str:
     return " ".join(f"`{entry.recipe}`" for entry in entries)
 
 
-def _class(entry: Entry) -> str:
-    return entry.config["model"]["net"]["class_path"].rpartition(".")[2]
+def _class(config: dict[str, Any]) -> str:
+    return config["model"]["net"]["class_path"].rpartition(".")[2]
 
 
 def _model(entries: Sequence[Entry], language: Language) -> tuple[str, ...]:
