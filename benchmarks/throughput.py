@@ -7,13 +7,20 @@ loader's workers), beside the one that memory.py calculates for ours, without an
 If memory does not hold all at once, they take part in groups, with ours in each. With `--update` only the networks
 that are measured are replaced in the record; each of its results says when and how it was measured.
 
+With `--confirm` a second method, which shares nothing with the turns, times ours and the tutorial's loop: whole runs of
+a few and of more batches, whose difference has neither start nor end in it.
+
 Command: python -m benchmarks.throughput --data_dir DIR
 """
 
+import math
 import os
 import statistics
+import tempfile
+import time
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,17 +29,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import side_by_side
 from benchmarks.harness.our_turns import StepTurns, command
-from benchmarks.harness.side_by_side import Contestant, Missing, contest, median, print_table, ratios, spread
+from benchmarks.harness.side_by_side import Contestant, Missing, checked, contest, median, print_table, ratios, spread
 from benchmarks.memory import training_bytes
 from benchmarks.peers.plain_loops import build
 from cli.recipes import load_yaml, recipes
+from datamodules.files.finding import load, prepare
 from launch.trainer import cpu_has_bfloat16
 
 NETWORKS = ("lenet", "alexnet", "vgg11", "nin", "googlenet")
 SHARES = {"lenet": 0.1, "alexnet": 0.22, "vgg11": 0.3, "nin": 0.22, "googlenet": 0.16}  # of the time budget
-BF16, COMPILED = "ours_bf16", "ours_compiled"
-PEERS = (BF16, "tutorial", "references", "d2l", "timm")
+BF16, COMPILED, TUTORIAL = "ours_bf16", "ours_compiled", "tutorial"
+PEERS = (BF16, TUTORIAL, "references", "d2l", "timm")
 PEAK, BF16_PEAK = "matmul", "matmul_bf16"
+CONFIRMED_BATCHES, CONFIRMED_SECONDS = 12, 10.0  # least length of the difference of two runs; repeated to this time
 PROCESS_BYTES = 2**30  # what a contestant's process takes besides its tensors
 # Issue: how many times the tutorial's images/s, and what share of the peak.
 TARGETS: dict[str, dict[str, tuple[float, float | None]]] = {
@@ -66,6 +75,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=(*PEERS, COMPILED))
     parser.add_argument("--batch_size", type=int, nargs="+", help="instead of each recipe's own; several in turn")
     parser.add_argument("--turn", type=float, default=2.0, help="seconds per turn, at least (default: %(default)g)")
+    parser.add_argument("--confirm", action="store_true", help="time ours and the tutorial's loop a second way as well")
     parser.add_argument("--update", action="store_true", help="leave other networks in the record as they are")
     options = parser.parse_args()
     device = options.device
@@ -80,6 +90,8 @@ def main() -> None:
         result |= {"training_flops_per_image": training_flops(model, image_size), "image_size": image_size}
         goal, goal_share = TARGETS[options.accelerator].get(model, (None, None))
         result |= {"target_ratio": goal, "target_share_of_peak": goal_share}
+        if options.confirm:
+            result["by_difference"] = confirmed(result, options)
         for entry in result["contestants"]:
             peak = result["peak_flops_bf16"] if entry["contestant"] == BF16 else result["peak_flops"]
             share = entry["images_per_second"] * result["training_flops_per_image"] / peak
@@ -102,6 +114,10 @@ def main() -> None:
     header = "network | loop | images/s | ours is x times | share of peak | s/60,000 | peak GiB"
     print_table(f"{header} | calculated / checkpointed | rounds", rows)
     print()
+    for result in results:
+        if second := result.get("by_difference"):
+            shown = ", ".join(f"{name} {rate:,.1f}" for name, rate in second["images_per_second"].items())
+            print(f"{result['network']}, whole runs taken apart by difference, images/s: {shown}")
     for key, kind in (("peak_flops", "bfloat16" if device == "cuda" else "float32"), ("peak_flops_bf16", "bfloat16")):
         if peaks := [result[key] for result in results if key in result]:
             print(f"Peak in matrix products ({kind}): {statistics.median(peaks) / 1e9:,.0f} GFLOP/s")
@@ -140,6 +156,51 @@ def measure(model: str, batch_size: int, device: str, budget: float, options: An
     result = {"network": model, "batch_size": batch_size, "contestants": entries, "missing": missing}
     names = {PEAK: "peak_flops", BF16_PEAK: "peak_flops_bf16"}
     return result | {names[name]: peak for name, peak in peaks.items()}
+
+
+def confirmed(result: dict[str, Any], options: Any) -> dict[str, Any]:
+    """Images per second of ours and of the tutorial's loop from whole runs of few and of more batches.
+
+    Args:
+        result: What the turns gave for this network.
+        options: Those of the command.
+    """
+    model, batch_size = result["network"], result["batch_size"]
+    speeds = {one["contestant"]: one["images_per_second"] for one in result["contestants"]}
+    settings = ["--model", model, "--batch_size", str(batch_size)]
+    loop = ["-m", "benchmarks.peers.plain_loops", TUTORIAL, *settings, "--data_dir", options.data_dir]
+    ours = [str(side_by_side.PROJECT / "train.py"), "fit", *options.single, *settings, "--val_size", "0"]
+    ours += ["--max_epochs", "1"]
+    limit = "--trainer.limit_train_batches"
+    runs = {
+        "ours": (ours, limit),
+        BF16: ([*ours, "--precision", "bf16-mixed"], limit),
+        TUTORIAL: ([*loop, "--device", options.device], "--steps"),
+    }
+    epoch = len(load(prepare(Path(options.data_dir)), "train")[1]) // batch_size
+    rates: dict[str, float] = {}
+    steps: dict[str, list[int]] = {}
+    for name, (run, flag) in runs.items():
+        if name not in speeds:
+            continue
+        batch_seconds = batch_size / speeds[name]
+        more = min(max(CONFIRMED_BATCHES, math.ceil(CONFIRMED_SECONDS / batch_seconds)), epoch - 6)
+        seconds = [
+            _whole_run(run, flag, 6 + more) - _whole_run(run, flag, 6)
+            for _ in range(min(5, math.ceil(CONFIRMED_SECONDS / (more * batch_seconds))))
+        ]
+        rates[name], steps[name] = more * batch_size / statistics.fmean(seconds), [6, 6 + more, len(seconds)]
+    over = {name: rates["ours"] / rate for name, rate in rates.items()}
+    return {"images_per_second": rates, "batches_and_repetitions": steps, "ours_over_this": over}
+
+
+def _whole_run(run: Sequence[str], flag: str, batches: int) -> float:
+    """Seconds of a process from its start to its end."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        where = ["--log_dir", folder] if "fit" in run else []
+        start = time.perf_counter()
+        checked([*run, flag, str(batches), *where])
+        return time.perf_counter() - start
 
 
 def _groups(peers: Sequence[str], size: int, device: str) -> list[list[str]]:

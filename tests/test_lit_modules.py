@@ -474,6 +474,7 @@ PRECISIONS = [
     pytest.param("64-true", torch.float64, 1e-3, he_initialization, id="float64"),
     pytest.param("32-true", torch.float32, 1e-5, lambda module: None, id="float32"),
 ]
+SLOWEST = [("float32", "alexnet"), ("float32", "nin"), ("float32", "googlenet")]
 
 
 def _start_of(epoch: int) -> tuple[int, int]:
@@ -541,8 +542,19 @@ def plain_losses(net, image_size, batch_size, lr, dtype) -> list[float]:
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:You have overridden `on_before_batch")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated", "ignore:`isinstance.treespec")
-@pytest.mark.parametrize(("build", "image_size", "batch_size"), NETWORKS)
-@pytest.mark.parametrize(("precision", "dtype", "lr", "initialize"), PRECISIONS)
+@pytest.mark.parametrize(
+    ("build", "image_size", "batch_size", "precision", "dtype", "lr", "initialize"),
+    [
+        pytest.param(
+            *network.values,
+            *precision.values,
+            id=f"{precision.id}-{network.id}",
+            marks=pytest.mark.long if (precision.id, network.id) in SLOWEST else (),
+        )
+        for precision in PRECISIONS
+        for network in NETWORKS
+    ],
+)
 def test_loss_curve_is_the_plain_loops(build, image_size, batch_size, precision, dtype, lr, initialize):
     pl.seed_everything(0, verbose=False)
     net, plain = build(), build()

@@ -317,7 +317,7 @@ def accuracies(path, images, labels):
 
 def test_photographs_of_the_sample_are_recognized_like_the_originals(checkpoint):
     images, labels = load(DATA, "test")
-    originals, photographs = accuracies(checkpoint, images.numpy(), labels)
+    originals, photographs = accuracies(checkpoint, images[:250].numpy(), labels[:250])
     assert originals > 0.7
     assert photographs > originals - 0.01
 

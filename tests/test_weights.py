@@ -25,6 +25,7 @@ from weights.trained import load_trained
 
 WEIGHTS = REPO / "weights"
 LISTED = json.loads((WEIGHTS / LISTING).read_text(encoding="utf-8"))
+SLOWEST = ("alexnet_half.ckpt", "googlenet.ckpt", "nin.ckpt")
 IMAGES, LABELS = load(DATA, "test")
 
 
@@ -50,7 +51,7 @@ def test_every_file_is_listed_and_intact():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.long if name in ("googlenet.ckpt", "nin.ckpt") else ()) for name in LISTED],
+    [pytest.param(name, marks=pytest.mark.long if name in SLOWEST else ()) for name in LISTED],
 )
 def test_files_score_what_is_said(name):
     folder = whole_set()

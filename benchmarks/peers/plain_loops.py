@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import os
 import pydoc
+import sys
 import timeit
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -249,6 +250,22 @@ def matrix_product(device: str, dtype: torch.dtype) -> tuple[Callable[[], Any], 
     return products[0], 2 * size**3
 
 
+class Steps(Turns):
+    """No turns: the process ends after so many steps, and is timed from outside."""
+
+    def __init__(self, steps: int) -> None:  # without reports
+        self._left = steps
+
+    def wait(self) -> None:
+        """Nobody is waited for."""
+
+    def step(self, amount: float) -> None:
+        """Count the step."""
+        self._left -= 1
+        if not self._left:
+            sys.exit()
+
+
 LOOPS = {loop.__name__: loop for loop in (tutorial, d2l, timm, references, matmul)}
 
 
@@ -262,9 +279,10 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--workers", type=int, default=WORKERS)
     parser.add_argument("--fast", action="store_true")
+    parser.add_argument("--steps", type=int, help="end after so many, instead of taking turns")
     options = parser.parse_args()
     torch.manual_seed(0)
-    LOOPS[options.loop](options, Turns(options.device))
+    LOOPS[options.loop](options, Steps(options.steps) if options.steps else Turns(options.device))
 
 
 if __name__ == "__main__":
