@@ -10,6 +10,7 @@ import torch
 from filelock import FileLock
 from lightning.pytorch.callbacks import Callback
 
+from checkpoints.reading import read_checkpoint
 from checkpoints.writing import AtomicCheckpointIO
 from datamodules import FashionMNISTDataModule
 from datamodules.batches import ImageTensors
@@ -76,11 +77,11 @@ class Distillation(Callback):
         with suppress(OSError, RunError):  # a folder that can't be written
             kept.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(kept.with_suffix(".lock")):  # of several processes the first one asks
-                if kept.exists():
-                    logits = torch.load(kept, weights_only=True)["logits"]
-                else:
+                try:
+                    logits = read_checkpoint(kept)["state_dict"]["logits"]
+                except (UserError, KeyError):  # not asked yet, or the file is damaged
                     logits = self._ask(teacher.to(trainer.strategy.root_device), its_data, images)
-                    AtomicCheckpointIO().save_checkpoint({"logits": logits}, kept)
+                    AtomicCheckpointIO().save_checkpoint({"state_dict": {"logits": logits}}, kept)
         if logits is None:
             logits = self._ask(teacher.to(trainer.strategy.root_device), its_data, images)
         targets = logits.div(self.temperature).softmax(dim=1)

@@ -370,6 +370,11 @@ def test_the_targets_are_what_the_teacher_says_of_image_and_mirror(writable, ima
     for temperature, said in ((1.5, question), (3, "" if writable else question)):  # its logits are kept
         Distillation(str(BETTER), temperature).setup(trainer, model, "fit")
         assert capsys.readouterr().out == said
+    if writable:
+        (kept,) = (images / "cache").glob("teacher-*.pt")
+        kept.write_bytes(kept.read_bytes()[:-200])
+        Distillation(str(BETTER), 3).setup(trainer, model, "fit")
+        assert capsys.readouterr().out == question  # asked again
     images, targets = data.train_set[torch.arange(20)]
     assert torch.allclose(targets, asked(images, 3), atol=1e-5)
     assert torch.equal(data.train_set.labels, labels)  # for class weights and balanced batches
