@@ -244,6 +244,8 @@ def throughput_table(record: dict[str, Any] | None, language: Language) -> str:
     header = _header("throughput", language)
     header[2:3] = header[2:3] if bf16 else []
     header += [PEERS[name][language.number].format(record["versions"].get(name, "")) for name in peers]
+    confirmed = any("by_difference" in entry for entry in record["results"])
+    header += [TEXTS["confirmed"][language.number]] if confirmed else []
     rows = []
     for entry, contestants in zip(record["results"], networks, strict=True):
         network = NETWORKS.get(entry["network"], entry["network"])
@@ -254,6 +256,9 @@ def throughput_table(record: dict[str, Any] | None, language: Language) -> str:
         cells.append(up(ours["peak_memory_bytes"] / 2**30, 1))
         for name in peers:
             cells.append(_ratio(contestants[name]["ours_over_this"], language.to) if name in contestants else "")
+        if confirmed:
+            second = entry.get("by_difference")
+            cells.append(_second(second["images_per_second"]) if second else "")
         rows.append(cells)
     return _markdown([header, *rows], left=1)
 
@@ -356,6 +361,12 @@ def _rate_of(run: Run, device: str, results: Results) -> float | None:
 def _rate(ours: dict[str, Any] | None) -> str:
     rate = ours["images_per_second"] if ours else None
     return "" if rate is None else down(rate, 0 if rate >= 10 else 1)
+
+
+def _second(rates: dict[str, float]) -> str:
+    """Images per second of ours and the ratio to the tutorial's loop, by whole runs."""
+    ours, tutorial = rates["ours"], rates["tutorial"]
+    return f"{down(ours, 0 if ours >= 10 else 1)}; {down(ours / tutorial, 2)}"
 
 
 def _ratio(ratio: dict[str, float], to: str) -> str:
