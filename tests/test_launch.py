@@ -920,7 +920,10 @@ def test_testing_ends_at_once(signum: signal.Signals, code: int, tmp_path: Path)
     assert "Traceback" not in answer.err
 
 
-@pytest.mark.parametrize(("devices", "signum", "code"), [(1, signal.SIGTERM, 143), (2, signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("devices", "signum", "code"),
+    [pytest.param(1, signal.SIGTERM, 143, marks=pytest.mark.long), (2, signal.SIGINT, 130)],
+)
 def test_signal_to_the_whole_group_with_workers(
     devices: int, signum: signal.Signals, code: int, tmp_path: Path
 ) -> None:
