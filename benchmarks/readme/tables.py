@@ -257,8 +257,8 @@ def throughput_table(record: dict[str, Any] | None, language: Language) -> str:
         for name in peers:
             cells.append(_ratio(contestants[name]["ours_over_this"], language.to) if name in contestants else "")
         if confirmed:
-            second = entry.get("by_difference")
-            cells.append(_second(second["images_per_second"]) if second else "")
+            rates = entry.get("by_difference", {}).get("images_per_second", {})
+            cells.append(_second(rates) if "tutorial" in rates else "")
         rows.append(cells)
     return _markdown([header, *rows], left=1)
 
