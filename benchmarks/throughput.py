@@ -13,8 +13,10 @@ a few and of more batches, whose difference has neither start nor end in it.
 Command: python -m benchmarks.throughput --data_dir DIR
 """
 
+import atexit
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -170,14 +172,15 @@ def confirmed(result: dict[str, Any], options: Any) -> dict[str, Any]:
     model, batch_size = result["network"], result["batch_size"]
     speeds = {one["contestant"]: one["images_per_second"] for one in result["contestants"]}
     settings = ["--model", model, "--batch_size", str(batch_size)]
-    loop = ["-m", "benchmarks.peers.plain_loops", TUTORIAL, *settings, "--data_dir", options.data_dir]
-    ours = [str(side_by_side.PROJECT / "train.py"), "fit", *options.single, *settings, "--val_size", "0"]
-    ours += ["--max_epochs", "1"]
+    train = [str(side_by_side.PROJECT / "train.py"), "fit", *options.single, *settings]
+    logs = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, logs, ignore_errors=True)
+    ours = [*train, "--val_size", "0", "--max_epochs", "1", "--log_dir", logs]
     limit = "--trainer.limit_train_batches"
     runs = {
         "ours": (ours, limit),
         BF16: ([*ours, "--precision", "bf16-mixed"], limit),
-        TUTORIAL: ([*loop, "--device", options.device], "--steps"),
+        TUTORIAL: (_plain_loop(TUTORIAL, settings, options), "--steps"),
     }
     epoch = len(load(prepare(Path(options.data_dir)), "train")[1]) // batch_size
     rates: dict[str, float] = {}
@@ -198,12 +201,16 @@ def confirmed(result: dict[str, Any], options: Any) -> dict[str, Any]:
 
 def _whole_run(run: Sequence[str], flag: str, batches: int) -> float:
     """Seconds of a process from its start to its end; its loader's workers may outlive it."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        where = ["--log_dir", folder] if "fit" in run else []
-        command = [sys.executable, *run, flag, str(batches), *where]
-        start = time.perf_counter()
-        subprocess.run(command, check=True, cwd=side_by_side.PROJECT, stdout=subprocess.DEVNULL)
-        return time.perf_counter() - start
+    command = [sys.executable, *run, flag, str(batches)]
+    start = time.perf_counter()
+    subprocess.run(command, check=True, cwd=side_by_side.PROJECT, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def _plain_loop(name: str, settings: Sequence[str], options: Any) -> list[str]:
+    """Python's arguments for one of the other loops."""
+    where = ["--device", options.device, "--data_dir", options.data_dir]
+    return ["-m", "benchmarks.peers.plain_loops", name, *settings, *where]
 
 
 def _groups(peers: Sequence[str], size: int, device: str) -> list[list[str]]:
@@ -233,8 +240,8 @@ def _contest(
             contestants[name] = own
             continue
         fast = ["--fast"] if device == "cuda" or name == BF16_PEAK else []
-        loop = ["-m", "benchmarks.peers.plain_loops", PEAK if name == BF16_PEAK else name, *settings, *fast]
-        contestants[name] = partial(Contestant, [*loop, "--device", device, "--data_dir", options.data_dir])
+        loop = _plain_loop(PEAK if name == BF16_PEAK else name, settings, options)
+        contestants[name] = partial(Contestant, [*loop, *fast])
     return contest(contestants, budget, options.turn, least_rounds=5, least_steps=10)
 
 

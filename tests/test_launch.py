@@ -487,7 +487,8 @@ end_process(0)  # as train.py ends
 """
 
 
-def test_evaluation_is_the_same_with_one_and_three_processes(tmp_path):
+@pytest.mark.parametrize("several", [3, pytest.param(2, marks=pytest.mark.long)])
+def test_evaluation_is_the_same_with_one_and_several_processes(several, tmp_path):
     """500 test images in batches of 60, and 203 validation images: neither divides. All bits of the results agree."""
     script = tmp_path / "evaluate.py"
     script.write_text(EVALUATE)
@@ -502,9 +503,9 @@ def test_evaluation_is_the_same_with_one_and_three_processes(tmp_path):
         assert [line for line in lines if line.isdigit()] == [str(devices)] * 4
         return [line for line in lines if not line.isdigit()]
 
-    one, three = evaluate(1), evaluate(3)
+    one = evaluate(1)
     assert len(one) == 8
-    assert one == three
+    assert evaluate(several) == one
 
 
 def test_two_processes_train_and_test(trained, tmp_path):

@@ -250,15 +250,17 @@ def throughput_table(record: dict[str, Any] | None, language: Language) -> str:
     for entry, contestants in zip(record["results"], networks, strict=True):
         network = NETWORKS.get(entry["network"], entry["network"])
         cells = [f"{network}, {entry['image_size']}, {entry['batch_size']}"]
-        cells += [_rate(contestants.get(name)) for name in ("ours", *(["ours_bf16"] if bf16 else []))]
+        names = ("ours", *(["ours_bf16"] if bf16 else []))
+        cells += [_rate(contestants.get(name, {}).get("images_per_second")) for name in names]
         ours, aim = contestants["ours"], entry["target_share_of_peak"]
         cells.append(down(ours["share_of_peak"], 2) + (f" ({aim:g})" if aim else ""))
         cells.append(up(ours["peak_memory_bytes"] / 2**30, 1))
         for name in peers:
             cells.append(_ratio(contestants[name]["ours_over_this"], language.to) if name in contestants else "")
         if confirmed:
-            rates = entry.get("by_difference", {}).get("images_per_second", {})
-            cells.append(_second(rates) if "tutorial" in rates else "")
+            second = entry.get("by_difference", {"ours_over_this": {}})
+            ratio = second["ours_over_this"].get("tutorial")
+            cells.append(f"{_rate(second['images_per_second']['ours'])}; {down(ratio, 2)}" if ratio else "")
         rows.append(cells)
     return _markdown([header, *rows], left=1)
 
@@ -358,15 +360,8 @@ def _rate_of(run: Run, device: str, results: Results) -> float | None:
     return None
 
 
-def _rate(ours: dict[str, Any] | None) -> str:
-    rate = ours["images_per_second"] if ours else None
+def _rate(rate: float | None) -> str:
     return "" if rate is None else down(rate, 0 if rate >= 10 else 1)
-
-
-def _second(rates: dict[str, float]) -> str:
-    """Images per second of ours and the ratio to the tutorial's loop, by whole runs."""
-    ours, tutorial = rates["ours"], rates["tutorial"]
-    return f"{down(ours, 0 if ours >= 10 else 1)}; {down(ours / tutorial, 2)}"
 
 
 def _ratio(ratio: dict[str, float], to: str) -> str:
