@@ -157,9 +157,18 @@ def measure(model: str, batch_size: int, device: str, budget: float, options: An
             ours = turns["ours"][first : first + len(values)]
             entry |= {"ours_over_this": ratios(ours, values), "first_round_of_ours": first}
         entries.append(entry)
+    _add_bf16_over_tutorial({str(entry["contestant"]): entry for entry in entries})
     result = {"network": model, "batch_size": batch_size, "contestants": entries, "missing": missing}
     names = {PEAK: "peak_flops", BF16_PEAK: "peak_flops_bf16"}
     return result | {names[name]: peak for name, peak in peaks.items()}
+
+
+def _add_bf16_over_tutorial(entries: dict[str, dict[str, Any]]) -> None:
+    """Note how many times the tutorial's loop ours in bfloat16 is, where they took turns in the same rounds."""
+    if {BF16, TUTORIAL} <= entries.keys():
+        bf16, tutorial = entries[BF16], entries[TUTORIAL]
+        if all(bf16[name] == tutorial[name] for name in ("first_round_of_ours", "rounds")):
+            bf16["over_tutorial"] = ratios(bf16["turns"], tutorial["turns"])
 
 
 def confirmed(result: dict[str, Any], options: Any) -> dict[str, Any]:
@@ -178,7 +187,7 @@ def confirmed(result: dict[str, Any], options: Any) -> dict[str, Any]:
     ours = [*train, "--val_size", "0", "--max_epochs", "1", "--log_dir", logs]
     limit = "--trainer.limit_train_batches"
     runs = {
-        "ours": (ours, limit),
+        "ours": ([*ours, *_float32(options.device)], limit),
         BF16: ([*ours, "--precision", "bf16-mixed"], limit),
         TUTORIAL: (_plain_loop(TUTORIAL, settings, options), "--steps"),
     }
@@ -233,16 +242,21 @@ def _contest(
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
     settings = ["--model", model, "--batch_size", str(batch_size)]
     ours = command(StepTurns, options, *settings, "--val_size", "0")
-    contestants = {"ours": partial(Contestant, ours)}
+    contestants = {"ours": partial(Contestant, [*ours, *_float32(device)])}
     for name in others:
         if name in (BF16, COMPILED):
-            own = partial(_in_bf16, ours, device) if name == BF16 else partial(Contestant, [*ours, "--compile"])
-            contestants[name] = own
+            compiled = partial(Contestant, [*ours, *_float32(device), "--compile"])
+            contestants[name] = partial(_in_bf16, ours, device) if name == BF16 else compiled
             continue
         fast = ["--fast"] if device == "cuda" or name == BF16_PEAK else []
         loop = _plain_loop(PEAK if name == BF16_PEAK else name, settings, options)
         contestants[name] = partial(Contestant, [*loop, *fast])
     return contest(contestants, budget, options.turn, least_rounds=5, least_steps=10)
+
+
+def _float32(device: str) -> list[str]:
+    """On a CPU the default depends on its instructions; on a GPU ours keeps it."""
+    return ["--precision", "32-true"] if device == "cpu" else []
 
 
 def _in_bf16(ours: list[str], device: str) -> Contestant:

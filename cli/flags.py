@@ -112,7 +112,7 @@ FLAGS = {
     "--accelerator": Flag("--trainer.accelerator", _accelerator, "NAME", "cpu, gpu, mps or auto (default: auto)"),
     "--devices": Flag("--trainer.devices", _devices, "N", "number of devices or processes, or auto"),
     "--num_nodes": Flag("--trainer.num_nodes", _integer(1), "N", "number of machines"),
-    "--precision": Flag("--trainer.precision", _precision, "P", "32, bf16-mixed, 16-mixed, ... (GPUs: bf16-mixed)"),
+    "--precision": Flag("--trainer.precision", _precision, "P", "32, bf16-mixed, ... (default: bf16-mixed if fast)"),
     "--max_epochs": Flag("--trainer.max_epochs", _epochs, "N", "passes over the training images"),
     "--batch_size": Flag("--data.batch_size", _batch_size, "N", "training images per step on each device, or auto"),
     "--lr": Flag(

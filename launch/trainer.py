@@ -1,7 +1,7 @@
 """The Trainer's logger, callbacks and plugins: this project's and the user's own."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -145,30 +145,43 @@ def validates(config: Namespace) -> bool:
     return config.data.val_size != 0 and config.trainer.limit_val_batches != 0
 
 
-def precision(trainer: Namespace, asked_for: bool) -> tuple[str | None, bool]:
+class Precision(NamedTuple):
+    """What to compute in, and why, in words for the log, where nobody asked for it."""
+
+    value: str | None
+    reason: str = ""
+
+
+def precision(trainer: Namespace, asked_for: bool, saved: str | None) -> Precision:
     """The precision to compute in.
+
+    That of the settings; else that of the checkpoint; else bfloat16 where the device has instructions for it. A
+    recipe's bf16-mixed becomes 32-true on a CPU that only imitates bfloat16, many times slower.
 
     Args:
         trainer: The Trainer's settings.
         asked_for: Whether the user gave the precision on the command line.
-
-    Returns:
-        That of the settings; without one, bfloat16 on GPUs that have it. And whether it is 32-true in place of a
-        recipe's bf16-mixed, because this CPU only imitates bfloat16, many times slower.
+        saved: The precision of the checkpoint's run, if there is one.
     """
+    wanted = trainer.precision or saved
     on_gpu = trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    if trainer.precision is None and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):
-        torch.set_float32_matmul_precision("high")
-        return "bf16-mixed", False
     on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.accelerator.is_available())
-    if trainer.precision == "bf16-mixed" and on_cpu and not asked_for and not cpu_has_bfloat16():
-        return "32-true", True
-    return trainer.precision, False
+    if wanted is None and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):
+        torch.set_float32_matmul_precision("high")
+        return Precision("bf16-mixed")
+    if wanted is None and on_cpu and cpu_has_bfloat16():
+        return Precision("bf16-mixed", "this CPU has instructions for bfloat16; --precision 32 for float32")
+    if wanted == "bf16-mixed" and on_cpu and not asked_for and not cpu_has_bfloat16():
+        return Precision("32-true", "this CPU has no bfloat16 instructions")
+    return Precision(wanted)
 
 
 def cpu_has_bfloat16() -> bool:
     """Whether the CPU computes in bfloat16 instead of imitating it, many times slower."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return True
+    arm = getattr(torch.cpu, "get_capabilities", dict)().get("bf16")  # newer than PyTorch 2.8
+    return bool(arm) and torch.backends.mkldnn.is_available()  # macOS's PyTorch is built without oneDNN
 
 
 def _leave_out_empty_hooks(callbacks: list[Callback]) -> None:

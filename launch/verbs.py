@@ -40,7 +40,7 @@ def fit(cli: ClassifierCLI) -> None:
         raise UserError(f"runs can't be written to {error.filename}: {error.strerror}; set --log_dir") from None
     if trainer.is_global_zero:
         where = f"{trainer.world_size} x {trainer.strategy.root_device.type}"
-        reason = " (this CPU has no bfloat16 instructions)" if cli.slow_bf16 else ""
+        reason = f" ({cli.why_precision})" if cli.why_precision else ""
         print(f"Training {cli.start.recipe} on {where}, precision {trainer.precision}{reason}", flush=True)
         if config.model.compile and trainer.strategy.root_device.type == "cpu":
             print_warning("--compile can make training on a CPU slower; compare the images/s of an epoch without it")

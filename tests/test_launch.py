@@ -60,7 +60,7 @@ from launch.launchers import take_over_processes
 from launch.learning_rate import STEPS, find_learning_rate
 from launch.memory import advice, is_out_of_memory, largest_batch_size
 from launch.start import _replace
-from launch.trainer import STEP_HOOKS, _leave_out_empty_hooks
+from launch.trainer import STEP_HOOKS, _leave_out_empty_hooks, cpu_has_bfloat16
 from lit_modules import LitClassifier
 from models import LeNet
 
@@ -129,7 +129,8 @@ def test_the_record(trained):
     assert found["recipe"] == "lenet"
     assert (found["train_images"], found["val_images"], found["test"]["images"]) == (1203, 297, 500)
     assert (found["devices"], found["batch_size"], found["image_size"], found["seed"]) == (1, 32, 28, 0)
-    assert (found["parameters"], found["max_epochs"], found["precision"]) == (61_706, 3, "32-true")
+    assert (found["parameters"], found["max_epochs"]) == (61_706, 3)
+    assert found["precision"] == ("bf16-mixed" if cpu_has_bfloat16() else "32-true")
     assert found["versions"]["torch"] == version("torch")
     assert [epoch["epoch"] for epoch in found["epochs"]] == [1, 2, 3]
     for epoch in found["epochs"]:
@@ -533,6 +534,7 @@ def test_two_processes_train_and_test(trained, tmp_path):
 
 def _no_bfloat16():
     torch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False
+    torch.cpu.get_capabilities = dict  # type: ignore[assignment]
 
 
 def _bfloat16():
@@ -558,11 +560,44 @@ def test_a_recipe_in_bfloat16_runs_in_float32_where_the_cpu_only_imitates_it(tmp
     assert record(tmp_path / "logs" / "mine" / "version_0")["precision"] == precision
 
 
+@pytest.mark.parametrize(
+    ("cpu", "flags", "precision"),
+    [(_bfloat16, [], "bf16-mixed"), (_bfloat16, ["--precision", "32"], "32-true"), (_no_bfloat16, [], "32-true")],
+)
+def test_bfloat16_is_the_default_where_the_cpu_has_instructions_for_it(tmp_path, cpu, flags, precision):
+    command = ["fit", *LENET[2:], *FAST, "--model", "lenet", "--accelerator", "cpu", *flags]
+    out = good(run_forked(*command, folder=tmp_path, prepare=cpu))
+    assert f"precision {precision}" in out
+    assert ("--precision 32 for float32" in out) == (precision == "bf16-mixed")
+    saved = torch.load(tmp_path / "logs/lenet/version_0/checkpoints/last.ckpt", weights_only=True)
+    weights = saved["state_dict"]["net.classifier.5.weight"]
+    assert weights.dtype == torch.float32
+
+
+def test_arm_has_bfloat16_where_its_pytorch_has_onednn(monkeypatch):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "aarch64", "bf16": True}, raising=False)
+    for onednn in (True, False):
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda onednn=onednn: onednn)
+        assert cpu_has_bfloat16() == onednn
+
+
+@pytest.mark.parametrize("recipe", [[], ["--model", "lenet_classic"]])
+def test_a_run_goes_on_in_the_precision_that_it_began_in(tmp_path, recipe):
+    begin = ["fit", *LENET[2:], *FAST, "--model", "lenet_classic", "--accelerator", "cpu"]
+    good(run_forked(*begin, folder=tmp_path, prepare=_no_bfloat16))
+    saved = tmp_path / "logs/lenet_classic/version_0/checkpoints/last.ckpt"
+    more = ["--ckpt_path", str(saved), "--accelerator", "cpu", *LENET[2:], *FAST[1:]]
+    out = good(run_forked("fit", *recipe, *more, "--max_epochs", "2", folder=tmp_path, prepare=_bfloat16))
+    assert "precision 32-true" in out
+
+
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
 def test_weights_may_have_another_precision_than_float32(tmp_path, precision):
     fit = good(run_forked("fit", *LENET[2:], *FAST, "--model", "lenet", "--precision", precision, folder=tmp_path))
-    checkpoint = tmp_path / "logs" / "lenet" / "version_0" / "checkpoints" / "last.ckpt"
-    weights = torch.load(checkpoint, weights_only=True)["state_dict"]["net.classifier.5.weight"]
+    saved = torch.load(tmp_path / "logs/lenet/version_0/checkpoints/last.ckpt", weights_only=True)
+    weights = saved["state_dict"]["net.classifier.5.weight"]
     assert weights.dtype == {"bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
     assert "61,706" in fit
 

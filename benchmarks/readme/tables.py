@@ -242,8 +242,11 @@ def throughput_table(record: dict[str, Any] | None, language: Language) -> str:
     peers = [name for name in PEERS if any(name in network for network in networks)]
     bf16 = any("ours_bf16" in network for network in networks)
     header = _header("throughput", language)
-    header[2:3] = header[2:3] if bf16 else []
-    header += [PEERS[name][language.number].format(record["versions"].get(name, "")) for name in peers]
+    in_bf16 = header[2:3] if bf16 else []
+    header[2:3] = in_bf16
+    for name in peers:
+        header.append(PEERS[name][language.number].format(record["versions"].get(name, "")))
+        header += in_bf16 if name == "tutorial" else []
     confirmed = any("by_difference" in entry for entry in record["results"])
     header += [TEXTS["confirmed"][language.number]] if confirmed else []
     rows = []
@@ -256,13 +259,22 @@ def throughput_table(record: dict[str, Any] | None, language: Language) -> str:
         cells.append(down(ours["share_of_peak"], 2) + (f" ({aim:g})" if aim else ""))
         cells.append(up(ours["peak_memory_bytes"] / 2**30, 1))
         for name in peers:
-            cells.append(_ratio(contestants[name]["ours_over_this"], language.to) if name in contestants else "")
+            ratio = contestants.get(name, {}).get("ours_over_this")
+            cells.append(_ratio(ratio, language.to) if ratio else "")
+            if bf16 and name == "tutorial":
+                ratio = contestants.get("ours_bf16", {}).get("over_tutorial")
+                cells.append(_ratio(ratio, language.to) if ratio else "")
         if confirmed:
-            second = entry.get("by_difference", {"ours_over_this": {}})
-            ratio = second["ours_over_this"].get("tutorial")
-            cells.append(f"{_rate(second['images_per_second']['ours'])}; {down(ratio, 2)}" if ratio else "")
+            cells.append(_by_whole_runs(entry.get("by_difference")))
         rows.append(cells)
     return _markdown([header, *rows], left=1)
+
+
+def _by_whole_runs(second: dict[str, Any] | None) -> str:
+    """Images per second and ratio to the tutorial's loop, in float32 and where it was measured in bfloat16."""
+    rates = second["images_per_second"] if second else {}
+    names = [name for name in ("ours", "ours_bf16") if name in rates and "tutorial" in rates]
+    return " / ".join(f"{_rate(rates[name])}; {down(rates[name] / rates['tutorial'], 2)}" for name in names)
 
 
 def measured_table(folder: Path, device: str, language: Language) -> str:
