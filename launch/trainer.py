@@ -180,8 +180,8 @@ def cpu_has_bfloat16() -> bool:
     """Whether the CPU computes in bfloat16 instead of imitating it, many times slower."""
     if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
         return True
-    arm = getattr(torch.cpu, "get_capabilities", dict)().get("bf16")  # newer than PyTorch 2.8
-    return bool(arm) and torch.backends.mkldnn.is_available()  # macOS's PyTorch is built without oneDNN
+    arm: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # newer than PyTorch 2.8
+    return bool(arm.get("bf16")) and torch.backends.mkldnn.is_available()  # macOS's PyTorch is built without oneDNN
 
 
 def _leave_out_empty_hooks(callbacks: list[Callback]) -> None:
