@@ -13,7 +13,6 @@ Further flags go to each `train.py`; those that change what is trained need a fo
 """
 
 import argparse
-import os
 import signal
 import sys
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from benchmarks.harness.side_by_side import PROJECT, RESULTS, print_table
+from benchmarks.harness.side_by_side import PROJECT, RESULTS, print_table, train_in_background
 from benchmarks.readme import accuracy_time
 from benchmarks.readme.entries import TEST_IMAGES, Entry, Results, read_entries, read_results
 from benchmarks.readme.rounding import duration
@@ -135,9 +134,7 @@ def _train(jobs: list[Job], options: argparse.Namespace) -> int:
     end = time.monotonic() + 3600 * options.hours if options.hours else None
     failed = []
     if options.background:
-        os.nice(19)
-        # Threads that wait by spinning would slow down the other work many times over.
-        os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+        train_in_background()
     with training_lock(options.log_dir):
         for job in jobs:
             if _recorded(job, options) or _keep(job, options):  # the run may have finished without its record

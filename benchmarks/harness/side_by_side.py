@@ -258,6 +258,13 @@ def trained(arguments: Sequence[str], timeout: float | None = None) -> dict[str,
         return json.loads(record.read_text(encoding="utf-8"))
 
 
+def train_in_background() -> None:
+    """Let what this process starts run beside other work: at the lowest priority, on one thread."""
+    os.nice(19)
+    # Threads that wait by spinning would slow down the other work many times over.
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+
+
 def checked(arguments: Sequence[str], timeout: float | None = None) -> str:
     """Run Python with these arguments; returns what it printed.
 
