@@ -108,6 +108,8 @@ class Start:
         arguments += [f"--config={yaml.safe_dump(load_yaml(path))}" for path in command.configs]
         if command.ckpt_path:
             arguments.append(f"--ckpt_path={command.ckpt_path}")
+        if command.images:
+            arguments.append("--trainer.precision=32-true")  # the same numbers as in Python, demo.py and exported files
         arguments += ["--weights_only=true", *command.overrides]
         if command.images:
             # A few pictures are worth neither processes nor a bar nor compiling, and LayerCAM hooks into plain modules.

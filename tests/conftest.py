@@ -52,7 +52,7 @@ def _server() -> None:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Three epochs of LeNet on the sample; 297 validation images, so that no batch size divides them."""
-    flags = "--model lenet --val_size 297 --max_epochs 3 --batch_size 32 --accelerator cpu --devices 1"
+    flags = "--model lenet --val_size 297 --max_epochs 3 --batch_size 32 --accelerator cpu --devices 1 --precision 32"
     return train_once("trained", tmp_path_factory, *flags.split(), f"--data_dir={DATA}")
 
 

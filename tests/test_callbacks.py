@@ -776,7 +776,7 @@ def test_histograms_on_request_and_without_validation(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_count_every_image_once(tmp_path: Path) -> None:
-    flags = "--model lenet --val_size 297 --max_epochs 1 --batch_size 32 --accelerator cpu --devices 2"
+    flags = "--model lenet --val_size 297 --max_epochs 1 --batch_size 32 --accelerator cpu --devices 2 --precision 32"
     answer = run_forked(*flags.split(), f"--data_dir={DATA}", folder=tmp_path)
     assert answer.code == 0, answer.err
     folder = tmp_path / "logs" / "lenet" / "version_0"
@@ -1137,7 +1137,7 @@ def test_processes_train_what_was_unfrozen_together(tmp_path):
     sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05}}
     begin, one, two = (narrow(tmp_path / name, net=plain, optimizer=sgd, lr_factor=0.5) for name in ("0", "1", "2"))
     # Batches of one size, whose mean is the whole's, and nothing that processes draw for themselves.
-    same = ("--val_size=250", "--model.mixup=0", "--model.cutmix=0", "--model.initialization=he")
+    same = ("--val_size=250", "--model.mixup=0", "--model.cutmix=0", "--model.initialization=he", "--precision=32")
     assert train(begin, *same, "--batch_size", "250", at=["train", 1, 0, 0]).code == 143
     start = checkpoint(begin)["state_dict"]
     assert train(one, *same, "--batch_size", "250").code == 0
