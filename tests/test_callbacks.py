@@ -1199,7 +1199,7 @@ def on_a_terminal(*arguments: str, folder: Path, columns: int) -> str:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
-@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("columns", [80, pytest.param(120, marks=pytest.mark.long)])
 def test_a_terminal_shows_one_line_an_epoch(columns: int, tmp_path: Path) -> None:
     recipe = (
         "--model=lenet",
