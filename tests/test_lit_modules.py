@@ -4,6 +4,7 @@ import copy
 import pickle
 import statistics
 from functools import partial
+from itertools import product
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
