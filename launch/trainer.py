@@ -166,11 +166,12 @@ def precision(trainer: Namespace, asked_for: bool, saved: str | None) -> Precisi
     wanted = trainer.precision or saved
     on_gpu = trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.accelerator.is_available())
-    if wanted is None and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):
-        torch.set_float32_matmul_precision("high")
-        return Precision("bf16-mixed")
-    if wanted is None and on_cpu and cpu_has_bfloat16():
-        return Precision("bf16-mixed", "this CPU has instructions for bfloat16; --precision 32 for float32")
+    if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):
+        if trainer.precision is None and wanted in (None, "bf16-mixed"):
+            torch.set_float32_matmul_precision("high")
+            return Precision("bf16-mixed")
+    elif wanted is None and on_cpu and cpu_has_bfloat16():
+        return Precision("bf16-mixed", "--precision 32 for float32")
     if wanted == "bf16-mixed" and on_cpu and not asked_for and not cpu_has_bfloat16():
         return Precision("32-true", "this CPU has no bfloat16 instructions")
     return Precision(wanted)
