@@ -744,7 +744,7 @@ def test_number_of_times_that_pictures_are_drawn(epochs: int, times: int) -> Non
 
 
 def test_pictures_do_not_change_training(trained: Run, tmp_path: Path) -> None:
-    flags = "--model lenet --val_size 297 --max_epochs 3 --batch_size 32 --accelerator cpu --devices 1"
+    flags = "--model lenet --val_size 297 --max_epochs 3 --batch_size 32 --accelerator cpu --devices 1 --precision 32"
     answer = run_forked("fit", *flags.split(), f"--data_dir={DATA}", "--trainer.logger=false", folder=tmp_path)
     assert answer.code == 0, answer.err
     (plain,) = tmp_path.rglob("last.ckpt")
