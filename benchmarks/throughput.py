@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import side_by_side
-from benchmarks.harness.our_turns import StepTurns, command
+from benchmarks.harness.our_turns import StepTurns, command, float32
 from benchmarks.harness.side_by_side import Contestant, Missing, contest, median, print_table, ratios, spread
 from benchmarks.memory import training_bytes
 from benchmarks.peers.plain_loops import build
@@ -187,7 +187,7 @@ def confirmed(result: dict[str, Any], options: Any) -> dict[str, Any]:
     ours = [*train, "--val_size", "0", "--max_epochs", "1", "--log_dir", logs]
     limit = "--trainer.limit_train_batches"
     runs = {
-        "ours": ([*ours, *_float32(options.device)], limit),
+        "ours": ([*ours, *float32(options.device)], limit),
         BF16: ([*ours, "--precision", "bf16-mixed"], limit),
         TUTORIAL: (_plain_loop(TUTORIAL, settings, options), "--steps"),
     }
@@ -242,21 +242,16 @@ def _contest(
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
     settings = ["--model", model, "--batch_size", str(batch_size)]
     ours = command(StepTurns, options, *settings, "--val_size", "0")
-    contestants = {"ours": partial(Contestant, [*ours, *_float32(device)])}
+    contestants = {"ours": partial(Contestant, [*ours, *float32(device)])}
     for name in others:
         if name in (BF16, COMPILED):
-            compiled = partial(Contestant, [*ours, *_float32(device), "--compile"])
+            compiled = partial(Contestant, [*ours, *float32(device), "--compile"])
             contestants[name] = partial(_in_bf16, ours, device) if name == BF16 else compiled
             continue
         fast = ["--fast"] if device == "cuda" or name == BF16_PEAK else []
         loop = _plain_loop(PEAK if name == BF16_PEAK else name, settings, options)
         contestants[name] = partial(Contestant, [*loop, *fast])
     return contest(contestants, budget, options.turn, least_rounds=5, least_steps=10)
-
-
-def _float32(device: str) -> list[str]:
-    """On a CPU the default depends on its instructions; on a GPU ours keeps it."""
-    return ["--precision", "32-true"] if device == "cpu" else []
 
 
 def _in_bf16(ours: list[str], device: str) -> Contestant:

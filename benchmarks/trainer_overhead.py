@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.harness import side_by_side
-from benchmarks.harness.our_turns import EPOCHS, EpochTurns, command
+from benchmarks.harness.our_turns import EPOCHS, EpochTurns, command, float32
 from benchmarks.harness.side_by_side import Contestant, Turns, contest, median, print_table, ratios, spread
 from datamodules.batches import TrainBatches
 from datamodules.files.finding import load, prepare
@@ -83,7 +83,7 @@ def main() -> None:
     images, _ = load(prepare(Path(options.data_dir)), "train")
     for batch_size in options.batch_size:
         settings = ["--model", "lenet", "--val_size", str(len(images) // 12), "--batch_size", str(batch_size)]
-        ours = command(EpochTurns, options, *settings)
+        ours = command(EpochTurns, options, *settings, *float32(options.device))
         bare = ["-m", "benchmarks.trainer_overhead", *options.shared, "--batch_size", str(batch_size), "--bare_loop"]
         contestants = {
             BARE: partial(Contestant, [*bare, "plain"]),

@@ -42,6 +42,11 @@ class EpochTurns(StepTurns):
         """A step is not counted."""
 
 
+def float32(device: str) -> list[str]:
+    """Flags for train.py beside a loop in float32: on a CPU its default depends on the instructions."""
+    return ["--precision", "32-true"] if device == "cpu" else []
+
+
 def command(turns: type[Callback], options: Any, *arguments: str, keep_freed_memory: bool = True) -> list[str]:
     """Python's arguments for train.py as a contestant on one device, its runs in a folder that is removed.
 
