@@ -147,7 +147,7 @@ def measure(model: str, batch_size: int, device: str, budget: float, options: An
             turns.setdefault(name, []).extend(values)
         missing |= absent
     peaks = {name: max(turn["rate"] for turn in turns.pop(name)) for name in (PEAK, BF16_PEAK) if name in turns}
-    entries = []
+    entries: list[dict[str, Any]] = []
     for name, values in turns.items():
         memory = max(report["peak_memory_bytes"] for report in values)
         entry = {"contestant": name, "rounds": len(values), "images_per_second": median(values)}
@@ -157,7 +157,7 @@ def measure(model: str, batch_size: int, device: str, budget: float, options: An
             ours = turns["ours"][first : first + len(values)]
             entry |= {"ours_over_this": ratios(ours, values), "first_round_of_ours": first}
         entries.append(entry)
-    _add_bf16_over_tutorial({str(entry["contestant"]): entry for entry in entries})
+    _add_bf16_over_tutorial({entry["contestant"]: entry for entry in entries})
     result = {"network": model, "batch_size": batch_size, "contestants": entries, "missing": missing}
     names = {PEAK: "peak_flops", BF16_PEAK: "peak_flops_bf16"}
     return result | {names[name]: peak for name, peak in peaks.items()}
@@ -204,8 +204,7 @@ def confirmed(result: dict[str, Any], options: Any) -> dict[str, Any]:
             for _ in range(min(5, math.ceil(CONFIRMED_SECONDS / (more * batch_seconds))))
         ]
         rates[name], steps[name] = more * batch_size / statistics.fmean(seconds), [6, 6 + more, len(seconds)]
-    over = {name: rates["ours"] / rate for name, rate in rates.items()}
-    return {"images_per_second": rates, "batches_and_repetitions": steps, "ours_over_this": over}
+    return {"images_per_second": rates, "batches_and_repetitions": steps}
 
 
 def _whole_run(run: Sequence[str], flag: str, batches: int) -> float:

@@ -178,8 +178,7 @@ class ClassifierCLI(LightningCLI):
                 )
             net.init_args[name] = follow[name]
         asked_for = any(token.startswith("--trainer.precision") for token in command.overrides)
-        saved = self.start.settings and ((self.start.settings.get("trainer") or {}).get("precision") or "32-true")
-        config.trainer.precision, self.why_precision = precision(config.trainer, asked_for, saved or None)
+        config.trainer.precision, self.why_precision = precision(config.trainer, asked_for, self.start.precision)
         if self.start.settings:
             wanted = yaml.safe_load(self._text())
             check_settings(self.start.settings, wanted, resume=command.subcommand == "fit")

@@ -90,6 +90,11 @@ class Start:
         parent = Path(self.command.ckpt_path).absolute().parent
         return parent.parent if parent.name == "checkpoints" else None
 
+    @property
+    def precision(self) -> str | None:
+        """That of the checkpoint's run, in which null is float32; None without a checkpoint's settings."""
+        return ((self.settings.get("trainer") or {}).get("precision") or "32-true") if self.settings else None
+
     def arguments(self) -> list[str]:
         """For LightningCLI: the checkpoint's settings, then the recipe, then the flags; later ones win."""
         command = self.command
@@ -97,7 +102,7 @@ class Start:
         if self.settings and not command.configs:
             base = {"model": self.settings["model"], "data": self.settings["data"]}
             base["seed_everything"] = self.settings.get("seed_everything", 0)
-            base["trainer"] = {"precision": (self.settings.get("trainer") or {}).get("precision")}
+            base["trainer"] = {"precision": self.precision}
             if command.subcommand == "fit":
                 base["trainer"] = self.settings.get("trainer") or {}
                 base |= {name: bool(self.settings.get(name)) for name in ("pretrained", "class_weights")}

@@ -1,7 +1,7 @@
 """The Trainer's logger, callbacks and plugins: this project's and the user's own."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml
@@ -145,14 +145,7 @@ def validates(config: Namespace) -> bool:
     return config.data.val_size != 0 and config.trainer.limit_val_batches != 0
 
 
-class Precision(NamedTuple):
-    """What to compute in, and why, in words for the log, where nobody asked for it."""
-
-    value: str | None
-    reason: str = ""
-
-
-def precision(trainer: Namespace, asked_for: bool, saved: str | None) -> Precision:
+def precision(trainer: Namespace, asked_for: bool, saved: str | None) -> tuple[str | None, str]:
     """The precision to compute in.
 
     That of the settings; else that of the checkpoint; else bfloat16 where the device has instructions for it. A
@@ -162,19 +155,22 @@ def precision(trainer: Namespace, asked_for: bool, saved: str | None) -> Precisi
         trainer: The Trainer's settings.
         asked_for: Whether the user gave the precision on the command line.
         saved: The precision of the checkpoint's run, if there is one.
+
+    Returns:
+        It, and what the log says beside it.
     """
     wanted = trainer.precision or saved
     on_gpu = trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    left_open = trainer.precision is None and wanted in (None, "bf16-mixed")
+    if left_open and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):
+        torch.set_float32_matmul_precision("high")
+        return "bf16-mixed", ""
     on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.accelerator.is_available())
-    if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):
-        if trainer.precision is None and wanted in (None, "bf16-mixed"):
-            torch.set_float32_matmul_precision("high")
-            return Precision("bf16-mixed")
-    elif wanted is None and on_cpu and cpu_has_bfloat16():
-        return Precision("bf16-mixed", "--precision 32 for float32")
+    if wanted is None and on_cpu and cpu_has_bfloat16():
+        return "bf16-mixed", "--precision 32 for float32"
     if wanted == "bf16-mixed" and on_cpu and not asked_for and not cpu_has_bfloat16():
-        return Precision("32-true", "this CPU has no bfloat16 instructions")
-    return Precision(wanted)
+        return "32-true", "this CPU has no bfloat16 instructions"
+    return wanted, ""
 
 
 def cpu_has_bfloat16() -> bool:

@@ -129,8 +129,7 @@ def test_the_record(trained):
     assert found["recipe"] == "lenet"
     assert (found["train_images"], found["val_images"], found["test"]["images"]) == (1203, 297, 500)
     assert (found["devices"], found["batch_size"], found["image_size"], found["seed"]) == (1, 32, 28, 0)
-    assert (found["parameters"], found["max_epochs"]) == (61_706, 3)
-    assert found["precision"] == "32-true"
+    assert (found["parameters"], found["max_epochs"], found["precision"]) == (61_706, 3, "32-true")
     assert found["versions"]["torch"] == version("torch")
     assert [epoch["epoch"] for epoch in found["epochs"]] == [1, 2, 3]
     for epoch in found["epochs"]:
