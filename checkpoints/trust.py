@@ -26,7 +26,7 @@ from errors import UserError
 # What a file may name: packages that are imported to look for it, and its base class.
 NAMEABLE: dict[str, tuple[tuple[str, ...], type]] = {
     "net": (("models.", "torch.nn.", "torchvision.models."), nn.Module),
-    "optimizer": (("torch.optim.",), Optimizer),
+    "optimizer": (("torch.optim.", "optimizers."), Optimizer),
     "scheduler": (("torch.optim.", "lit_modules.schedules."), LRScheduler),
 }
 PLATEAU = "lightning.pytorch.cli.ReduceLROnPlateau"  # which is torch's, with the metric that it watches

@@ -5,8 +5,9 @@ https://arxiv.org/abs/1409.1556
 
 Depths 11, 13, 16 and 19 are the paper's configurations A, B, D and E. Deliberate differences: optional batch
 normalisation, which the paper predates, and `width_divisor`, which makes the narrow networks of Dive into Deep
-Learning's PyTorch edition, section 5.7 (https://github.com/ShusenTang/Dive-into-DL-PyTorch). Modules are numbered as in
-torchvision, so with in_channels=3, image_size=224 and num_classes=1000 its ImageNet weights can be loaded.
+Learning's PyTorch edition, section 5.7 (https://github.com/ShusenTang/Dive-into-DL-PyTorch), and for the speedrun
+(benchmarks/speedrun.md) fewer blocks, pooling first, and no hidden layers. Modules are numbered as in torchvision, so
+with in_channels=3, image_size=224 and num_classes=1000 its ImageNet weights can be loaded.
 """
 
 from typing import Literal
@@ -15,12 +16,8 @@ import torch
 from torch import nn
 
 WIDTHS = (64, 128, 256, 512, 512)  # channels in each of the five blocks, whatever the depth
-CONVOLUTIONS = {  # convolutions in each block; with the three linear layers they add up to the depth
-    11: (1, 1, 2, 2, 2),
-    13: (2, 2, 2, 2, 2),
-    16: (2, 2, 3, 3, 3),
-    19: (2, 2, 4, 4, 4),
-}
+# Convolutions in each block; with the three linear layers they add up to the depth.
+CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 
 
 class VGG(nn.Module):
@@ -32,8 +29,11 @@ class VGG(nn.Module):
         batch_norm: put batch normalisation between every convolution and its ReLU.
         in_channels: channels of the images.
         num_classes: number of logits.
-        image_size: height and width of the images in pixels, at least 32.
+        image_size: height and width of the images in pixels, at least 2 to the power of `blocks`.
         dropout: probability of dropping a hidden unit.
+        blocks: how many of the five blocks are built, from the first on.
+        hidden_layers: hidden linear layers before the output layer.
+        pool_first: halve after the first convolution of a block, so that the others have fewer pixels to go through.
 
     Raises:
         ValueError: if an argument is out of range or the image is too small.
@@ -48,6 +48,9 @@ class VGG(nn.Module):
         num_classes: int = 10,
         image_size: int = 224,
         dropout: float = 0.5,
+        blocks: int = 5,
+        hidden_layers: Literal[0, 1, 2] = 2,
+        pool_first: bool = False,
     ) -> None:
         super().__init__()
         if depth not in CONVOLUTIONS:
@@ -56,35 +59,32 @@ class VGG(nn.Module):
             raise ValueError(f"width_divisor={width_divisor} must divide 64: use 1, 2, 4, 8, 16, 32 or 64")
         if in_channels < 1 or num_classes < 1:
             raise ValueError(f"in_channels={in_channels} and num_classes={num_classes} must both be at least 1")
-        if image_size < 32:
-            raise ValueError(f"image_size={image_size} is too small for VGG: it needs at least 32 pixels")
+        if not 1 <= blocks <= 5 or hidden_layers not in (0, 1, 2):
+            raise ValueError(f"blocks={blocks} and hidden_layers={hidden_layers} must lie in 1 to 5 and 0 to 2")
+        if image_size < 2**blocks:
+            raise ValueError(f"image_size={image_size} is too small for VGG: it needs at least {2**blocks} pixels")
         self.image_shape = (in_channels, image_size, image_size)
 
         layers: list[nn.Module] = []
         channels = in_channels
-        for width, convolutions in zip(WIDTHS, CONVOLUTIONS[depth], strict=True):
+        for width, convolutions in list(zip(WIDTHS, CONVOLUTIONS[depth], strict=True))[:blocks]:
             width //= width_divisor
-            for _ in range(convolutions):
+            for number in range(convolutions):
                 layers.append(nn.Conv2d(channels, width, kernel_size=3, padding=1))
-                if batch_norm:
-                    layers.append(nn.BatchNorm2d(width))
+                layers += [nn.MaxPool2d(2)] if pool_first and number == 0 else []
+                layers += [nn.BatchNorm2d(width)] if batch_norm else []
                 layers.append(nn.ReLU(inplace=True))
                 channels = width
-            layers.append(nn.MaxPool2d(2))
+            layers += [] if pool_first else [nn.MaxPool2d(2)]
         # (N, 64, 112, 112) -> (N, 128, 56, 56) -> (N, 256, 28, 28) -> (N, 512, 14, 14) -> (N, 512, 7, 7) at 224x224
         self.features = nn.Sequential(*layers)
         self.flatten = nn.Flatten()  # (N, 25088); not inside `classifier`, whose numbering is torchvision's
-        size = image_size // 32
-        hidden = 4096 // width_divisor
-        self.classifier = nn.Sequential(
-            nn.Linear(channels * size * size, hidden),
-            nn.ReLU(inplace=True),
-            nn.Dropout(dropout),
-            nn.Linear(hidden, hidden),
-            nn.ReLU(inplace=True),
-            nn.Dropout(dropout),
-            nn.Linear(hidden, num_classes),
-        )
+        units = channels * (image_size // 2**blocks) ** 2
+        layers = []
+        for _ in range(hidden_layers):
+            layers += [nn.Linear(units, 4096 // width_divisor), nn.ReLU(inplace=True), nn.Dropout(dropout)]
+            units = 4096 // width_divisor
+        self.classifier = nn.Sequential(*layers, nn.Linear(units, num_classes))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map images (N, in_channels, image_size, image_size) to logits (N, num_classes).

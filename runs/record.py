@@ -7,6 +7,7 @@ import base64
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import zlib
@@ -201,8 +202,11 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def _cpu() -> str:
+    """The processor's name; one without a number, which many virtual machines give, gets its family and model."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
+        facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        name = facts["model name"]
+        return name if re.search(r"\d", name) else f"{name} family {facts['cpu family']} model {facts['model']}"
+    except (OSError, KeyError):
         return platform.processor() or platform.machine()

@@ -561,7 +561,7 @@ FUNCTIONS = ("torch.distributed.run.main", "torch.hub.load", "torch.hub.load_sta
 COMMAND = {"class_path": FUNCTIONS[0], "init_args": {"args": ["--no-python", "mkdir", "ran"]}}
 MAY_BE_NAMED = {
     "net": ["models.lenet.LeNet", "models.LeNet", "torch.nn.Sequential", "torchvision.models.resnet18"],
-    "optimizer": ["torch.optim.Adam", "torch.optim.LBFGS", "torch.optim.adamw.AdamW"],
+    "optimizer": ["torch.optim.Adam", "torch.optim.LBFGS", "torch.optim.adamw.AdamW", "optimizers.muon.Muon"],
     "scheduler": [
         "lit_modules.schedules.WarmupDecay",
         "torch.optim.lr_scheduler.OneCycleLR",
@@ -812,7 +812,7 @@ def test_every_schedule_of_torch_goes_on_where_it_was(name: str) -> None:
     assert rates(after, 8) == rates(before, 8)
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "Adagrad", "Adafactor", "NAdam", "RMSprop", "Rprop", "LBFGS"])
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "Adagrad", "Adafactor", "NAdam", "RMSprop", "Rprop", "LBFGS", "Ours"])
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")  # LBFGS of torch 2.8
 def test_state_of_an_optimizer_is_taken_over_or_refused(name: str) -> None:
     class Module(torch.nn.Module):
@@ -822,7 +822,7 @@ def test_state_of_an_optimizer_is_taken_over_or_refused(name: str) -> None:
 
         def optimizer(self, parameters: Any) -> Any:
             more = {"momentum": 0.9} if name == "SGD" else {}
-            return getattr(torch.optim, name)(parameters, lr=0.01, **more)
+            return getattr(torch.optim, name, Muon)(parameters, lr=0.01, **more)
 
     module = Module()
     optimizer = module.optimizer(module.parameters())
