@@ -29,7 +29,7 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
 
     Args:
         net: Network from images (N, C, H, W) to logits (N, `num_classes`).
-        optimizer: Called with the parameters; any class of `torch.optim`.
+        optimizer: Called with the parameters; any class of `torch.optim`, or `optimizers.muon.Muon`.
         scheduler: Called with the optimiser. An argument `total_steps`, `T_max` or `total_iters` left at None or -1
             becomes the length of the run, counted in `scheduler_interval`.
         scheduler_interval: Whether the scheduler moves after each optimiser step or each epoch.
