@@ -4,10 +4,9 @@ K. Simonyan, A. Zisserman, "Very Deep Convolutional Networks for Large-Scale Ima
 https://arxiv.org/abs/1409.1556
 
 Depths 11, 13, 16 and 19 are the paper's configurations A, B, D and E. Deliberate differences: optional batch
-normalisation, which the paper predates, and `width_divisor`, which makes the narrow networks of Dive into Deep
-Learning's PyTorch edition, section 5.7 (https://github.com/ShusenTang/Dive-into-DL-PyTorch), and for the speedrun
-(benchmarks/speedrun.md) fewer blocks, pooling first, and no hidden layers. Modules are numbered as in torchvision, so
-with in_channels=3, image_size=224 and num_classes=1000 its ImageNet weights can be loaded.
+normalisation, which came later; `width_divisor`, as in Dive into Deep Learning's PyTorch edition, section 5.7
+(https://github.com/ShusenTang/Dive-into-DL-PyTorch); and for benchmarks/speedrun.md fewer blocks, pooling first, no
+hidden layers. Modules are numbered as torchvision's, whose ImageNet weights fit at in_channels=3, num_classes=1000, 224.
 """
 
 from typing import Literal
@@ -29,10 +28,10 @@ class VGG(nn.Module):
         batch_norm: put batch normalisation between every convolution and its ReLU.
         in_channels: channels of the images.
         num_classes: number of logits.
-        image_size: height and width of the images in pixels, at least 2 to the power of `blocks`.
+        image_size: height and width of the images in pixels, at least 2 to the power of the number of blocks.
         dropout: probability of dropping a hidden unit.
-        blocks: how many of the five blocks are built, from the first on.
-        hidden_layers: hidden linear layers before the output layer.
+        blocks: how many of the five blocks are built, from the first on; None builds all.
+        no_hidden_layers: leave out both hidden layers, and the dropout with them.
         pool_first: halve after the first convolution of a block, so that the others have fewer pixels to go through.
 
     Raises:
@@ -48,8 +47,8 @@ class VGG(nn.Module):
         num_classes: int = 10,
         image_size: int = 224,
         dropout: float = 0.5,
-        blocks: int = 5,
-        hidden_layers: Literal[0, 1, 2] = 2,
+        blocks: int | None = None,
+        no_hidden_layers: bool = False,
         pool_first: bool = False,
     ) -> None:
         super().__init__()
@@ -59,8 +58,9 @@ class VGG(nn.Module):
             raise ValueError(f"width_divisor={width_divisor} must divide 64: use 1, 2, 4, 8, 16, 32 or 64")
         if in_channels < 1 or num_classes < 1:
             raise ValueError(f"in_channels={in_channels} and num_classes={num_classes} must both be at least 1")
-        if not 1 <= blocks <= 5 or hidden_layers not in (0, 1, 2):
-            raise ValueError(f"blocks={blocks} and hidden_layers={hidden_layers} must lie in 1 to 5 and 0 to 2")
+        blocks = 5 if blocks is None else blocks
+        if not 1 <= blocks <= 5:
+            raise ValueError(f"blocks={blocks} must lie in 1 to 5")
         if image_size < 2**blocks:
             raise ValueError(f"image_size={image_size} is too small for VGG: it needs at least {2**blocks} pixels")
         self.image_shape = (in_channels, image_size, image_size)
@@ -81,7 +81,7 @@ class VGG(nn.Module):
         self.flatten = nn.Flatten()  # (N, 25088); not inside `classifier`, whose numbering is torchvision's
         units = channels * (image_size // 2**blocks) ** 2
         layers = []
-        for _ in range(hidden_layers):
+        for _ in range(0 if no_hidden_layers else 2):
             layers += [nn.Linear(units, 4096 // width_divisor), nn.ReLU(inplace=True), nn.Dropout(dropout)]
             units = 4096 // width_divisor
         self.classifier = nn.Sequential(*layers, nn.Linear(units, num_classes))

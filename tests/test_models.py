@@ -20,7 +20,7 @@ PUBLISHED = [
     (AlexNet, {"width_divisor": 2, "batch_norm": True, "image_size": 112}, 112, 2_006_730, None),
     (VGG, {}, 224, 128_806_154, 15.094),
     (VGG, {"width_divisor": 8}, 224, 2_018_346, 0.242),
-    (VGG, {"width_divisor": 8, "blocks": 3, "hidden_layers": 0, "image_size": 28}, 28, 18_026, None),
+    (VGG, {"width_divisor": 8, "blocks": 3, "no_hidden_layers": True, "image_size": 28}, 28, 18_026, None),
     (NiN, {}, 224, 1_992_166, 1.525),
     (GoogLeNet, {}, 96, 5_977_530, 0.552),
     (LeNet, {}, 28, 61_706, None),
@@ -62,7 +62,7 @@ STAGES = [
 CONV = "Conv2d ReLU "
 NORMED = "Conv2d BatchNorm2d ReLU "
 HIDDEN = "Linear ReLU Dropout "
-SHORT = {"batch_norm": True, "hidden_layers": 0, "pool_first": True}  # as in configs/fast/30s.yaml
+SHORT = {"batch_norm": True, "no_hidden_layers": True, "pool_first": True}  # as in configs/fast/30s.yaml
 INCEPTION = CONV + 2 * CONV + 2 * CONV + "MaxPool2d " + CONV
 GOOGLENET = (
     (CONV + "MaxPool2d ")
@@ -80,7 +80,7 @@ LAYERS = [
     (AlexNet, {}, ALEXNET + HIDDEN + "Linear"),
     (AlexNet, {"hidden_layers": 2}, ALEXNET + 2 * HIDDEN + "Linear"),
     (VGG, {}, 2 * (CONV + "MaxPool2d ") + 3 * (2 * CONV + "MaxPool2d ") + "Flatten " + 2 * HIDDEN + "Linear"),
-    (VGG, {"blocks": 1, "hidden_layers": 1}, CONV + "MaxPool2d Flatten " + HIDDEN + "Linear"),
+    (VGG, {"blocks": 1}, CONV + "MaxPool2d Flatten " + 2 * HIDDEN + "Linear"),
     (VGG, {"depth": 13, "blocks": 2, **SHORT}, 2 * ("Conv2d MaxPool2d BatchNorm2d ReLU " + NORMED) + "Flatten Linear"),
     (NiN, {}, 3 * (3 * CONV + "MaxPool2d ") + "Dropout " + 3 * CONV + "AdaptiveAvgPool2d Flatten"),
     (GoogLeNet, {}, GOOGLENET),
@@ -218,9 +218,8 @@ def test_other_sizes_channels_and_classes(network, arguments, size):
         (AlexNet, {"dropout": 1.5}, "dropout probability has to be between 0 and 1, but got 1.5"),
         (VGG, {"image_size": 31}, "image_size=31 is too small for VGG: it needs at least 32 pixels"),
         (VGG, {"image_size": 7, "blocks": 3}, "image_size=7 is too small for VGG: it needs at least 8 pixels"),
-        (VGG, {"blocks": 0}, "blocks=0 and hidden_layers=2 must lie in 1 to 5 and 0 to 2"),
-        (VGG, {"blocks": 6}, "blocks=6 and hidden_layers=2 must lie in 1 to 5 and 0 to 2"),
-        (VGG, {"hidden_layers": 3}, "blocks=5 and hidden_layers=3 must lie in 1 to 5 and 0 to 2"),
+        (VGG, {"blocks": 0}, "blocks=0 must lie in 1 to 5"),
+        (VGG, {"blocks": 6}, "blocks=6 must lie in 1 to 5"),
         (VGG, {"depth": 12}, "depth=12 is not a VGG: use 11, 13, 16 or 19"),
         (VGG, {"width_divisor": 0}, "width_divisor=0 must divide 64: use 1, 2, 4, 8, 16, 32 or 64"),
         (VGG, {"width_divisor": -8}, "width_divisor=-8 must divide 64: use 1, 2, 4, 8, 16, 32 or 64"),
