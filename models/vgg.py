@@ -6,7 +6,7 @@ https://arxiv.org/abs/1409.1556
 Depths 11, 13, 16 and 19 are the paper's configurations A, B, D and E. Deliberate differences: optional batch
 normalisation, which came later; `width_divisor`, as in Dive into Deep Learning's PyTorch edition, section 5.7
 (https://github.com/ShusenTang/Dive-into-DL-PyTorch); and for benchmarks/speedrun.md fewer blocks, pooling first, no
-hidden layers. Modules are numbered as torchvision's, whose ImageNet weights fit at in_channels=3, num_classes=1000, 224.
+hidden layers. Modules are numbered as torchvision's: its weights fit at in_channels=3, num_classes=1000, 224 pixels.
 """
 
 from typing import Literal
