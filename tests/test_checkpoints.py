@@ -817,8 +817,6 @@ OPTIMIZERS = ["Adam", "AdamW", "SGD", "Adagrad", "Adafactor", "NAdam", "RMSprop"
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-    "name", [*["Adam", "AdamW", "SGD", "Adagrad", "Adafactor", "NAdam", "RMSprop", "Rprop", "LBFGS"], "our Muon"]
-)
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")  # LBFGS of torch 2.8
 def test_state_of_an_optimizer_is_taken_over_or_refused(name: str) -> None:
     class Module(torch.nn.Module):
