@@ -57,29 +57,29 @@ class Muon(Optimizer):
                 rate = group["lr"] * (1.0 if param.dim() == 4 else group["others"])
                 param.mul_(1 - rate * group["weight_decay"])
                 if param.dim() == 4:
-                    param.add_(self._kernel_step(param, group["momentum"]), alpha=-rate)
+                    param.add_(self._kernel_step(param, param.grad, group["momentum"]), alpha=-rate)
                 else:
-                    param.add_(self._adam_step(param), alpha=-rate)
+                    param.add_(self._adam_step(param, param.grad), alpha=-rate)
         return loss
 
-    def _kernel_step(self, param: Tensor, momentum: float) -> Tensor:
+    def _kernel_step(self, param: Tensor, grad: Tensor, momentum: float) -> Tensor:
         """The orthogonalised momentum of a kernel, in its shape."""
         state = self.state[param]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(param)
-        mean = state["momentum_buffer"].lerp_(param.grad, 1 - momentum)
-        matrix = param.grad.lerp(mean, momentum).flatten(1)
+        mean = state["momentum_buffer"].lerp_(grad, 1 - momentum)
+        matrix = grad.lerp(mean, momentum).flatten(1)
         return (orthogonal(matrix) * (0.2 * max(matrix.shape) ** 0.5)).view_as(param)
 
-    def _adam_step(self, param: Tensor) -> Tensor:
+    def _adam_step(self, param: Tensor, grad: Tensor) -> Tensor:
         """The mean of the gradients over the root of the mean of their squares, both corrected for their start."""
         state = self.state[param]
         if not state:
             zeros = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
             state.update(step=torch.tensor(0.0), **zeros)  # on the CPU, as torch.optim's
         state["step"] += 1
-        mean = state["exp_avg"].lerp_(param.grad, 1 - BETAS[0])
-        square = state["exp_avg_sq"].lerp_(param.grad.square(), 1 - BETAS[1])
+        mean = state["exp_avg"].lerp_(grad, 1 - BETAS[0])
+        square = state["exp_avg_sq"].lerp_(grad.square(), 1 - BETAS[1])
         corrections = [1 - beta ** state["step"].item() for beta in BETAS]
         return mean / corrections[0] / (square / corrections[1]).sqrt().add(EPS)
 
