@@ -54,12 +54,11 @@ class Muon(Optimizer):
             for param in group["params"]:
                 if param.grad is None:
                     continue
-                rate = group["lr"] * (1.0 if param.dim() == 4 else group["others"])
-                param.mul_(1 - rate * group["weight_decay"])
                 if param.dim() == 4:
-                    param.add_(self._kernel_step(param, param.grad, group["momentum"]), alpha=-rate)
+                    rate, step = group["lr"], self._kernel_step(param, param.grad, group["momentum"])
                 else:
-                    param.add_(self._adam_step(param, param.grad), alpha=-rate)
+                    rate, step = group["lr"] * group["others"], self._adam_step(param, param.grad)
+                param.mul_(1 - rate * group["weight_decay"]).add_(step, alpha=-rate)
         return loss
 
     def _kernel_step(self, param: Tensor, grad: Tensor, momentum: float) -> Tensor:

@@ -1229,6 +1229,7 @@ def stop_and_continue(folder: Path, points: list[list], *flags: str) -> None:
         ({}, ("--data.num_workers", "2"), [FIRST, MIDDLE, LAST, VALIDATION]),
         ({"scheduler": PLATEAU}, (), [LAST, ["validation", 2, 2, 0]]),
         ({"val_size": 0}, (), [["train", 0, 5, 0], MIDDLE]),
+        ({}, ("--model.optimizer", "optimizers.muon.Muon"), [FIRST, MIDDLE]),
         ({}, ("--trainer.max_steps", "12", "--trainer.max_epochs", "-1"), [LAST, VALIDATION]),
         (
             {},
@@ -1258,6 +1259,7 @@ def stop_and_continue(folder: Path, points: list[list], *flags: str) -> None:
         "workers",
         "plateau",
         "no validation",
+        "Muon",
         "max_steps",
         "memory savers",
         "several validations",

@@ -1,4 +1,4 @@
-"""Muon: what a step is, beside torch.optim's, and a run with it that is continued."""
+"""Muon: what a step is, beside torch.optim's. (A run with it that is continued: test_launch.py.)"""
 
 from typing import Any
 
