@@ -614,7 +614,7 @@ def test_a_row_is_verified(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert out.endswith("FAIL\n")
     assert f"torch {version('torch')}" in out
-    assert verify.main(["fast-1min-quarter", *flags]) == 0
+    assert verify.main(["fast-1min-epoch", *flags]) == 0
     assert capsys.readouterr().out.endswith("PASS\n")
 
 

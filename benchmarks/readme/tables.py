@@ -242,11 +242,10 @@ def throughput_table(record: dict[str, Any] | None, language: Language) -> str:
     peers = [name for name in PEERS if any(name in network for network in networks)]
     bf16 = any("ours_bf16" in network for network in networks)
     header = _header("throughput", language)
-    in_bf16 = header[2:3] if bf16 else []
-    header[2:3] = in_bf16
+    header[2:3] = header[2:3] if bf16 else []
     for name in peers:
         header.append(PEERS[name][language.number].format(record["versions"].get(name, "")))
-        header += in_bf16 if name == "tutorial" else []
+        header += [TEXTS["bf16_over_tutorial"][language.number]] if bf16 and name == "tutorial" else []
     confirmed = any("by_difference" in entry for entry in record["results"])
     header += [TEXTS["confirmed"][language.number]] if confirmed else []
     rows = []
