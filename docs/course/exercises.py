@@ -58,6 +58,7 @@ def lenet_3(answer: Any) -> Iterator[Finding]:
     """The network ends in a softmax, and cross entropy applies another."""
     import torch
 
+    torch.manual_seed(0)  # so that an answer gets the same verdict every time
     net = answer.Answer()
     with torch.no_grad():
         sums = net(torch.rand(8, 1, 28, 28)).sum(dim=1)
@@ -125,6 +126,7 @@ def nin_1(answer: Any) -> Iterator[Finding]:
     import torch
     from torch import nn
 
+    torch.manual_seed(0)
     net = answer.Answer()
     linear = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
     yield Finding(not linear, "linear", {"names": ", ".join(linear)})
@@ -137,7 +139,7 @@ def nin_1(answer: Any) -> Iterator[Finding]:
     count = sum(parameter.numel() for parameter in net.parameters())
     yield Finding(count < 15_000, "parameters", {"given": f"{count:,}"})
     accuracy = trained(net.train(), epochs=6)
-    yield Finding(accuracy > 0.6, "accuracy", {"accuracy": f"{accuracy:.2f}"})
+    yield Finding(accuracy > 0.5, "accuracy", {"accuracy": f"{accuracy:.2f}"})
 
 
 def nin_2(answer: Any) -> Iterator[Finding]:
