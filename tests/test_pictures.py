@@ -658,7 +658,9 @@ def test_networks_answer_beside_each_other(page, trained):
 
 @needs_gradio
 def test_networks_of_other_pictures_answer_too(page, tmp_path):
-    flags = f"--model fast/1min --data {DATA / 'photos'} --max_epochs 1 --accelerator cpu --data_dir made"
+    flags = (
+        f"--model fast/1min --image_size 32 --data {DATA / 'photos'} --max_epochs 1 --accelerator cpu --data_dir made"
+    )
     assert run_forked(*flags.split(), folder=tmp_path).code == 0
     checkpoint = tmp_path / "logs" / "fast" / "1min" / "version_0" / "checkpoints" / "best.ckpt"
     networks = page.load_networks([LENET, checkpoint])
