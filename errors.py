@@ -58,8 +58,8 @@ class Diverged(UserError):
     exit_code = 3
 
 
-class Stopped(Exception):
-    """Training that was stopped cleanly by a signal.
+class Stopped(BaseException):
+    """A program that was stopped cleanly by a signal; as `KeyboardInterrupt`, it passes by `except Exception`.
 
     Args:
         message: What was saved and how to continue; empty on processes that leave it to the first one to say so.
@@ -110,6 +110,11 @@ def run_program(name: str, run: Callable[[], int | None], interrupted: str = "St
         return 130
     except ModuleNotFoundError as error:
         return _report_missing(name, error)
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        print_error(name, plain(f"{error.filename} can't be read or written: {error.strerror}"))
+        return 2
     finally:
         sys.stdout, sys.stderr = kept
 
@@ -241,8 +246,8 @@ def plain(text: str) -> str:
 
 
 def shown(path: str | Path) -> str:
-    """The path as one would type it from here."""
+    """The path as one would type it from here; with slashes on Windows too, where every shell takes them unquoted."""
     try:
-        return str(Path(path).resolve().relative_to(Path.cwd()))
+        return Path(path).resolve().relative_to(Path.cwd()).as_posix()
     except ValueError:
-        return str(path)
+        return Path(path).as_posix()

@@ -125,7 +125,8 @@ class GracefulStop(Callback):
         if not self._signal:  # the watch handles a second one
             self._signal = signum
             if self._tell and signum == signal.SIGINT:
-                os.write(2, b"\nSaving a checkpoint after this batch; press Ctrl-C again to stop at once.\n")
+                again = b"; press Ctrl-C again to stop at once" if os.name == "posix" else b""  # where it is watched
+                os.write(2, b"\nSaving a checkpoint after this batch" + again + b".\n")
 
     def _stop_if_asked(self, trainer: pl.Trainer, where: str) -> None:
         signum = self._processes.largest(self._signal)

@@ -5,7 +5,7 @@ import os
 import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from errors import RunError, UserError
 
 try:
     import fcntl
-except ImportError:  # on Windows, where an open file can't be deleted anyway
+except ImportError:  # on Windows, where a file that is open can't be deleted
     fcntl = None  # type: ignore[assignment]
 
 
@@ -46,12 +46,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             _remove_stale(path.parent)
             with partial.open("xb") as file:
                 if fcntl:
-                    fcntl.flock(file, fcntl.LOCK_EX)
+                    with suppress(OSError):  # of a file system without locks, where nothing is removed either
+                        fcntl.flock(file, fcntl.LOCK_EX)
                 torch.save(_normalised(checkpoint), file)
                 file.flush()
                 os.fsync(file.fileno())
                 _check_readable(partial, checkpoint)
-                partial.replace(path)
+                if fcntl:
+                    partial.replace(path)  # while it is locked
+            if not fcntl:
+                partial.replace(path)  # Windows renames no open file
             _sync_folder(path.parent)
         except (OSError, RuntimeError) as error:
             cause: BaseException | None = error
@@ -138,8 +142,9 @@ def _check_readable(file: Path, checkpoint: dict[str, Any]) -> None:
 
 def _remove_stale(folder: Path) -> None:
     for partial in folder.glob("*.ckpt.*.partial"):
-        with suppress(OSError), partial.open("rb") as file:
+        with suppress(OSError), ExitStack() as stack:
             if fcntl:
+                file = stack.enter_context(partial.open("rb"))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if a living process is writing
             partial.unlink()
 

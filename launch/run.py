@@ -72,7 +72,8 @@ def _no_process_left(processes: Processes) -> Iterator[None]:
         processes.watch.stop()
         if workers := multiprocessing.active_children():
             # Loaders of an interrupted run: they ignore the signals that stop a run.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch would report their end as an error
+            if hasattr(signal, "SIGCHLD"):  # not on Windows
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch would report their end as an error
             for worker in workers:
                 worker.kill()
 
@@ -103,7 +104,8 @@ def _one_line_errors(cli: ClassifierCLI) -> Iterator[None]:
         _check_folder(cli)
         if error.errno not in UNWRITABLE:
             raise
-        raise RunError(f"{error.filename or 'a file of the run'} can't be written: {error.strerror}") from None
+        how = "read or written" if error.errno == errno.EACCES else "written"
+        raise RunError(f"{error.filename or 'a file of the run'} can't be {how}: {error.strerror}") from None
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning turns into exit code 1
             raise KeyboardInterrupt from None

@@ -3,7 +3,7 @@
 import base64
 import io
 import os
-import threading
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -205,7 +205,8 @@ def serve(checkpoints: Sequence[Path], host: str, port: int, folder: Path, trust
         raise RunError(f"{host}:{port} can't be used: {str(error).partition('.')[0]}; give another --port") from None
     try:
         print(f"Open http://{host}:{port} in a browser; Ctrl-C stops it.", flush=True)
-        threading.Event().wait()
+        while True:
+            time.sleep(1)  # Windows lets no Ctrl-C end a longer wait
     finally:
         page.close(verbose=False)
 

@@ -162,7 +162,8 @@ def start(arguments: Sequence[str], **streams: Any) -> Iterator[subprocess.Popen
 
     def pass_on(signum: int, frame: Any) -> None:
         got.append(signum)
-        process.send_signal(signum)
+        if os.name != "nt" or signum != signal.SIGINT:  # Windows has sent Ctrl-C to both
+            process.send_signal(signum)
         if len(got) == 2:  # asked again: a training that hangs is ended
             killing.start()
 

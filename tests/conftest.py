@@ -1,10 +1,12 @@
 """What several test files share: processes that run train.py, and one trained run."""
 
+import errno
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; idle OpenMP threads spin
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -54,6 +56,26 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Three epochs of LeNet on the sample; 297 validation images, so that no batch size divides them."""
     flags = "--model lenet --val_size 297 --max_epochs 3 --batch_size 32 --accelerator cpu --devices 1 --precision 32"
     return train_once("trained", tmp_path_factory, *flags.split(), f"--data_dir={DATA}")
+
+
+@pytest.fixture
+def like_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are renamed, replaced and removed as on Windows: not while this process has them open or mapped."""
+
+    def watched(change: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*paths: Any, **settings: Any) -> Any:
+            fds = [str(fd.readlink()) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()]
+            mapped = Path("/proc/self/maps").read_text(encoding="utf-8")
+            for path in map(os.path.realpath, paths):
+                if path in fds or f" {path}\n" in mapped:
+                    raise PermissionError(errno.EACCES, "is open", path)
+            return change(*paths, **settings)
+
+        return wrapped
+
+    for name in ("replace", "rename", "unlink", "remove"):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    monkeypatch.setattr("checkpoints.writing.fcntl", None)
 
 
 def train_once(name: str, tmp_path_factory: pytest.TempPathFactory, *arguments: str) -> Run:

@@ -1,6 +1,8 @@
 """Checkpoint files: written so that a crash loses nothing, read without trust."""
 
 import copy
+import errno
+import fcntl
 import itertools
 import json
 import multiprocessing
@@ -93,6 +95,31 @@ def test_leftovers_of_killed_processes_are_removed_but_not_those_of_living_ones(
     finally:
         holder.kill()
         holder.communicate()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc, to see which files are open")
+def test_no_open_file_is_renamed(like_windows: None, tmp_path: Path) -> None:
+    stale = tmp_path / "last.ckpt.12345678.partial"
+    stale.write_bytes(b"half a checkpoint")
+    with stale.open("rb"), pytest.raises(PermissionError):
+        stale.replace(tmp_path / "other")
+    for step in range(2):
+        state = {"state_dict": {}, "step": step}
+        AtomicCheckpointIO().save_checkpoint(state, tmp_path / "best.ckpt")
+        assert AtomicCheckpointIO().link_checkpoint(tmp_path / "best.ckpt", tmp_path / "last.ckpt")
+        assert read_checkpoint(tmp_path / "last.ckpt") == state
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+def test_file_systems_without_locks_are_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    (living := tmp_path / "last.ckpt.12345678.partial").touch()
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, tmp_path / "last.ckpt")
+    assert read_checkpoint(tmp_path / "last.ckpt") == {"state_dict": {}}
+    assert living.exists()
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])

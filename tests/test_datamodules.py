@@ -20,6 +20,7 @@ import termios
 import threading
 import time
 import tracemalloc
+import zipfile
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -48,8 +49,8 @@ from datamodules.files.finding import KNOWN, NAMES, SYSTEM_DIR, load, prepare
 from datamodules.files.grounds import _laid, photographed
 from datamodules.files.listing import list_folder
 from datamodules.files.photographs import saturate, warp
-from datamodules.files.pictures import read_picture
-from errors import UserError
+from datamodules.files.pictures import PictureError, read_picture
+from errors import Stopped, UserError
 from lit_modules import LitClassifier
 from weights.exporting import export
 
@@ -1169,6 +1170,7 @@ def test_links_are_followed_but_not_round_and_round(tmp_path):
     put_classes(tmp_path / "elsewhere", more=7)
     (folder / "dog" / "more").symlink_to(tmp_path / "elsewhere" / "more")
     (folder / "cat" / "loop").symlink_to(folder / "cat")
+    (folder / "cat" / "up").symlink_to(folder)  # where the dogs are
     data = of_folder(folder, tmp_path, val_size=0, test_size=0)
     assert data.train_set.labels.bincount().tolist() == [10, 17]
 
@@ -1230,6 +1232,59 @@ def test_pictures_are_decoded_once_and_anew_when_they_change(tmp_path, monkeypat
     read_only.touch()
     with pytest.raises(DatasetError, match=r"can't be kept in .*; set --data_dir"):
         PicturesDataModule(str(folder), data_dir=str(read_only), image_size=16).setup("fit")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc, to see which files are open")
+def test_no_open_file_is_renamed(like_windows, tmp_path):
+    folder = put_classes(tmp_path / "own", cat=6, dog=6)
+    for bad in (False, True):
+        if bad:
+            (folder / "cat" / "broken.jpg").write_bytes(b"no picture")
+        assert len(of_folder(folder, tmp_path, val_size=0, test_size=0).train_set) == 12
+    assert {path.suffix for path in (tmp_path / "made" / "cache").iterdir()} == {".npy", ".json", ".lock"}
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0,
+    reason="needs Linux's user namespaces, to mount a small disk",
+)
+def test_disk_too_small_for_the_pictures(tmp_path):
+    folder, disk = put_classes(tmp_path / "own", cat=30, dog=30), tmp_path / "disk"
+    disk.mkdir()
+    train = f"{sys.executable} {REPO / 'train.py'} --model photos/10min --data {folder} --data_dir {disk}"
+    mount = f"mount -t tmpfs -o size=1m tmpfs {disk} && {train}; code=$?; find {disk} -name '*.npy'; exit $code"
+    done = subprocess.run(["unshare", "-rm", "bash", "-c", mount], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].endswith("No space left on device; set --data_dir")
+    assert ".npy" not in done.stdout
+
+
+def test_pictures_that_no_one_may_read(open_tmp_path):
+    folder = put_classes(open_tmp_path / "own", cat=12, dog=12)
+    (folder / "cat" / "more").mkdir()
+    shut, user = folder / "cat" / "more", os.geteuid()
+    draw(shut / "1.png", (1, 2, 3))
+    shut.chmod(0)
+    if user == 0:
+        os.seteuid(65534)  # root may read anything
+    try:
+        with pytest.raises(PermissionError, match=str(shut)):
+            list_folder(folder, None, None, 0)
+        with pytest.raises(PictureError, match="can't be read: Permission denied"):
+            read_picture(shut / "1.png")
+    finally:
+        os.seteuid(user)
+        shut.chmod(0o755)
+
+
+def test_a_signal_is_no_fault_of_a_picture(tmp_path, monkeypatch):
+    def stop(*_: Any, **__: Any) -> None:
+        raise Stopped("Stopped by Ctrl-C.", 130)
+
+    path = draw(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "open", stop)
+    with pytest.raises(Stopped):
+        read_picture(path)
 
 
 def test_another_folder_than_the_network_was_trained_on(tmp_path):
@@ -1449,6 +1504,9 @@ def test_pictures_become_squares(fit, edges):
     assert seen.shape == (20, 20, 3)
     top_left, centre = int(seen[0, 0, 0]), int(seen[10, 10, 0])
     assert (top_left, centre) == pytest.approx(edges, abs=3)
+    line = data.fit_picture(Image.new("RGB", (1, 200_000), (200, 0, 0)))
+    assert line.shape == (20, 20, 3)
+    assert line[10, 10, 0] > 150 or fit == "pad"
     tall = data.fit_picture(wide.rotate(90, expand=True))
     assert np.abs(tall.astype(int) - np.rot90(seen)).max() <= 1
 
@@ -1476,6 +1534,26 @@ def test_the_command_line_and_the_reader_know_the_same_sets():
         assert issubclass(
             getattr(torchvision.datasets, torchvision_sets.NAMED[name][0]), torchvision.datasets.VisionDataset
         )
+
+
+def test_archives_are_extracted_whole_or_not_at_all(tmp_path):
+    """torchvision takes a folder for the whole set as soon as it is there."""
+    from torchvision.datasets import utils
+
+    for number in range(2):
+        with zipfile.ZipFile(tmp_path / f"{number}.zip", "w") as archive:
+            archive.writestr(f"set/{number}/a.txt", "first")
+            archive.writestr(f"set/{number}/b.txt", "second")
+    broken = (tmp_path / "0.zip").read_bytes().replace(b"second", b"sEcond")
+    (tmp_path / "broken.zip").write_bytes(broken)
+    with torchvision_sets._quiet_and_limited():
+        with pytest.raises(zipfile.BadZipFile):
+            utils.extract_archive(str(tmp_path / "broken.zip"))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["0.zip", "1.zip", "broken.zip"]
+        for number in range(2):
+            utils.extract_archive(str(tmp_path / f"{number}.zip"), str(tmp_path / "there"))
+    found = sorted(path.relative_to(tmp_path).as_posix() for path in (tmp_path / "there").rglob("*.txt"))
+    assert found == [f"there/set/{number}/{name}.txt" for number in range(2) for name in "ab"]
 
 
 def test_a_set_is_fetched_from_a_mirror_once(tmp_path, server, monkeypatch, capfd):

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -136,7 +136,12 @@ def fit_square(picture: Image.Image, size: int, fit: Fit = "crop") -> np.ndarray
         left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
         picture = picture.crop((left, top, left + edge, top + edge))
     elif fit == "pad":
-        picture = ImageOps.pad(picture, (max(picture.size),) * 2)
+        longer = max(picture.size)
+        inside = max(1, round(picture.width * size / longer)), max(1, round(picture.height * size / longer))
+        ground = Image.new("RGB", (size, size))
+        scaled = picture.resize(inside, Image.Resampling.BICUBIC, reducing_gap=3.0)
+        ground.paste(scaled, ((size - inside[0]) // 2, (size - inside[1]) // 2))
+        return np.array(ground)
     return np.array(picture.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0))
 
 
@@ -173,7 +178,7 @@ def _fill(
             return one_line(str(error))
 
     try:
-        pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(rows), 3, size, size))
+        pixels = _mapped(temporary, (len(rows), 3, size, size))
         labels: dict[str, list[int]] = {part: [] for part in listing.parts}
         names: dict[str, list[str]] = {part: [] for part in listing.parts}
         bad: list[tuple[str, str]] = []
@@ -208,11 +213,14 @@ def _fill(
         shape = (count, 1 if grey else 3, size, size)
         if shape != pixels.shape:
             less = temporary.with_suffix(".less")
-            kept = np.lib.format.open_memmap(less, "w+", np.uint8, shape)
+            kept = _mapped(less, shape)
             for start in range(0, count, 1000):
                 kept[start : start + 1000] = pixels[start : min(start + 1000, count), : shape[1]]
             kept.flush()
+            del kept, pixels  # closes them: Windows renames and replaces no file that is mapped
             less.replace(temporary)
+        else:
+            del pixels
         temporary.replace(images)
         content = {"labels": labels, "names": names, "mean": mean, "std": std, "bad": bad, "twice": twice}
         temporary.write_text(json.dumps(content), encoding="utf-8")
@@ -220,6 +228,15 @@ def _fill(
     finally:
         temporary.unlink(missing_ok=True)
         temporary.with_suffix(".less").unlink(missing_ok=True)
+
+
+def _mapped(file: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A new file that holds an array of bytes, with room for it: a full disk is an error here, not a crash later."""
+    pixels = np.lib.format.open_memmap(file, "w+", np.uint8, shape)
+    if hasattr(os, "posix_fallocate"):
+        with file.open("r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+    return pixels
 
 
 def _complain(where: str, found: dict[str, Any], bad_files: str) -> None:

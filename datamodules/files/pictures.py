@@ -37,9 +37,13 @@ def find_pictures(paths: Iterable[Path]) -> list[Path]:
 
 
 def pictures_below(folder: Path) -> Iterator[Path]:
-    """The picture files in a folder and in those within it, each folder once, wherever links lead; none hidden."""
-    seen = set()
-    for place, inside, names in os.walk(folder, followlinks=True):
+    """The picture files in a folder and in those within it, each folder once, wherever links lead; none hidden.
+
+    Raises:
+        PermissionError: If a folder can't be read.
+    """
+    seen = set(map(str, Path(os.path.realpath(folder)).parents))  # a link to one of them would lead to other classes
+    for place, inside, names in os.walk(folder, onerror=_refuse, followlinks=True):
         real = os.path.realpath(place)
         if real in seen:
             inside.clear()
@@ -47,6 +51,11 @@ def pictures_below(folder: Path) -> Iterator[Path]:
         seen.add(real)
         inside[:] = sorted(name for name in inside if not is_hidden(name))
         yield from (Path(place, name) for name in sorted(names) if not is_hidden(name) and is_picture_name(name))
+
+
+def _refuse(error: OSError) -> None:
+    if isinstance(error, PermissionError):  # else it has just been removed
+        raise error
 
 
 def is_hidden(name: str) -> bool:
@@ -71,13 +80,13 @@ def read_picture(path: Path, edge: int = LONGEST_EDGE) -> Image.Image:
     Raises:
         PictureError: If the file can't be read as a picture.
     """
-    if not path.exists():
-        raise PictureError("does not exist")
-    if not path.is_file():
-        raise PictureError("is not a file")
     Image.init()
     formats = [name for name in FORMATS if name in Image.OPEN]
     try:
+        if not path.exists():
+            raise PictureError("does not exist")
+        if not path.is_file():
+            raise PictureError("is not a file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -86,6 +95,8 @@ def read_picture(path: Path, edge: int = LONGEST_EDGE) -> Image.Image:
                 deep = any(";16" in str(tile[3]) for tile in file.tile)
                 file.load()
                 return _upright(_eight_bits(file, path, deep))
+    except PictureError:
+        raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise PictureError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller") from None
     except Image.UnidentifiedImageError:

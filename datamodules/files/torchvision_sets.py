@@ -4,12 +4,14 @@ import contextlib
 import hashlib
 import inspect
 import json
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from pkgutil import resolve_name
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +19,7 @@ import torch
 import torchvision
 from filelock import FileLock
 from PIL import Image
+from torchvision.datasets import utils
 
 from datamodules.files.decoding import VERSION, Cache, Fit, decode, fit_square
 from datamodules.files.download import TIMEOUT
@@ -173,14 +176,31 @@ def _first(make: Callable[..., Any], data_dir: Path, words: Sequence[str], setti
 
 @contextlib.contextmanager
 def _quiet_and_limited() -> Iterator[None]:
-    """Nothing on standard output, and no server waited for without end."""
-    before = socket.getdefaulttimeout()
+    """Nothing on standard output, no server waited for without end, and archives extracted whole or not at all."""
+    before, extract = socket.getdefaulttimeout(), utils.extract_archive
     socket.setdefaulttimeout(TIMEOUT)
+    utils.extract_archive = partial(_extract_whole, extract)
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
         socket.setdefaulttimeout(before)
+        utils.extract_archive = extract
+
+
+def _extract_whole(
+    extract: Callable[..., Any], archive: str | Path, target: str | Path | None = None, remove_finished: bool = False
+) -> None:
+    """Extract into a temporary folder first: torchvision takes what an interruption has left for the whole set."""
+    place = Path(target or Path(archive).parent)
+    place.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".extracting-", dir=place) as folder:
+        extract(archive, folder, remove_finished)
+        for path in Path(folder).iterdir():
+            if (place / path.name).is_dir():  # of another archive of the set
+                shutil.copytree(path, place / path.name, dirs_exist_ok=True)
+            else:
+                path.replace(place / path.name)
 
 
 def _labels(name: str, one: Any) -> tuple[list[int], list[Image.Image]]:
