@@ -14,6 +14,7 @@ from torch import Tensor
 from errors import UserError
 
 GRADIENTS = "summed_gradients"  # in a checkpoint that was saved between two optimiser steps
+TRAINED = "training_metrics"  # in a checkpoint that was saved within an epoch
 
 
 class ExactResume(Callback):
@@ -26,29 +27,29 @@ class ExactResume(Callback):
       or do only its second half);
     - after an epoch: at the start of the next (with `max_steps`, Lightning would end the same epoch twice), with
       `ReduceLROnPlateau` having seen it;
-    - between two optimiser steps, in a validation within an epoch: the gradients that were summed so far are saved.
+    - between two optimiser steps, in a validation within an epoch: the gradients that were summed so far are saved;
+    - within an epoch: so are the totals of the training metrics, which a schedule may follow.
 
     With more than two processes on the CPU, each gradient is summed in the order of the processes: DDP's own order
     depends on the gradient's place in a bucket, and the buckets change after the first step of each process.
-
-    Only the training metrics of a resumed epoch may differ: they cover the rest of the epoch.
     """
 
     def __init__(self) -> None:
         self._gradients: Any = None
+        self._trained: Any = None
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the gradients until the parameters are on the training device."""
-        self._gradients = checkpoint.get(GRADIENTS)
+        """Keep gradients and totals until the parameters are on the training device."""
+        self._gradients, self._trained = checkpoint.get(GRADIENTS), checkpoint.get(TRAINED)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fetch from where the checkpoint was: with workers, batches were fetched before it was loaded."""
         if trainer.fit_loop.is_resuming:
             assert trainer.fit_loop._data_fetcher is not None
             iter(trainer.fit_loop._data_fetcher)
-            self._restore_gradients(trainer, pl_module)
+            self._restore(trainer, pl_module)
         strategy = trainer.strategy
         if (
             isinstance(strategy, DDPStrategy)
@@ -89,6 +90,11 @@ class ExactResume(Callback):
             batches["is_last_batch"] = False
             validation["total"] = _at(validation["total"], 0)
             return
+        pl_module._update_train_metrics()  # type: ignore[operator]
+        checkpoint[TRAINED] = {
+            name: {key: _of_all_processes(trainer, total) for key, total in metric.metric_state.items()}
+            for name, metric in pl_module.metrics["train_"].items(keep_base=True)  # type: ignore[index]
+        }
         validated = trainer.validating and validation["current"]["ready"] == validation["current"]["completed"]
         if trainer.validating or batches["is_last_batch"] or epoch_loop._should_check_val_fx(fit_loop._data_fetcher):
             for name in ("total", "current"):
@@ -98,22 +104,29 @@ class ExactResume(Callback):
             if not validated:  # a batch begun and not ended tells the loop that it was interrupted
                 validation["total"] |= {"ready": 1, "started": 1}
 
-    def _restore_gradients(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._gradients is None:
-            return
+    def _restore(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        def own(stored: Tensor, like: Tensor) -> Tensor:
+            if stored.shape != (trainer.world_size, *like.shape) or stored.dtype != like.dtype:
+                raise TypeError
+            return torch.empty_like(like).copy_(stored[trainer.global_rank])
+
         parameters = dict(pl_module.named_parameters())
+        metrics: Any = pl_module.metrics["train_"]  # type: ignore[index]
         try:
-            for name, stored in self._gradients.items():
-                parameter = parameters[name]
-                if stored.shape != (trainer.world_size, *parameter.shape) or stored.dtype != parameter.dtype:
-                    raise TypeError
-                parameter.grad = torch.empty_like(parameter).copy_(stored[trainer.global_rank])
+            for name, stored in (self._gradients or {}).items():
+                parameters[name].grad = own(stored, parameters[name])
+            for name, totals in (self._trained or {}).items():
+                zeros = metrics[name].metric_state
+                metrics[name].merge_state({key: own(totals[key], zero) for key, zero in zeros.items()})
+                metrics[name]._update_count += 1  # or it would warn that it has counted nothing
         except (KeyError, TypeError, AttributeError):
             raise UserError(
-                f"{trainer.ckpt_path} is damaged: its gradients are not those of this network; training can't continue "
-                "from it"
+                f"{trainer.ckpt_path} is damaged: its gradients or metrics are not those of this network; training "
+                "can't continue from it"
             ) from None
-        self._gradients = None
+        if self._trained and trainer.fit_loop.epoch_loop._num_ready_batches_reached():  # no batch is left to log after
+            pl_module.log_dict(metrics, on_step=False, on_epoch=True)
+        self._gradients = self._trained = None
 
 
 class SavedPrecision(Callback):

@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from checkpoints.writing import AtomicCheckpointIO
 from datamodules import DatasetError
-from errors import UserError, shown
+from errors import UserError, print_warning, shown
 
 OUTPUTS = Path("outputs")  # of predict; compare.py's pictures lie there too
 SLURM_JOB = "slurm_job"  # in the run's folder: job and command; launch/start.py finds a requeued job's run by it
@@ -54,6 +54,11 @@ class RunFolder(Callback):
                 self.path = start
             else:
                 self.path, self._is_new = next_folder(parent, "version"), True
+                if start:
+                    print_warning(
+                        f"the run goes on in {shown(self.path)}, as {shown(start)} does not lie in {shown(parent)} "
+                        "(see --log_dir); its best epoch so far stays behind"
+                    )
             if job := os.environ.get("SLURM_JOB_ID"):
                 (self.path / SLURM_JOB).write_text(json.dumps([job, self._arguments]), encoding="utf-8")
         return self.path

@@ -158,7 +158,7 @@ class Trusted:
         folder = None if own else settings.get("data_dir")
         if own:
             kept |= of_pictures(settings, self.path)
-        local = isinstance(folder, str) and "\0" not in folder and not folder.startswith(("//", "\\\\"))
+        local = isinstance(folder, str) and "\0" not in folder and not folder.replace("\\", "/").startswith("//")
         if local and (found := self.find_data(Path(str(folder)))):
             kept["data_dir"] = str(found)
         sizes = {name: kept.get(name) for name in SIZES}

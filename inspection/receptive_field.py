@@ -59,7 +59,11 @@ class _Noted(TorchDispatchMode):
             elif name in ("max_pool2d_with_indices", "avg_pool2d"):
                 kernel = args[1][-1]
                 field, step = _window(field, step, kernel, args[2][-1] if len(args) > 2 and args[2] else kernel, 1)
-            elif name in ("mean", "addmm", "mm", "bmm", "_adaptive_avg_pool2d", "adaptive_max_pool2d"):
+            elif name in ("_adaptive_avg_pool2d", "adaptive_max_pool2d"):
+                size, windows = args[0].shape[-1], args[1][-1]
+                same = windows > 1 and size % windows == 0  # else they overlap, or there is one only
+                field, step = _window(field, step, size // windows, size // windows, 1) if same else (WHOLE, 1)
+            elif name in ("mean", "addmm", "mm", "bmm"):
                 field, step = WHOLE, 1
             for value in tree_leaves(output):
                 self.seen[id(value)] = field, step

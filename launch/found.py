@@ -72,15 +72,16 @@ class Trials:
         return own
 
     def _find_batch_size(self, config: Namespace) -> int:
-        on_gpu = torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda")
-        device = torch.device("cuda" if on_gpu else "cpu")
+        trainer = self._bare_trainer(config)
+        device = trainer.strategy.root_device
+        device = device if device.type == "cuda" else torch.device("cpu")
         dtype = AUTOCAST.get(str(config.trainer.precision))
         shape = (config.data.channels, config.data.image_size, config.data.image_size)
         own, given = self._throwaway(config), config.data.batch_size
         try_optimizer(own.model, config.model, device)
         own.data.prepare_data()
         own.data.setup("fit")
-        each = len(own.data.train_set) // (STEPS_AN_EPOCH * self._bare_trainer(config).world_size)
+        each = len(own.data.train_set) // (STEPS_AN_EPOCH * trainer.world_size)
         most = 1 << max(each, given, 1).bit_length() - 1  # the recipe's own is never too large
         with torch.random.fork_rng():
             size = largest_batch_size(own.model.net, own.model.optimizer, shape, device, dtype, most)

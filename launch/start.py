@@ -106,6 +106,8 @@ class Start:
             if command.subcommand == "fit":
                 base["trainer"] = self.settings.get("trainer") or {}
                 base |= {name: bool(self.settings.get(name)) for name in ("pretrained", "class_weights")}
+                patience = self.settings.get("patience")
+                base["patience"] = patience if type(patience) is int and patience > 0 else None
             arguments.append(f"--config={yaml.safe_dump(base)}")
         for path in command.outer_configs:
             arguments.append(f"--config={yaml.safe_dump(load_yaml(path).get(command.subcommand) or {})}")
@@ -131,8 +133,7 @@ def how_to_continue(command: Command, config: Any, path: Path) -> str:
         _replace(arguments, "--batch_size", config.data.batch_size)
     if command.find_lr:
         _replace(arguments, "--lr", config.model.optimizer.init_args.lr)
-    named = any(token.split("=")[0] == "--model" for token in arguments)
-    return shlex.join(["python", "train.py", *arguments, "--ckpt_path", "last" if named else shown(path)])
+    return shlex.join(["python", "train.py", *arguments, "--ckpt_path", shown(path)])
 
 
 def _requeued(command: Command) -> bool:

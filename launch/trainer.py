@@ -100,7 +100,7 @@ class RunCallbacks:
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
         arguments = {"logger": logger, "callbacks": callbacks, "plugins": plugins, "enable_model_summary": False}
-        if torch.cuda.is_available() and config.trainer.benchmark is None:
+        if torch.cuda.is_available() and config.trainer.benchmark is None and not config.trainer.deterministic:
             arguments["benchmark"] = True
         if built.trainer.profiler is None:
             arguments["profiler"] = NoProfiler()

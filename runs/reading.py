@@ -61,8 +61,9 @@ class Run:
     def data(self) -> str:
         """The data set that it was tested on; the sample of it, say, is another one."""
         whole = self.record["test"].get("test_set") or self.record["test"]["images"]
-        name = self._setting("data.folder") or self._setting("data.dataset") or "Fashion-MNIST"
-        return f"{name}, {count(whole, 'test image')}"
+        name = own = self._setting("data.folder") or self._setting("data.dataset")
+        split = self._setting("data.split_seed") if own else 0  # which may draw the test images of one's own pictures
+        return f"{name or 'Fashion-MNIST'}, {f'split {split}, ' if split else ''}{count(whole, 'test image')}"
 
     @cached_property
     def right(self) -> list[bool] | None:

@@ -74,6 +74,11 @@ AUGMENTATION = {
 }
 WARMUP = {"class_path": "lit_modules.schedules.WarmupDecay"}
 PLATEAU = {"class_path": "torch.optim.lr_scheduler.ReduceLROnPlateau", "init_args": {"mode": "max", "patience": 0}}
+# Lowers the rate after every epoch but the first, by how the training went.
+WATCHING = {
+    "class_path": "lightning.pytorch.cli.ReduceLROnPlateau",
+    "init_args": {"monitor": "train/loss", "mode": "max", "patience": 0},
+}
 
 
 # Where the first run of an experiment leaves its checkpoints, in the experiment's folder.
@@ -87,7 +92,7 @@ def write(folder: Path, *, ema: bool = False, scheduler: dict | None = None, **d
     folder.mkdir()
     (folder / "small_net.py").write_text(NETWORK)
     (folder / "probe.py").write_text(PROBE)
-    per_step = scheduler is not PLATEAU
+    per_step = "ReduceLROnPlateau" not in (scheduler or WARMUP)["class_path"]
     recipe = {
         "seed_everything": 3,
         "model": {

@@ -398,6 +398,8 @@ def test_python_unpickles_nothing(load: Callable, arguments: dict, folder: Path)
     [
         ("https://localhost/best.ckpt", "is an address; download the checkpoint first"),
         ("s3://bucket/best.ckpt", "is an address"),
+        ("s3:/bucket/best.ckpt", "is an address"),
+        ("C:/runs/gone.ckpt", "does not exist"),  # on Windows a drive
         (sys.stdin, "give its path"),
         ("gone.ckpt", "does not exist"),
     ],
@@ -711,6 +713,13 @@ def test_folders_and_processes_of_a_file(trained: Run, folder: Path) -> None:
     assert rules.to_use(config)["data"]["num_workers"] == 0
     config["data"]["data_dir"] = str(DATA)
     assert rules.to_use(config)["data"]["data_dir"] == str(DATA)
+    asked: list[Path] = []
+    for away in ("//host/share", "\\\\host\\share", "/\\host/share", "\\/host\\share"):  # as Windows reads them
+        config["data"]["data_dir"] = away
+        rules = Trusted("a.ckpt", False, "", content["state_dict"], lambda folder: asked.append(folder))
+        assert "data_dir" not in rules.to_use(config)["data"]
+    assert not asked
+    rules = Trusted("a.ckpt", False, "", content["state_dict"], whole_below)
     (folder / "train-images-idx3-ubyte").write_bytes(b"another data set")
     config["data"]["data_dir"] = str(folder)
     assert "data_dir" not in rules.to_use(config)["data"]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 import tree_sitter_powershell
 from commands import run_forked
 from nbclient import NotebookClient
@@ -349,6 +350,12 @@ def test_the_receptive_field_of_a_branch_is_the_largest_and_a_known_network_has_
         receptive_fields(net, shape)["features.stage3"] == 27 + 2 * 4 * 8 + 2 * 8
     )  # two blocks by their 5x5, a pooling
     assert receptive_fields(net, shape)["classifier.1"] == WHOLE
+
+
+@pytest.mark.parametrize(("windows", "field"), [(4, 3 + 6), (1, WHOLE), (3, WHOLE)])
+def test_the_receptive_field_of_an_adaptive_pooling(windows: int, field: int) -> None:
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3, padding=1), torch.nn.AdaptiveAvgPool2d(windows))
+    assert receptive_fields(net, (1, 28, 28))["1"] == field
 
 
 PAIRS = [tuple(READMES), *((page, DOCS / "zh-CN" / page.name) for page in PAGES)]

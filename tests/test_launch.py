@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import slurm
 import torch
@@ -39,6 +40,7 @@ from stoppable import (
     COMPUTED,
     PLATEAU,
     SAVED,
+    WATCHING,
     checkpoint,
     differences,
     finish,
@@ -1228,6 +1230,7 @@ def stop_and_continue(folder: Path, points: list[list], *flags: str) -> None:
         ({"ema": True}, (), [FIRST, VALIDATION, LAST_OF_ALL]),
         ({}, ("--data.num_workers", "2"), [FIRST, MIDDLE, LAST, VALIDATION]),
         ({"scheduler": PLATEAU}, (), [LAST, ["validation", 2, 2, 0]]),
+        ({"scheduler": WATCHING}, (), [MIDDLE, VALIDATION, LAST_OF_ALL]),
         ({"val_size": 0}, (), [["train", 0, 5, 0], MIDDLE]),
         ({}, ("--model.optimizer", "optimizers.muon.Muon"), [FIRST, MIDDLE]),
         ({}, ("--trainer.max_steps", "12", "--trainer.max_epochs", "-1"), [LAST, VALIDATION]),
@@ -1258,6 +1261,7 @@ def stop_and_continue(folder: Path, points: list[list], *flags: str) -> None:
         "ema",
         "workers",
         "plateau",
+        "plateau of the training loss",
         "no validation",
         "Muon",
         "max_steps",
@@ -1270,7 +1274,7 @@ def stop_and_continue(folder: Path, points: list[list], *flags: str) -> None:
 )
 def test_continued_run_is_bit_equal(settings: dict, flags: tuple[str, ...], points: list[list], tmp_path: Path) -> None:
     settings = AUGMENTATION | settings
-    whole, parts = write(tmp_path / "whole", **settings), write(tmp_path / "parts", **settings)
+    runs = whole, parts = write(tmp_path / "whole", **settings), write(tmp_path / "parts", **settings)
     answer = train(whole, *flags)
     assert answer.code == 0, answer.err
     stop_and_continue(parts, points, *flags)
@@ -1280,6 +1284,11 @@ def test_continued_run_is_bit_equal(settings: dict, flags: tuple[str, ...], poin
     if settings.get("val_size") != 0:
         best, found_best = checkpoint(whole, "best"), checkpoint(parts, "best")
         assert not differences(best["state_dict"], found_best["state_dict"])
+    curves = [
+        [(epoch["train/loss"], epoch["train/accuracy"]) for epoch in record(run / SAVED.parent)["epochs"]]
+        for run in runs
+    ]
+    assert np.allclose(*curves, rtol=1e-6)
 
 
 def test_each_image_is_seen_once_an_epoch(tmp_path: Path) -> None:
@@ -1920,6 +1929,33 @@ def test_patience_may_change_when_a_run_is_continued(folder: Path) -> None:
     assert len(record(run)["epochs"]) == 2
     works(*standing, "--patience=9", "--ckpt_path=last", folder=folder)
     assert len(record(run)["epochs"]) == 6
+
+
+def test_patience_is_kept_by_a_run_that_is_continued_without_it(tmp_path: Path) -> None:
+    """From the checkpoint alone, and in a new folder: `--log_dir` is not given."""
+    folder = write(tmp_path / "run")
+    flat = ("--patience", "1", "--max_epochs", "30", "--lr", "1e-9", "--log_dir", "runs")
+    assert train(folder, *flat, at=FIRST).code == 143
+    (folder / "command.json").write_text("{}")
+    checkpoint = "runs/recipe/version_0/checkpoints/last.ckpt"
+    trusted = ("--ckpt_path", checkpoint, "--trust_checkpoint")
+    answer = run_forked("fit", *trusted, "--data_dir", str(DATA), folder=folder)
+    assert answer.code == 0, answer.err
+    assert len(record(folder / SAVED.parent)["epochs"]) < 10
+    warning = "the run goes on in logs/recipe/version_0, as runs/recipe/version_0 does not lie in logs/recipe"
+    assert warning in answer.err
+
+
+def test_the_command_to_continue_names_this_run_not_the_newest(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run")
+    answer = train(folder, at=MIDDLE)
+    assert train(folder, "--max_epochs", "1").code == 0
+    match = CONTINUE.search(answer.err)
+    assert match, answer.err
+    (folder / "command.json").write_text("{}")
+    answer = run_forked(*shlex.split(match[1]), folder=folder)
+    assert answer.code == 0, answer.err
+    assert len(record(folder / SAVED.parent)["epochs"]) == 3
 
 
 @pytest.mark.parametrize("logger", ["false", "[]"])

@@ -83,12 +83,15 @@ def test_different_data_are_never_in_one_table(
     logs: Path, trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
-    write(logs / "photos", changed(record, data__folder="photos"), accuracy=0.99)
+    photos = changed(record, data__folder="photos")
+    write(logs / "photos", photos, accuracy=0.99)
+    write(logs / "others", changed(photos, data__split_seed=1), accuracy=0.98)  # which draws other test images
     record["test"] |= {"images": 10_000, "test_set": 10_000, "right": pack_right([True] * 10_000)}
     write(logs / "whole", record, accuracy=0.95)
     assert compare.main([str(logs), "--output", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     titles = ["Fashion-MNIST, 500 test images", "photos, 500 test images", "Fashion-MNIST, 10,000 test images"]
+    titles.append("photos, split 1, 500 test images")
     for number, title in enumerate(sorted(titles, key=out.index), 1):
         assert f"{title}:" in out
         text = (tmp_path / f"out/data_{number}/report.md").read_text(encoding="utf-8")
