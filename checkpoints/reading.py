@@ -29,7 +29,7 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
         UserError: If the file is missing, is not a complete Lightning checkpoint, or is not the one that a
             `weights.json` beside it lists; the message says which.
     """
-    if re.match(r"[a-z][a-z0-9+.-]+:/", str(path), re.IGNORECASE):  # C:/ is a drive
+    if re.match(r"[a-z][a-z0-9+.-]+:[/\\]", str(path), re.IGNORECASE):  # C:/ is a drive
         raise UserError(f"{path} is an address; download the checkpoint first and give the file's path")
     path = Path(path)
     if path.is_dir():
