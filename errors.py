@@ -10,8 +10,9 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -59,7 +60,7 @@ class Diverged(UserError):
 
 
 class Stopped(BaseException):
-    """A program that was stopped cleanly by a signal; as `KeyboardInterrupt`, it passes by `except Exception`.
+    """A program that was stopped cleanly by a signal; like `KeyboardInterrupt`, not caught by `except Exception`.
 
     Args:
         message: What was saved and how to continue; empty on processes that leave it to the first one to say so.
@@ -243,6 +244,20 @@ def plain(text: str) -> str:
     These are control characters, line breaks, marks that change the direction of writing, and broken surrogates.
     """
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def replace_file(written: Path, path: Path) -> None:
+    """Give a file that was written its final name; on Windows once nobody has the former one open, or scans the new.
+
+    Raises:
+        PermissionError: If that takes longer than two seconds.
+    """
+    for _ in range(20):
+        with suppress(PermissionError):
+            written.replace(path)
+            return
+        time.sleep(0.1)
+    written.replace(path)
 
 
 def shown(path: str | Path) -> str:

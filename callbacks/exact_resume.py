@@ -1,5 +1,6 @@
 """A run that is stopped anywhere and continued computes what the uninterrupted run computes, bit for bit."""
 
+import copy
 from typing import Any
 
 import lightning.pytorch as pl
@@ -90,10 +91,12 @@ class ExactResume(Callback):
             batches["is_last_batch"] = False
             validation["total"] = _at(validation["total"], 0)
             return
-        pl_module._update_train_metrics()  # type: ignore[operator]
+        metrics: Any = copy.deepcopy(pl_module.metrics["train_"])  # type: ignore[index]
+        if pl_module._since_last_log:
+            metrics.add_trained(pl_module._since_last_log)
         checkpoint[TRAINED] = {
             name: {key: _of_all_processes(trainer, total) for key, total in metric.metric_state.items()}
-            for name, metric in pl_module.metrics["train_"].items(keep_base=True)  # type: ignore[index]
+            for name, metric in metrics.items(keep_base=True)
         }
         validated = trainer.validating and validation["current"]["ready"] == validation["current"]["completed"]
         if trainer.validating or batches["is_last_batch"] or epoch_loop._should_check_val_fx(fit_loop._data_fetcher):
@@ -117,7 +120,7 @@ class ExactResume(Callback):
                 parameters[name].grad = own(stored, parameters[name])
             for name, totals in (self._trained or {}).items():
                 zeros = metrics[name].metric_state
-                metrics[name].merge_state({key: own(totals[key], zero) for key, zero in zeros.items()})
+                metrics[name].merge_state({key: own(totals[key].to(zero.dtype), zero) for key, zero in zeros.items()})
                 metrics[name]._update_count += 1  # or it would warn that it has counted nothing
         except (KeyError, TypeError, AttributeError):
             raise UserError(

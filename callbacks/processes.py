@@ -46,7 +46,8 @@ class Processes(Callback):
     def begin(self) -> None:
         """Watch the parent, if a process of this run started this one; handle the signals."""
         if _is_child():
-            self._parent = int(os.environ[STARTED_BY])
+            # On Windows the parent is a virtual environment's launcher, which has started Python as its child.
+            self._parent = os.getppid() if os.name == "nt" else int(os.environ[STARTED_BY])
             if sys.platform == "linux":  # reaches a process that was suspended, too
                 ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGCONT)
             self._start(self._watch_parent, self._parent, int(os.environ["LOCAL_RANK"]))

@@ -56,8 +56,8 @@ class RunFolder(Callback):
                 self.path, self._is_new = next_folder(parent, "version"), True
                 if start:
                     print_warning(
-                        f"the run goes on in {shown(self.path)}, as {shown(start)} does not lie in {shown(parent)} "
-                        "(see --log_dir); its best epoch so far stays behind"
+                        f"the run goes on in {shown(self.path)}, not in {shown(start)}, where its best epoch so far "
+                        "stays behind"
                     )
             if job := os.environ.get("SLURM_JOB_ID"):
                 (self.path / SLURM_JOB).write_text(json.dumps([job, self._arguments]), encoding="utf-8")

@@ -163,6 +163,7 @@ class RunRecord(Callback):
             **measured,
             "images": int(self._confusion.matrix.sum()),  # fewer than there are, with limit_test_batches
             "test_set": len(data.test_set),
+            **({"test_pictures": _known_by(data.test_names)} if isinstance(data, PicturesDataModule) else {}),
             "class_accuracy": self._confusion.class_accuracy,
             **({} if balanced is None else {"balanced_accuracy": balanced}),
             "right": pack_right(self._confusion.right),
@@ -245,6 +246,11 @@ def _arrange(experiment: Any, first: tuple[str, ...]) -> None:
         info.display_name = f"{stage} {metric.replace('_', ' ')}"
         info.name.group, info.name.tag = stage, f"curves/{metric}"
     plugin_data.content = content.SerializeToString()
+
+
+def _known_by(names: list[str]) -> str:
+    """A short digest of pictures' names, the same on every system."""
+    return hashlib.sha256("\n".join(name.replace("\\", "/") for name in names).encode()).hexdigest()[:8]
 
 
 def _flops(net: Any, input_shape: tuple[int, int, int]) -> int | None:

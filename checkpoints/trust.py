@@ -77,6 +77,9 @@ PIXELS = 2**30  # of one batch
 SPARE = 10**7  # numbers that a network may hold beyond what its file does: buffers that are not saved
 MODULES = 20_000  # parts of a network
 WORD = re.compile(r"[\w:,+ -]{0,200}", re.ASCII)
+TIME = re.compile(
+    r"\{('\w+': [\d.e+-]+(, )?)+\}|\d{1,4}(:\d{1,2}){3}"
+)  # of max_time: a dict of numbers, or 00:00:01:00
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 
 
@@ -193,14 +196,14 @@ class Trusted:
                     self._check_callback(callback)
             elif name == "devices":
                 given = re.fullmatch(
-                    r"auto|-1|\d{1,2}(,\d{1,2})*", ",".join(map(str, value if isinstance(value, list) else [value]))
+                    r"auto|-1|\d{1,2}(,\d{1,2})*,?", ",".join(map(str, value if isinstance(value, list) else [value]))
                 )
                 most = max(os.cpu_count() or 1, torch.accelerator.device_count())
-                if not given or (given[0] != "auto" and max(map(int, given[0].split(","))) > most):
+                if not given or (given[0] != "auto" and max(map(int, given[0].strip(",").split(","))) > most):
                     raise UserError(f"{self.path} asks for the devices {str(value)[:40]}; give --devices yourself")
             elif name == "strategy" and value not in STRATEGIES:
                 self.refuse(value, "strategy")
-            elif not (name == "max_time" and isinstance(value, dict) and all(map(_is_number, value.values()))):
+            elif name not in ("max_time", "val_check_interval") or not TIME.fullmatch(str(value)):
                 self._scalar(f"trainer.{name}", value)
         return kept
 
@@ -308,10 +311,6 @@ def _is_word(text: str) -> bool:
     """Whether the parser takes a text only as itself: no class's name, no number (32-true is none), no file."""
     number = re.match(r"[\s+-]*\d(?!\d-(true|mixed)$)", text)
     return WORD.fullmatch(text) is not None and not number and not Path(text).is_file()
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
 
 
 class _Holder:

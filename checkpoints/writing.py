@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from errors import RunError, UserError
+from errors import RunError, UserError, replace_file
 
 try:
     import fcntl
@@ -53,9 +53,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
                 _check_readable(partial, checkpoint)
                 if fcntl:
-                    partial.replace(path)  # while it is locked
+                    replace_file(partial, path)  # while it is locked
             if not fcntl:
-                partial.replace(path)  # Windows renames no open file
+                replace_file(partial, path)  # Windows renames no open file
             _sync_folder(path.parent)
         except (OSError, RuntimeError) as error:
             cause: BaseException | None = error
@@ -78,7 +78,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         partial = _partial(path)
         try:
             os.link(written, partial)
-            partial.replace(path)
+            replace_file(partial, path)
         except OSError:
             return False
         finally:

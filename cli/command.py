@@ -162,7 +162,7 @@ def _apply(command: Command, name: str, flag: Flag, value: str) -> None:
         if command.recipe is not None:
             raise UserError(f"two recipes, {command.recipe} and {value}; give --model once")
         path = recipe_path(value)
-        command.recipe = value if path == recipes().get(value) else path.stem
+        command.recipe = _recipe_name(path)
         command.configs.insert(0, path)
     elif name == "--config":
         path = Path(value)
@@ -191,6 +191,11 @@ def _apply(command: Command, name: str, flag: Flag, value: str) -> None:
         elif name == "--lr":
             command.find_lr = False
         command.overrides.append(f"{flag.target}={value}")
+
+
+def _recipe_name(path: Path) -> str:
+    by_path = {known.resolve(): name for name, known in recipes().items()}
+    return by_path.get(path.resolve(), path.stem)
 
 
 def _data(value: str) -> list[str]:
@@ -236,8 +241,7 @@ def _check_configs(command: Command) -> None:
     for path in command.configs:
         load_yaml(path)
     if command.recipe is None and command.configs:
-        by_path = {path.resolve(): name for name, path in recipes().items()}
-        command.recipe = by_path.get(command.configs[0].resolve(), command.configs[0].stem)
+        command.recipe = _recipe_name(command.configs[0])
 
 
 def _check_auto(command: Command) -> None:

@@ -27,7 +27,7 @@ from launch.memory import advice, is_out_of_memory, keep_freed_memory
 from launch.start import Start
 
 # Errors caused by the disk, not by the program.
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
 LOST_CONNECTION = r"(?i)gloo|nccl|connection (closed|reset|refused)|broken pipe"
 
 
@@ -104,7 +104,7 @@ def _one_line_errors(cli: ClassifierCLI) -> Iterator[None]:
         _check_folder(cli)
         if error.errno not in UNWRITABLE:
             raise
-        how = "read or written" if error.errno == errno.EACCES else "written"
+        how = "read or written" if error.errno in (errno.EACCES, errno.EPERM) else "written"
         raise RunError(f"{error.filename or 'a file of the run'} can't be {how}: {error.strerror}") from None
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning turns into exit code 1

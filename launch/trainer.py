@@ -58,6 +58,7 @@ class RunCallbacks:
         self.best = RunCheckpoint(self.folder, "best", monitor="val/accuracy", mode="max")
         self.last = RunCheckpoint(self.folder, "last", same_as=self.best)
         self.speed = Speed()
+        self._saving: list[RunCheckpoint] = []
 
     def trainer_arguments(
         self, config: Namespace, built: Namespace, text: str, model: Any, data: Any, curve: Curve | None
@@ -121,7 +122,8 @@ class RunCallbacks:
             callbacks += [TensorBoardPictures(self.confusion, config.histograms), MistakesExplained(self.confusion)]
         if config.trainer.enable_checkpointing is not False:
             # Two callbacks: `save_last` saves only the epochs that are the best so far.
-            callbacks += [*([self.best] if validates(config) else []), self.last]
+            self._saving = [*([self.best] if validates(config) else []), self.last]
+            callbacks += self._saving
         if config.class_weights:
             callbacks.append(ClassWeights())
         classes = model.hparams["num_classes"]
@@ -129,14 +131,14 @@ class RunCallbacks:
         if config.patience:
             if not validates(config):
                 raise UserError("--patience needs validation images: set --val_size above 0")
-            callbacks.append(EarlyStopping("val/accuracy", mode="max", patience=int(config.patience)))
+            callbacks.append(EarlyStopping("val/accuracy", mode="max", patience=int(config.patience), strict=False))
         return callbacks
 
     def best_checkpoint(self) -> Path | None:
         """The best checkpoint of a trained run: its own, or if nothing was left to train, the one beside which it
-        started."""
+        started; None if the run saves none."""
         folders = [folder / "checkpoints" for folder in (self.folder.path, self.start.folder) if folder]
-        files = [folder / name for folder in folders for name in ("best.ckpt", "last.ckpt")]
+        files = [folder / name for folder in folders for name in (f"{one.filename}.ckpt" for one in self._saving)]
         return next((file for file in files if file.exists()), None)
 
 
@@ -149,7 +151,7 @@ def precision(trainer: Namespace, asked_for: bool, saved: str | None) -> tuple[s
     """The precision to compute in.
 
     That of the settings; else that of the checkpoint; else bfloat16 where the device has instructions for it. A
-    recipe's bf16-mixed becomes 32-true on a CPU that only imitates bfloat16, many times slower.
+    recipe's bf16-mixed becomes 32-true on a CPU or GPU that only imitates bfloat16, many times slower.
 
     Args:
         trainer: The Trainer's settings.
@@ -165,10 +167,13 @@ def precision(trainer: Namespace, asked_for: bool, saved: str | None) -> tuple[s
     if left_open and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):
         torch.set_float32_matmul_precision("high")
         return "bf16-mixed", ""
+    of_a_recipe = wanted == "bf16-mixed" and not asked_for
+    if of_a_recipe and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "32-true", "this GPU has no bfloat16 instructions"
     on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.accelerator.is_available())
     if wanted is None and on_cpu and cpu_has_bfloat16():
         return "bf16-mixed", "--precision 32 for float32"
-    if wanted == "bf16-mixed" and on_cpu and not asked_for and not cpu_has_bfloat16():
+    if of_a_recipe and on_cpu and not cpu_has_bfloat16():
         return "32-true", "this CPU has no bfloat16 instructions"
     return wanted, ""
 

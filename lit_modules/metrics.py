@@ -27,7 +27,7 @@ class MeanLoss(Metric):
 
     def update(self, total: Tensor, count: Tensor) -> None:
         """Add the summed loss of `count` images; both may be vectors, of several batches."""
-        self.total += total.sum()
+        self.total += total.to(self.total.dtype).sum()  # first, so that it makes no difference what is added at once
         self.count += count.sum()
 
     def compute(self) -> Tensor:

@@ -61,9 +61,9 @@ class Run:
     def data(self) -> str:
         """The data set that it was tested on; the sample of it, say, is another one."""
         whole = self.record["test"].get("test_set") or self.record["test"]["images"]
-        name = own = self._setting("data.folder") or self._setting("data.dataset")
-        split = self._setting("data.split_seed") if own else 0  # which may draw the test images of one's own pictures
-        return f"{name or 'Fashion-MNIST'}, {f'split {split}, ' if split else ''}{count(whole, 'test image')}"
+        name = self._setting("data.folder") or self._setting("data.dataset") or "Fashion-MNIST"
+        drawn = self.record["test"].get("test_pictures")  # a digest: the folder may have changed, or the split
+        return f"{name}, {count(whole, 'test image')}{f' ({drawn})' if drawn else ''}"
 
     @cached_property
     def right(self) -> list[bool] | None:
@@ -118,7 +118,11 @@ def matches(run: Run, wanted: dict[str, Any]) -> bool:
     names = own.keys() | wanted.keys()
     if wanted.get("data.folder") or wanted.get("data.dataset"):
         names = {name for name in names if name.replace(".init_args", "") not in FOLLOWING}
-    return all(own.get(name) == wanted.get(name) or wanted.get(name) in kind(name).left_open for name in names)
+    return all(_fits(own.get(name), wanted.get(name), kind(name).left_open) for name in names)
+
+
+def _fits(own: Any, wanted: Any, left_open: tuple[Any, ...]) -> bool:
+    return own == wanted or wanted in left_open or (isinstance(wanted, tuple) and own in wanted)
 
 
 def find_runs(paths: Iterable[Path]) -> list[Run]:

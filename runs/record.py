@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from errors import replace_file
+
 try:
     import resource
 except ImportError:  # on Windows
@@ -52,6 +54,7 @@ SCHEMA: dict[str, tuple[str, bool]] = {
     "test.accuracy_flip": ("share", False),
     "test.images": ("count", True),
     "test.test_set": ("count", False),
+    "test.test_pictures": ("text", False),
     "test.balanced_accuracy": ("share", False),
     "test.class_accuracy": ("mapping of shares", False),
     "test.right": ("text", False),
@@ -64,7 +67,7 @@ def write_json(path: Path, content: Any) -> None:
     """Write a JSON file completely or not at all: whoever reads it meanwhile finds the previous one."""
     partial = path.with_suffix(".json.partial")
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    replace_file(partial, path)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -107,12 +107,18 @@ def is_kept(name: str, scheduled: bool) -> bool:
     return scheduled if kept == "scheduled" else bool(kept)
 
 
+# Lightning's own names of what may be given in short.
+PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
+
+
 def shaping(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a resolved configuration that tells runs apart, without the seed, under dotted names.
 
     What is off (null, false, 0) is left out, so that older runs still match when a setting is added.
     """
-    return {name: value for name, value in flat(config).items() if kind(name).parts and value not in (None, False)}
+    found = {name: value for name, value in flat(config).items() if kind(name).parts and value not in (None, False)}
+    precision = found.get("trainer.precision")
+    return found | ({"trainer.precision": PRECISIONS.get(str(precision), precision)} if precision else {})
 
 
 def flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:

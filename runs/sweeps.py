@@ -232,7 +232,9 @@ def _listed(study: "optuna.Study", folder: Path) -> list[dict[str, Any]]:
 def _record(folder: Path) -> dict[str, Any]:
     """What the run in a trial's folder has recorded so far; empty before the end of its first epoch."""
     files = sorted(folder.rglob("record.json"))
-    return json.loads(files[-1].read_text(encoding="utf-8")) if files else {}
+    with suppress(PermissionError):  # on Windows it may be being replaced
+        return json.loads(files[-1].read_text(encoding="utf-8")) if files else {}
+    return {}
 
 
 def _epochs(record: dict[str, Any]) -> list[dict[str, Any]]:

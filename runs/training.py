@@ -31,6 +31,7 @@ PASSED_ON = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHU
 STOPPED = (*(-signum for signum in PASSED_ON), 128 + signal.SIGTERM, 128 + signal.SIGINT)
 LAST_SECONDS = 10.0  # that a training has to end when it was asked twice
 _HELD: list[int] = []  # file descriptors of the locks, which trainings inherit
+WITHOUT_BFLOAT16 = ("bf16-mixed", "32-true")  # either, as the machine can
 INTERRUPTED = "Stopped by Ctrl-C. The same command continues from here."
 
 
@@ -66,6 +67,10 @@ def train_missing(request: Request) -> tuple[list[Run], list[str]]:
         if config["trainer"]["fast_dev_run"] or config["trainer"]["limit_test_batches"] == 0:
             raise UserError("--train compares tested runs: leave out fast_dev_run and limit_test_batches=0")
     wanted = {recipe: shaping(config) for recipe, config in configs.items()}
+    if not any(flag.startswith(("--precision", "--trainer.precision")) for flag in request.flags):
+        for settings in wanted.values():
+            if settings.get("trainer.precision") == "bf16-mixed":  # of a recipe, which train.py may not follow
+                settings["trainer.precision"] = WITHOUT_BFLOAT16
     failed = []
     with training_lock(request.log_dir):
         # Seed by seed, so that all recipes can be compared early on.

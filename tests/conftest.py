@@ -73,8 +73,8 @@ def like_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return wrapped
 
-    for name in ("replace", "rename", "unlink", "remove"):
-        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    for name in ("replace", "rename", "unlink"):
+        monkeypatch.setattr(Path, name, watched(getattr(Path, name)))
     monkeypatch.setattr("checkpoints.writing.fcntl", None)
 
 

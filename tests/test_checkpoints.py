@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -109,6 +110,11 @@ def test_no_open_file_is_renamed(like_windows: None, tmp_path: Path) -> None:
         assert AtomicCheckpointIO().link_checkpoint(tmp_path / "best.ckpt", tmp_path / "last.ckpt")
         assert read_checkpoint(tmp_path / "last.ckpt") == state
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt"]
+    reader = (tmp_path / "last.ckpt").open("rb")
+    threading.Timer(0.3, reader.close).start()
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, tmp_path / "last.ckpt")  # waits for the reader
+    with (tmp_path / "last.ckpt").open("rb"), pytest.raises(RunError, match="is open; the checkpoint saved before it"):
+        AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, tmp_path / "last.ckpt")
 
 
 def test_file_systems_without_locks_are_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -671,6 +677,7 @@ def test_arguments_of_what_a_file_names(part: str, arguments: dict, expected: st
         ("trainer", "callbacks", "planted.Net"),
         ("trainer", "plugins", ["planted.Net"]),
         ("trainer", "max_time", "planted.Net"),
+        ("trainer", "max_time", "1:2:3:planted.Net"),
         ("trainer", "precision", "planted.Net"),
     ],
 )
@@ -683,6 +690,17 @@ def test_settings_to_go_on_training_with(section: str, name: str, value: Any, tr
         rules.to_train(config)
     if section == "trainer" and name != "precision":  # of which a test needs nothing
         assert rules.to_use(config)["trainer"].keys() == {"precision"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("max_time", "00:00:01:00"), ("val_check_interval", "00:00:15:00"), ("devices", "0,")]
+)
+def test_times_and_a_device_by_its_number_are_taken_over(name: str, value: str, trained: Run) -> None:
+    content = torch.load(trained.best, weights_only=True)
+    config = yaml.safe_load(content["config"])
+    config["trainer"][name] = value
+    rules = Trusted("a.ckpt", False, "", content["state_dict"], lambda folder: None)
+    assert rules.to_train(config)["trainer"][name] == value
 
 
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed", "64-true", "bf16-mixed", "32", 16, None])

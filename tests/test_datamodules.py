@@ -1153,6 +1153,23 @@ def test_bad_files_are_named_and_left_out_or_refused(tmp_path, caplog):
         of_folder(folder, tmp_path, bad_files="refuse")
 
 
+def test_a_picture_that_can_be_read_again_is_taken_in(tmp_path, monkeypatch):
+    """Its file has not changed: permissions, a network drive or Pillow have."""
+    from datamodules.files import decoding
+
+    folder = put_classes(tmp_path / "own", cat=6, dog=6)
+
+    def refuse(path: Path, edge: int) -> Image.Image:
+        if path.name == "3.png":
+            raise PictureError("can't be read: Permission denied")
+        return read_picture(path, edge)
+
+    for reader, number in ((refuse, 10), (refuse, 10), (read_picture, 12), (refuse, 12)):
+        monkeypatch.setattr(decoding, "read_picture", reader)
+        decoding.read_folder.cache_clear()
+        assert len(of_folder(folder, tmp_path, val_size=0, test_size=0).train_set) == number
+
+
 def test_pictures_both_trained_on_and_tested_on_are_named(tmp_path, caplog):
     folder = tmp_path / "own"
     put_classes(folder / "train", cat=6, dog=6)
@@ -1235,13 +1252,21 @@ def test_pictures_are_decoded_once_and_anew_when_they_change(tmp_path, monkeypat
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc, to see which files are open")
-def test_no_open_file_is_renamed(like_windows, tmp_path):
+def test_no_open_file_is_renamed(like_windows, tmp_path, monkeypatch):
     folder = put_classes(tmp_path / "own", cat=6, dog=6)
     for bad in (False, True):
         if bad:
             (folder / "cat" / "broken.jpg").write_bytes(b"no picture")
         assert len(of_folder(folder, tmp_path, val_size=0, test_size=0).train_set) == 12
     assert {path.suffix for path in (tmp_path / "made" / "cache").iterdir()} == {".npy", ".json", ".lock"}
+
+    def stop(*_: Any) -> None:
+        raise Stopped("Stopped by Ctrl-C.", 130)
+
+    monkeypatch.setattr("datamodules.files.decoding.read_picture", stop)
+    with pytest.raises(Stopped):
+        of_folder(folder, tmp_path, image_size=20)
+    assert not [path for path in (tmp_path / "made" / "cache").iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.skipif(
@@ -1550,8 +1575,11 @@ def test_archives_are_extracted_whole_or_not_at_all(tmp_path):
         with pytest.raises(zipfile.BadZipFile):
             utils.extract_archive(str(tmp_path / "broken.zip"))
         assert sorted(path.name for path in tmp_path.iterdir()) == ["0.zip", "1.zip", "broken.zip"]
+        (tmp_path / "there" / ".extracting-0.zip-killed").mkdir(parents=True)
         for number in range(2):
-            utils.extract_archive(str(tmp_path / f"{number}.zip"), str(tmp_path / "there"))
+            found = utils.extract_archive(str(tmp_path / f"{number}.zip"), str(tmp_path / "there"))
+            assert found == str(tmp_path / "there")
+        assert [path.name for path in (tmp_path / "there").iterdir()] == ["set"]
     found = sorted(path.relative_to(tmp_path).as_posix() for path in (tmp_path / "there").rglob("*.txt"))
     assert found == [f"there/set/{number}/{name}.txt" for number in range(2) for name in "ab"]
 

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 import slurm
 import torch
@@ -1230,7 +1229,7 @@ def stop_and_continue(folder: Path, points: list[list], *flags: str) -> None:
         ({"ema": True}, (), [FIRST, VALIDATION, LAST_OF_ALL]),
         ({}, ("--data.num_workers", "2"), [FIRST, MIDDLE, LAST, VALIDATION]),
         ({"scheduler": PLATEAU}, (), [LAST, ["validation", 2, 2, 0]]),
-        ({"scheduler": WATCHING}, (), [MIDDLE, VALIDATION, LAST_OF_ALL]),
+        ({"scheduler": WATCHING}, (), [FIRST, MIDDLE, VALIDATION, LAST_OF_ALL]),
         ({"val_size": 0}, (), [["train", 0, 5, 0], MIDDLE]),
         ({}, ("--model.optimizer", "optimizers.muon.Muon"), [FIRST, MIDDLE]),
         ({}, ("--trainer.max_steps", "12", "--trainer.max_epochs", "-1"), [LAST, VALIDATION]),
@@ -1284,11 +1283,9 @@ def test_continued_run_is_bit_equal(settings: dict, flags: tuple[str, ...], poin
     if settings.get("val_size") != 0:
         best, found_best = checkpoint(whole, "best"), checkpoint(parts, "best")
         assert not differences(best["state_dict"], found_best["state_dict"])
-    curves = [
-        [(epoch["train/loss"], epoch["train/accuracy"]) for epoch in record(run / SAVED.parent)["epochs"]]
-        for run in runs
-    ]
-    assert np.allclose(*curves, rtol=1e-6)
+    uninterrupted, continued = (record(run / SAVED.parent)["epochs"] for run in runs)
+    for name in ("train/loss", "train/accuracy"):
+        assert [epoch[name] for epoch in uninterrupted] == [epoch[name] for epoch in continued]
 
 
 def test_each_image_is_seen_once_an_epoch(tmp_path: Path) -> None:
@@ -1942,7 +1939,7 @@ def test_patience_is_kept_by_a_run_that_is_continued_without_it(tmp_path: Path) 
     answer = run_forked("fit", *trusted, "--data_dir", str(DATA), folder=folder)
     assert answer.code == 0, answer.err
     assert len(record(folder / SAVED.parent)["epochs"]) < 10
-    warning = "the run goes on in logs/recipe/version_0, as runs/recipe/version_0 does not lie in logs/recipe"
+    warning = "the run goes on in logs/recipe/version_0, not in runs/recipe/version_0"
     assert warning in answer.err
 
 
@@ -1956,6 +1953,31 @@ def test_the_command_to_continue_names_this_run_not_the_newest(tmp_path: Path) -
     answer = run_forked(*shlex.split(match[1]), folder=folder)
     assert answer.code == 0, answer.err
     assert len(record(folder / SAVED.parent)["epochs"]) == 3
+
+
+def test_patience_with_less_than_an_epoch(folder: Path) -> None:
+    works("--val_size=200", "--batch_size=32", "--patience=2", "--trainer.max_steps=3", folder=folder)
+    assert (folder / "logs/lenet/version_0/checkpoints/last.ckpt").exists()
+
+
+@pytest.mark.parametrize("without", ["enable_checkpointing=false", "limit_val_batches=0"])
+def test_a_run_continued_without_its_best_is_not_tested_on_an_older_one(without: str, folder: Path) -> None:
+    flags = ("--val_size=200", "--model.scheduler=null")
+    works(*flags, "--max_epochs=1", folder=folder)
+    run = folder / "logs/lenet/version_0"
+    before = record(run)["test"]["loss"]
+    answer = works(*flags, "--max_epochs=3", "--ckpt_path=last", f"--trainer.{without}", folder=folder)
+    assert record(run)["test"]["loss"] != before
+    assert "best.ckpt" not in answer.out
+
+
+def test_a_recipe_by_its_path_has_its_name(folder: Path) -> None:
+    path = str(REPO / "configs" / "best" / "lenet.yaml")
+    answer = run_forked(
+        "fit", f"--model={path}", f"--data_dir={DATA}", "--val_size=200", "--max_epochs=1", folder=folder
+    )
+    assert answer.code == 0, answer.err
+    assert record(folder / "logs/best/lenet/version_0")["recipe"] == "best/lenet"
 
 
 @pytest.mark.parametrize("logger", ["false", "[]"])

@@ -85,14 +85,16 @@ def test_different_data_are_never_in_one_table(
     record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
     photos = changed(record, data__folder="photos")
     write(logs / "photos", photos, accuracy=0.99)
-    write(logs / "others", changed(photos, data__split_seed=1), accuracy=0.98)  # which draws other test images
+    others = changed(photos)
+    others["test"]["test_pictures"] = "0a1b2c3d"  # other pictures of the same folder
+    write(logs / "others", others, accuracy=0.98)
     record["test"] |= {"images": 10_000, "test_set": 10_000, "right": pack_right([True] * 10_000)}
     write(logs / "whole", record, accuracy=0.95)
     assert compare.main([str(logs), "--output", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     titles = ["Fashion-MNIST, 500 test images", "photos, 500 test images", "Fashion-MNIST, 10,000 test images"]
-    titles.append("photos, split 1, 500 test images")
-    for number, title in enumerate(sorted(titles, key=out.index), 1):
+    titles.append("photos, 500 test images (0a1b2c3d)")
+    for number, title in enumerate(sorted(titles, key=lambda title: out.index(f"{title}:")), 1):
         assert f"{title}:" in out
         text = (tmp_path / f"out/data_{number}/report.md").read_text(encoding="utf-8")
         assert text.startswith(f"# Comparison: {title}\n")
@@ -371,6 +373,24 @@ def test_train_runs_what_is_missing_and_only_that(tmp_path: Path) -> None:
     other = compare_py(*TRAIN, *longer, folder=tmp_path)  # other settings are another run
     assert "lenet, seed 0: starting" in other.out
     assert "(" not in other.out.split("─")[-1].splitlines()[1], "only the runs asked for are compared"
+
+
+@pytest.mark.slow
+def test_a_run_in_the_precision_of_the_machine_or_of_a_short_name_is_recognised(tmp_path: Path) -> None:
+    recipe = yaml.safe_load((REPO / "configs/lenet_classic.yaml").read_text(encoding="utf-8"))
+    recipe["trainer"] = {"max_epochs": 1, "precision": "bf16-mixed"}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import torch\ntorch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False\n"
+    )
+    rest = (f"--data_dir={DATA}", "--val_size=200", "--accelerator=cpu")
+    for flags in ((), ("--precision", "32"), ("--precision=bf16",)):
+        command = [sys.executable, str(REPO / "compare.py"), "--train", "mine.yaml", *rest, *flags]
+        environment = ENVIRONMENT | {"PYTHONPATH": str(tmp_path)}
+        for said in ("starting", "finished") if flags != ("--precision", "32") else ("finished",):
+            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+            assert (done.returncode, f"seed 0: {said}" in done.stdout) == (0, True), done
+    assert [run.record["precision"] for run in find_runs([tmp_path / "logs"])] == ["32-true", "bf16-mixed"]
 
 
 @pytest.mark.slow

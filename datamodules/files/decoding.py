@@ -10,7 +10,7 @@ import os
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,7 +27,7 @@ from datamodules.files.listing import File, Listing, list_folder, printable, war
 from datamodules.files.pictures import PictureError, read_picture
 from errors import count, one_line
 
-VERSION = 3  # of what a cache holds
+VERSION = 4  # of what a cache holds
 Fit = Literal["crop", "pad", "stretch"]
 
 
@@ -96,7 +96,7 @@ def decode(
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(stem.with_suffix(".lock")):
-            if not facts.exists():
+            if not facts.exists() or _mended(listing, read, facts):
                 _fill(listing, read, size, images, facts, parallel)
         found: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8"))
         # Copied on write, which PyTorch takes for writable; nothing is ever written.
@@ -171,14 +171,8 @@ def _fill(
     rows = _rows(listing)
     temporary = images.with_name(f".{uuid.uuid4().hex}.npy")
 
-    def read(row: tuple[str, File]) -> np.ndarray | str:
-        try:
-            return reader(row[1])
-        except (PictureError, ValueError) as error:
-            return one_line(str(error))
-
     try:
-        pixels = _mapped(temporary, (len(rows), 3, size, size))
+        pixels: Any = _mapped(temporary, (len(rows), 3, size, size))
         labels: dict[str, list[int]] = {part: [] for part in listing.parts}
         names: dict[str, list[str]] = {part: [] for part in listing.parts}
         bad: list[tuple[str, str]] = []
@@ -188,7 +182,8 @@ def _fill(
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         with ThreadPoolExecutor(cores if parallel else 1) as pool:  # Pillow decodes outside Python's lock
             # In pieces: `map` starts all at once, and would keep what is read faster than it is stored.
-            pieces = (pool.map(read, rows[start : start + 500]) for start in range(0, len(rows), 500))
+            attempt = partial(_attempt, reader)
+            pieces = (pool.map(attempt, rows[start : start + 500]) for start in range(0, len(rows), 500))
             bar = tqdm(chain.from_iterable(pieces), "Reading pictures", len(rows), unit="", leave=False, disable=None)
             for (part, file), found in zip(rows, bar, strict=True):
                 name = printable(file.path)
@@ -213,21 +208,36 @@ def _fill(
         shape = (count, 1 if grey else 3, size, size)
         if shape != pixels.shape:
             less = temporary.with_suffix(".less")
-            kept = _mapped(less, shape)
+            kept: Any = _mapped(less, shape)
             for start in range(0, count, 1000):
                 kept[start : start + 1000] = pixels[start : min(start + 1000, count), : shape[1]]
             kept.flush()
-            del kept, pixels  # closes them: Windows renames and replaces no file that is mapped
+            kept = pixels = None  # closes them: Windows renames and removes no file that is mapped
             less.replace(temporary)
-        else:
-            del pixels
+        pixels = None
         temporary.replace(images)
         content = {"labels": labels, "names": names, "mean": mean, "std": std, "bad": bad, "twice": twice}
         temporary.write_text(json.dumps(content), encoding="utf-8")
         temporary.replace(facts)
     finally:
+        kept = pixels = None
         temporary.unlink(missing_ok=True)
         temporary.with_suffix(".less").unlink(missing_ok=True)
+
+
+def _attempt(reader: Callable[[File], np.ndarray], row: tuple[str, File]) -> np.ndarray | str:
+    """The picture, or why it can't be read."""
+    try:
+        return reader(row[1])
+    except (PictureError, ValueError) as error:
+        return one_line(str(error))
+
+
+def _mended(listing: Listing, reader: Callable[[File], np.ndarray], facts: Path) -> bool:
+    """Whether a picture that could not be read can be read now: permissions and programs change, not only files."""
+    bad = {name for name, _ in json.loads(facts.read_text(encoding="utf-8"))["bad"]}
+    rows = [row for row in _rows(listing) if printable(row[1].path) in bad] if bad else []
+    return any(not isinstance(_attempt(reader, row), str) for row in rows)
 
 
 def _mapped(file: Path, shape: tuple[int, ...]) -> np.ndarray:

@@ -19,7 +19,7 @@ import torch
 import torchvision
 from filelock import FileLock
 from PIL import Image
-from torchvision.datasets import utils
+from torchvision.datasets import caltech, mnist, pcam, utils
 
 from datamodules.files.decoding import VERSION, Cache, Fit, decode, fit_square
 from datamodules.files.download import TIMEOUT
@@ -38,6 +38,7 @@ NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     **{name.lower(): (name, {}) for name in CLASSES},
     **{name: ("EMNIST", {"split": split}) for name, split in EMNIST.items()},
 }
+EXTRACTING = (utils, caltech, mnist)  # torchvision's modules that hold the function which extracts
 SPLITS = {"train": ("train", "trainval"), "val": ("val", "valid"), "test": ("test",)}
 SMALL = 128  # pixels: sets whose pictures all are squares of one size, up to this, are kept in that size
 PROBES = 16  # pictures of each part that are looked at beforehand
@@ -177,30 +178,52 @@ def _first(make: Callable[..., Any], data_dir: Path, words: Sequence[str], setti
 @contextlib.contextmanager
 def _quiet_and_limited() -> Iterator[None]:
     """Nothing on standard output, no server waited for without end, and archives extracted whole or not at all."""
-    before, extract = socket.getdefaulttimeout(), utils.extract_archive
+    before, extract, decompress = socket.getdefaulttimeout(), utils.extract_archive, utils._decompress
     socket.setdefaulttimeout(TIMEOUT)
-    utils.extract_archive = partial(_extract_whole, extract)
+    for module in EXTRACTING:
+        module.extract_archive = partial(_extract_whole, extract)
+    pcam._decompress = partial(_decompress_whole, decompress)
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
         socket.setdefaulttimeout(before)
-        utils.extract_archive = extract
+        for module in EXTRACTING:
+            module.extract_archive = extract
+        pcam._decompress = decompress
 
 
 def _extract_whole(
-    extract: Callable[..., Any], archive: str | Path, target: str | Path | None = None, remove_finished: bool = False
-) -> None:
+    extract: Callable[..., Any],
+    from_path: str | Path,
+    to_path: str | Path | None = None,
+    remove_finished: bool = False,
+) -> str | Path:
     """Extract into a temporary folder first: torchvision takes what an interruption has left for the whole set."""
-    place = Path(target or Path(archive).parent)
+    place, prefix = Path(to_path or Path(from_path).parent), f".extracting-{Path(from_path).name}-"
     place.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".extracting-", dir=place) as folder:
-        extract(archive, folder, remove_finished)
-        for path in Path(folder).iterdir():
-            if (place / path.name).is_dir():  # of another archive of the set
-                shutil.copytree(path, place / path.name, dirs_exist_ok=True)
-            else:
-                path.replace(place / path.name)
+    for left in place.glob(f"{prefix}*"):  # by a process that was killed; the set is locked
+        shutil.rmtree(left, ignore_errors=True)
+    with TemporaryDirectory(prefix=prefix, dir=place) as folder:
+        extracted = extract(from_path, folder, remove_finished)
+        _move_into(Path(folder), place)
+    moved = place / Path(extracted).relative_to(folder)
+    return str(moved) if isinstance(from_path, str) else moved
+
+
+def _move_into(folder: Path, place: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and (place / path.name).is_dir():  # of another archive of the set
+            _move_into(path, place / path.name)
+        else:
+            path.replace(place / path.name)
+
+
+def _decompress_whole(
+    decompress: Callable[..., Any], from_path: str, to_path: str, remove_finished: bool = False
+) -> None:
+    decompress(from_path, f"{to_path}.partial", remove_finished)
+    Path(f"{to_path}.partial").replace(to_path)
 
 
 def _labels(name: str, one: Any) -> tuple[list[int], list[Image.Image]]:

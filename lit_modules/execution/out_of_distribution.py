@@ -75,7 +75,7 @@ class OutOfDistribution(NamedTuple):
             part.shape == tuple(sizes[axis] for axis in SHAPES[name]) for name, part in zip(SHAPES, parts, strict=True)
         )
         known = right and sizes["k"] <= min(classes, MOST_CLASSES) and all(part.isfinite().all() for part in parts)
-        return cls(*parts) if known and bool((parts[-1] > 0).all()) else None
+        return cls(*(part.clone() for part in parts)) if known and bool((parts[-1] > 0).all()) else None
 
 
 def _parts(logits: Tensor, fitted: OutOfDistribution) -> Tensor:
