@@ -150,7 +150,10 @@ def _train(jobs: list[Job], options: argparse.Namespace) -> int:
                 return 128 + signal.SIGTERM
             if code:
                 failed.append(f"{job.title} was not finished (exit code {code}); see above")
-            _keep(job, options)
+            elif not _keep(job, options):
+                failed.append(
+                    f"{job.title} did not run as wanted, maybe in another precision, which --precision would set"
+                )
     for failure in failed:
         print_error("benchmarks.results", failure)
     return 1 if failed else 0
@@ -186,7 +189,8 @@ def _tables(options: argparse.Namespace) -> int:
 
     For records in another folder the tables are printed instead.
     """
-    results = read_results(options.out, options.flags)
+    # What may be given for our own folder, such as --data_dir, changes no result and belongs in no page.
+    results = read_results(options.out, () if options.ours else options.flags)
     for path in results.stale:
         print(f"{path.name} is left out: its recipe has changed since, or entries.yaml has no such entry")
     texts = {path: written(path, results, options.out) for path in pages()} if options.ours or options.check else {}

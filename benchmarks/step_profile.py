@@ -13,6 +13,7 @@ from collections import defaultdict
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
@@ -97,6 +98,8 @@ def profiled(model: str, batch_size: int, image_size: int, device: str) -> dict[
             step()
     seconds = dict.fromkeys((*KINDS, "other"), 0.0)
     for event in profiler.key_averages():
+        if device == "cuda" and event.device_type != DeviceType.CPU:
+            continue  # kernels, which their operations count already
         microseconds: Any = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
         seconds[_kind(event.key)] += microseconds / 1e6 / PROFILED
     return seconds

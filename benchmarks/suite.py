@@ -39,6 +39,8 @@ def main() -> int:
     options = parser.parse_args()
     begun = time.monotonic()
     names = [name for name in options.only if options.accelerator == "cpu" or name not in ONLY_CPU]
+    if not names:
+        parser.error(f"{', '.join(options.only)} is measured on the CPU alone")
     pace = min(1.0, options.seconds / sum(SECONDS[name] for name in names))
     shared = [*options.shared, "--out", str(options.out.resolve())]
     rows = [_run(name, [*shared, "--seconds", f"{pace * SECONDS[name]:.0f}"]) for name in names]

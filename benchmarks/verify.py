@@ -63,7 +63,9 @@ def _run(arguments: list[str]) -> int:
     left, rows, failed = 60 * options.minutes, [], 0
     for entry in sorted(chosen, key=seconds.__getitem__):
         if seconds[entry] > left:
-            print(f"{entry.name}: left out, as it would take {duration(seconds[entry])}", flush=True)
+            known = math.isfinite(seconds[entry])
+            why = f"it would take {duration(seconds[entry])}" if known else "nobody has timed it alone"
+            print(f"{entry.name}: left out, as {why}", flush=True)
             continue
         left -= seconds[entry]
         row, record = _verify(entry, results, options)

@@ -61,9 +61,11 @@ class Run:
     def data(self) -> str:
         """The data set that it was tested on; the sample of it, say, is another one."""
         whole = self.record["test"].get("test_set") or self.record["test"]["images"]
-        name = self._setting("data.folder") or self._setting("data.dataset") or "Fashion-MNIST"
-        drawn = self.record["test"].get("test_pictures")  # a digest: the folder may have changed, or the split
-        return f"{name}, {count(whole, 'test image')}{f' ({drawn})' if drawn else ''}"
+        name = own = self._setting("data.folder") or self._setting("data.dataset")
+        split = self._setting("data.split_seed") if own else None
+        # A digest of their names: the folder may have changed, or the split, which older records have instead.
+        drawn = self.record["test"].get("test_pictures") or (f"split {split}" if split else "")
+        return f"{name or 'Fashion-MNIST'}, {count(whole, 'test image')}{f' ({drawn})' if drawn else ''}"
 
     @cached_property
     def right(self) -> list[bool] | None:

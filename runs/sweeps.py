@@ -15,7 +15,7 @@ import yaml
 
 from cli.command import Command, parse_command_line
 from cli.recipes import PROJECT, load_yaml, recipes
-from errors import MissingPackage, RunError, Stopped, UserError, printed_error, stopped_code
+from errors import MissingPackage, RunError, Stopped, UserError, printed_error, shown, stopped_code
 from runs.plots import draw_trials
 from runs.reading import SWEEPS
 from runs.record import write_json
@@ -308,7 +308,7 @@ def _selected(config: dict[str, Any], wanted: Any, prefix: str = "") -> dict[str
 def _model_name(output: Path) -> str:
     """The name of a recipe's file, as --model takes it."""
     names = {PROJECT / "configs" / f"{name}.yaml": name for name in (*recipes(), output.stem)}
-    return names.get(output.resolve(), str(output))
+    return names.get(output.resolve(), shown(output))
 
 
 def _shown(settings: Iterable[str]) -> str:

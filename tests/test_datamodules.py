@@ -1375,6 +1375,15 @@ def test_warp_turns_scales_and_moves():
     assert turned[:, 11, 15].max() > 100  # a corner of the square now lies above its edge
 
 
+def test_warp_goes_on_at_the_edges_as_the_outermost_pixels():
+    plain = torch.full((50, 3, 20, 30), 200, dtype=torch.uint8)
+    assert torch.equal(warp(plain, 40.0, 0.5, 0.4), plain)
+    halves = plain.clone()
+    halves[..., 15:] = 100
+    moved = warp(halves, 0.0, 0.0, 0.25)  # by up to a quarter of the size
+    assert set(moved[..., 0].unique().tolist()) == {200} and set(moved[..., -1].unique().tolist()) == {100}
+
+
 def bars(count: int) -> torch.Tensor:
     """Images (N, 1, 28, 28) of a bar twenty pixels long and four high, in tones that rise from left to right."""
     images = torch.zeros(count, 1, 28, 28, dtype=torch.uint8)
@@ -1486,7 +1495,7 @@ def test_a_folder_is_trained_on_tested_and_looked_at(tmp_path):
     expected = dict(zip(CLASSES, model.probabilities(data.preprocess(images))[0].tolist(), strict=True))
     assert row["probabilities"] == pytest.approx(expected, abs=1e-4)
     written = export(run / "checkpoints" / "best.ckpt", "torch_export", tmp_path / "own.pt2", None, trust=False)
-    assert "Checked on 60 images of noise: same class on all" in written
+    assert "Checked on 120 images of noise: same class on all" in written
 
 
 def test_a_run_knows_the_pictures_it_was_trained_on(tmp_path):
@@ -1580,6 +1589,12 @@ def test_archives_are_extracted_whole_or_not_at_all(tmp_path):
             found = utils.extract_archive(str(tmp_path / f"{number}.zip"), str(tmp_path / "there"))
             assert found == str(tmp_path / "there")
         assert [path.name for path in (tmp_path / "there").iterdir()] == ["set"]
+        packed = gzip.compress(b"pixels" * 1000)
+        for content in (packed[:-9], packed):
+            (tmp_path / "images.h5.gz").write_bytes(content)
+            with contextlib.suppress(EOFError):
+                torchvision.datasets.pcam._decompress(str(tmp_path / "images.h5.gz"))
+            assert (tmp_path / "images.h5").exists() == (content == packed)
     found = sorted(path.relative_to(tmp_path).as_posix() for path in (tmp_path / "there").rglob("*.txt"))
     assert found == [f"there/set/{number}/{name}.txt" for number in range(2) for name in "ab"]
 

@@ -85,15 +85,16 @@ def test_different_data_are_never_in_one_table(
     record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
     photos = changed(record, data__folder="photos")
     write(logs / "photos", photos, accuracy=0.99)
+    write(logs / "split", changed(photos, data__split_seed=1), accuracy=0.98)  # of an older version
     others = changed(photos)
     others["test"]["test_pictures"] = "0a1b2c3d"  # other pictures of the same folder
-    write(logs / "others", others, accuracy=0.98)
+    write(logs / "others", others, accuracy=0.97)
     record["test"] |= {"images": 10_000, "test_set": 10_000, "right": pack_right([True] * 10_000)}
     write(logs / "whole", record, accuracy=0.95)
     assert compare.main([str(logs), "--output", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     titles = ["Fashion-MNIST, 500 test images", "photos, 500 test images", "Fashion-MNIST, 10,000 test images"]
-    titles.append("photos, 500 test images (0a1b2c3d)")
+    titles += ["photos, 500 test images (0a1b2c3d)", "photos, 500 test images (split 1)"]
     for number, title in enumerate(sorted(titles, key=lambda title: out.index(f"{title}:")), 1):
         assert f"{title}:" in out
         text = (tmp_path / f"out/data_{number}/report.md").read_text(encoding="utf-8")

@@ -25,7 +25,7 @@ from weights.trained import load_trained
 CHECKED_IMAGES = 1000
 TOLERANCE = 1e-4  # of probabilities
 SINGLE = 20  # of these images also one by one
-NOISE_IMAGES = 60  # to check with where there is no Fashion-MNIST
+NOISE_IMAGES = 120  # to check with where there is no Fashion-MNIST
 BATCH = 100
 Predict = Callable[[Tensor], Any]  # to probabilities, or a tuple of them and scores
 

@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import platform
-import pty
 import statistics
 import subprocess
 import sys
@@ -124,6 +123,8 @@ class Contestant:
         self._errors = Path(os.environ.get("CONTEST_LOG", os.devnull)).open("ab")  # noqa: SIM115
         output: Any = self._errors
         if terminal:
+            import pty  # here, not above: Windows has none
+
             watcher, output = pty.openpty()
             environment |= {"TERM": "xterm-256color", "COLUMNS": "160", "LINES": "40"}
             threading.Thread(target=_drain, args=(watcher,), daemon=True).start()
@@ -260,7 +261,8 @@ def trained(arguments: Sequence[str], timeout: float | None = None) -> dict[str,
 
 def train_in_background() -> None:
     """Let what this process starts run beside other work: at the lowest priority, on one thread."""
-    os.nice(19)
+    if hasattr(os, "nice"):
+        os.nice(19)
     # Threads that wait by spinning would slow down the other work many times over.
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 

@@ -362,9 +362,10 @@ def _rate_of(run: Run, device: str, results: Results) -> float | None:
         return None  # it measures the default there
     name = "ours_bf16" if device == "cpu" and in_bf16 else "ours"
     wanted = (run.recipe, run.record["image_size"], run.record["batch_size"])
-    alike = all(record["machine"].get(key) == run.record["machine"].get(key) for key in ("cpu", "gpu"))
-    for entry in record["results"] if alike else []:
-        if (entry["network"], entry["image_size"], entry["batch_size"]) == wanted:
+    for entry in record["results"]:
+        measured_on = entry.get("measured", record)["machine"]
+        alike = all(measured_on.get(key) == run.record["machine"].get(key) for key in ("cpu", "gpu"))
+        if alike and (entry["network"], entry["image_size"], entry["batch_size"]) == wanted:
             if run.record["config"]["model"]["net"] != resolve(run.recipe, ())["model"]["net"]:
                 return None
             return next((one["images_per_second"] for one in entry["contestants"] if one["contestant"] == name), None)

@@ -96,7 +96,9 @@ def decode(
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(stem.with_suffix(".lock")):
-            if not facts.exists() or _mended(listing, read, facts):
+            if facts.exists() and _mended(listing, read, facts):
+                facts.unlink()  # first, so that new pixels never lie beside old labels
+            if not facts.exists():
                 _fill(listing, read, size, images, facts, parallel)
         found: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8"))
         # Copied on write, which PyTorch takes for writable; nothing is ever written.

@@ -220,8 +220,9 @@ def _move_into(folder: Path, place: Path) -> None:
 
 
 def _decompress_whole(
-    decompress: Callable[..., Any], from_path: str, to_path: str, remove_finished: bool = False
+    decompress: Callable[..., Any], from_path: str, to_path: str | None = None, remove_finished: bool = False
 ) -> None:
+    to_path = to_path or str(Path(from_path).with_suffix(""))
     decompress(from_path, f"{to_path}.partial", remove_finished)
     Path(f"{to_path}.partial").replace(to_path)
 
