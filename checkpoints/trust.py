@@ -171,7 +171,7 @@ class Trusted:
             raise UserError(f"{self.path} holds a size of its images or batches that is no whole number; not loaded")
         stored, side, *batches, padding, workers = (value or 0 for value in sizes.values())
         # Of one's own pictures exporting makes a batch of its own.
-        if max(*batches, 120 * own) * max(stored, side) ** 2 > PIXELS or padding > max(stored, side, 28):
+        if max(*batches, 60 * own) * max(stored, side) ** 2 > PIXELS or padding > max(stored, side, 28):
             raise UserError(f"{self.path} asks for batches of images that no machine can hold; not loaded")
         if workers:
             kept["num_workers"] = min(workers, os.cpu_count() or 1)
