@@ -205,7 +205,10 @@ def _stop_with(parent: int) -> Callable[[], None]:
 def runs_of(request: Request, recipe: str, wanted: dict[str, Any]) -> list[Run]:
     """The runs of a recipe that compute what the settings say, finished or not."""
     folder = request.log_dir / parse_command_line(["--model", recipe]).recipe  # type: ignore[union-attr,operator]
-    return [run for run in (find_runs([folder]) if folder.exists() else []) if matches(run, wanted)]
+    found = [run for run in (find_runs([folder]) if folder.exists() else []) if matches(run, wanted)]
+    if wanted.get("trainer.precision") == WITHOUT_BFLOAT16:  # the recipe's own first
+        return [run for run in found if run.record["precision"] == WITHOUT_BFLOAT16[0]] or found
+    return found
 
 
 def _resolved(recipe: str, flags: list[str]) -> dict[str, Any]:

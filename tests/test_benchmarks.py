@@ -591,6 +591,7 @@ def test_each_recorded_run_lies_in_the_band_of_the_others(results: Results) -> N
         (["vgg19"], "there are no records of vgg19 on a cpu"),
         (["lenet", "--minutes", "0"], "--minutes must be above 0"),
         (["lenet", "--minutes", "0.001"], "nothing fits in the time"),
+        (["--all", "--minutes", "0.001"], "nothing fits in the time"),
         (["lenet", "--seed", "x"], "invalid int value"),
         (["lenet", "--bogus", "1"], "unknown flag --bogus"),
     ],

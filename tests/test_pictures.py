@@ -750,7 +750,8 @@ def test_the_page_in_a_browser(trained, page, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, str(REPO / "demo.py"), str(trained.best), f"--port={port}"]
-    environment = {**ENVIRONMENT, "TMPDIR": str(uploads)}
+    proxies = {"all_proxy": "socks5://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}  # which lead nowhere
+    environment = {**ENVIRONMENT, **proxies, "TMPDIR": str(uploads)}
     server = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
     browser = None
     try:

@@ -165,7 +165,8 @@ def _check(checkpoint: Predict, exported: Predict, images: Tensor, kind: str = "
     return [
         f"Checked on {len(images):,} {kind}: same class on all, probabilities within {difference:.1e}",
         f"Latency of one image: {alone[1] * 1000:.2f} ms (checkpoint in PyTorch: {alone[0] * 1000:.2f} ms), CPU",
-        f"In batches of {min(BATCH, len(images) - SINGLE)}: {batched[1]:,.0f} images/s (checkpoint in PyTorch: {batched[0]:,.0f})",
+        f"In batches of {min(BATCH, len(images) - SINGLE)}: {batched[1]:,.0f} images/s "
+        f"(checkpoint in PyTorch: {batched[0]:,.0f})",
     ]
 
 
