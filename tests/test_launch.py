@@ -1188,7 +1188,12 @@ def test_slurm_itself_requeues_the_job(tmp_path: Path) -> None:
 
 
 def _children(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    """The processes of the run that this one has started; not what libraries start for a moment when imported."""
+    found = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        with suppress(OSError):  # it has just ended
+            found += [child] if b"LOCAL_RANK=" in Path(f"/proc/{child}/environ").read_bytes() else []
+    return found
 
 
 def _is_gone(pid: int) -> bool:
