@@ -77,9 +77,8 @@ PIXELS = 2**30  # of one batch
 SPARE = 10**7  # numbers that a network may hold beyond what its file does: buffers that are not saved
 MODULES = 20_000  # parts of a network
 WORD = re.compile(r"[\w:,+ -]{0,200}", re.ASCII)
-TIME = re.compile(
-    r"\{('\w+': [\d.e+-]+(, )?)+\}|\d{1,4}(:\d{1,2}){3}"
-)  # of max_time: a dict of numbers, or 00:00:01:00
+# As max_time has it: a dict of numbers, or 00:00:01:00.
+TIME = re.compile(r"\{('\w+': [\d.e+-]+(, )?)+\}|\d{1,4}(:\d{1,2}){3}")
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 
 

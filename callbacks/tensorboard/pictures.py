@@ -73,9 +73,8 @@ class TensorBoardPictures(Callback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Keep the norms of the gradients, if histograms are wanted."""
         if self._histograms and writes(trainer):
-            scaler: Any = getattr(
-                trainer.precision_plugin, "scaler", None
-            )  # of float16; fused optimisers unscale later
+            # In float16 a fused optimiser unscales the gradients itself, later.
+            scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
             scaled = scaler and getattr(optimizer, "_step_supports_amp_scaling", False)
             norms = [torch.tensor(torch.nan) if p.grad is None else p.grad.norm() for p in pl_module.net.parameters()]  # type: ignore[union-attr]
             stacked = torch.stack([norm.to(pl_module.device) for norm in norms]).float()

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from datamodules.files.finding import DatasetError
 from datamodules.files.listing import File, Listing, list_folder, printable, warn_once
 from datamodules.files.pictures import PictureError, read_picture
-from errors import count, one_line
+from errors import count, one_line, replace_file
 
 VERSION = 4  # of what a cache holds
 Fit = Literal["crop", "pad", "stretch"]
@@ -215,12 +215,12 @@ def _fill(
                 kept[start : start + 1000] = pixels[start : min(start + 1000, count), : shape[1]]
             kept.flush()
             kept = pixels = None  # closes them: Windows renames and removes no file that is mapped
-            less.replace(temporary)
+            replace_file(less, temporary)
         pixels = None
-        temporary.replace(images)
+        replace_file(temporary, images)
         content = {"labels": labels, "names": names, "mean": mean, "std": std, "bad": bad, "twice": twice}
         temporary.write_text(json.dumps(content), encoding="utf-8")
-        temporary.replace(facts)
+        replace_file(temporary, facts)
     finally:
         kept = pixels = None
         temporary.unlink(missing_ok=True)
