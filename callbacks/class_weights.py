@@ -16,4 +16,4 @@ class ClassWeights(Callback):
         labels = trainer.datamodule.train_set.labels.cpu()  # type: ignore[attr-defined]
         counts = labels.bincount(minlength=pl_module.hparams["num_classes"])
         weights = torch.where(counts > 0, len(labels) / (len(counts) * counts.clamp(min=1)), 0.0)
-        pl_module.class_weights = weights.to(pl_module.device)
+        pl_module.class_weights = weights.to(pl_module.device, pl_module.dtype)  # type: ignore[arg-type]  # never a text

@@ -14,6 +14,7 @@ from errors import Diverged, print_warning
 ADVICE = "try a lower --lr, --trainer.gradient_clip_val 1, or --precision 32"
 # The mean loss counts as chance within these factors of ln(number of classes).
 CHANCE = (0.98, 1.1)
+CHANCE_STEPS = 500
 
 
 def is_overflow(error: BaseException) -> bool:
@@ -30,22 +31,19 @@ class DivergenceGuard(Callback):
     the step before the bad loss, but no checkpoint is ever written with them, and the last good one stays. The last
     step of an epoch shows in no training loss: the validation loss is checked too, and each checkpoint's weights.
 
-    A network is stuck at chance if its mean loss over `chance_steps` batches is that of guessing, ln(`num_classes`).
-    Some initialisations of NiN and GoogLeNet never leave it (a few runs in a hundred in d2l's published executions).
+    A network is stuck at chance if its mean loss over the first 500 batches after a start or restart is that of
+    guessing, ln(`num_classes`). Some initialisations of NiN and GoogLeNet never leave it (a few runs in a hundred in
+    d2l's published executions).
 
     Args:
         processes: The callback that lets the processes agree.
         num_classes: Number of classes.
-        chance_steps: Number of batches, from the first after a start or restart, after which the mean loss is checked.
         stop_at_chance: Raise instead of only reporting it.
     """
 
-    def __init__(
-        self, processes: Processes, num_classes: int = 10, chance_steps: int = 500, stop_at_chance: bool = False
-    ) -> None:
+    def __init__(self, processes: Processes, num_classes: int = 10, stop_at_chance: bool = False) -> None:
         self._processes = processes
         self._chance = math.log(num_classes)
-        self._chance_steps = chance_steps
         self._stop_at_chance = stop_at_chance
         self._steps = 0
         self._sum: Tensor | None = None  # of the losses of all steps, on the device
@@ -65,7 +63,8 @@ class DivergenceGuard(Callback):
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self._steps % every == 0 and not _is_free(trainer):
             self._end_unless_finite(trainer, self._sum)
-        if self._steps == self._chance_steps:
+        # A teacher's probabilities have an entropy of their own, at high temperatures almost that of chance.
+        if self._steps == CHANCE_STEPS and not batch[1].is_floating_point():
             self._check_chance(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

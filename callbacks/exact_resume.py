@@ -7,15 +7,17 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins import DoublePrecision
+from lightning.pytorch.plugins import DoublePrecision, HalfPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from callbacks.speed import Speed
 from errors import UserError
 
 GRADIENTS = "summed_gradients"  # in a checkpoint that was saved between two optimiser steps
 TRAINED = "training_metrics"  # in a checkpoint that was saved within an epoch
+VALIDATED = "validation_metrics"  # in the same, of the epoch's last validation
 
 
 class ExactResume(Callback):
@@ -29,21 +31,28 @@ class ExactResume(Callback):
     - after an epoch: at the start of the next (with `max_steps`, Lightning would end the same epoch twice), with
       `ReduceLROnPlateau` having seen it;
     - between two optimiser steps, in a validation within an epoch: the gradients that were summed so far are saved;
-    - within an epoch: so are the totals of the training metrics, which a schedule may follow.
+    - within an epoch: so are the totals of the training metrics, and what was validated, which a schedule may follow.
 
     With more than two processes on the CPU, each gradient is summed in the order of the processes: DDP's own order
     depends on the gradient's place in a bucket, and the buckets change after the first step of each process.
+
+    Args:
+        speed: The callback that knows whether an epoch was validated.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, speed: Speed) -> None:
+        self._speed = speed
         self._gradients: Any = None
         self._trained: Any = None
+        self._validated: dict[str, Any] = {}
+        self._ordered: Any = None  # the wrapped network whose gradients are summed in order
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep gradients and totals until the parameters are on the training device."""
         self._gradients, self._trained = checkpoint.get(GRADIENTS), checkpoint.get(TRAINED)
+        self._validated = checkpoint.get(VALIDATED) or {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fetch from where the checkpoint was: with workers, batches were fetched before it was loaded."""
@@ -51,15 +60,21 @@ class ExactResume(Callback):
             assert trainer.fit_loop._data_fetcher is not None
             iter(trainer.fit_loop._data_fetcher)
             self._restore(trainer, pl_module)
+        self.on_train_epoch_start(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Order the sums of gradients, also where `FreezeFeatures` has had the network wrapped again."""
         strategy = trainer.strategy
+        model: Any = strategy.model
         if (
             isinstance(strategy, DDPStrategy)
             and strategy._ddp_comm_hook is None
             and trainer.world_size > 2
             and strategy.root_device.type == "cpu"
+            and model is not self._ordered
         ):
-            model: Any = strategy.model
             model.register_comm_hook(dist.group.WORLD, ordered_mean)
+            self._ordered = model
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Step `ReduceLROnPlateau` here: Lightning does so after the epoch's checkpoint, and not in a resumed epoch."""
@@ -98,6 +113,9 @@ class ExactResume(Callback):
             name: {key: _of_all_processes(trainer, total) for key, total in metric.metric_state.items()}
             for name, metric in metrics.items(keep_base=True)
         }
+        checkpoint[VALIDATED] = {
+            name: value for name, value in self._speed.measured(trainer).items() if name.startswith("val/")
+        }
         validated = trainer.validating and validation["current"]["ready"] == validation["current"]["completed"]
         if trainer.validating or batches["is_last_batch"] or epoch_loop._should_check_val_fx(fit_loop._data_fetcher):
             for name in ("total", "current"):
@@ -129,18 +147,22 @@ class ExactResume(Callback):
             ) from None
         if self._trained and trainer.fit_loop.epoch_loop._num_ready_batches_reached():  # no batch is left to log after
             pl_module.log_dict(metrics, on_step=False, on_epoch=True)
+        for name, value in self._validated.items():
+            if name.startswith("val/") and isinstance(value, Tensor) and value.numel() == 1:
+                self._speed.validated = True
+                trainer._logger_connector._callback_metrics[name] = value.to(trainer.strategy.root_device)
         self._gradients = self._trained = None
 
 
 class SavedPrecision(Callback):
-    """Makes float64 weights float64 before a checkpoint is loaded, which would otherwise round to float32.
+    """Gives the weights their own precision before a checkpoint is loaded, which would otherwise round to float32.
 
-    (Lightning 2.6 converts the module afterwards.) It must come before callbacks that copy the module.
+    (Lightning 2.6 converts the module afterwards.) It must come before callbacks that copy the module, like EMA.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Convert the weights."""
-        if isinstance(trainer.precision_plugin, DoublePrecision):
+        if isinstance(trainer.precision_plugin, DoublePrecision | HalfPrecision):
             trainer.precision_plugin.convert_module(pl_module)
 
 

@@ -1,5 +1,6 @@
 """Fine-tuning: the convolutions stay frozen until the new layers have settled, then train at a lower rate."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,8 +30,8 @@ class FreezeFeatures(Callback):
 
     Raises:
         ValueError: If an argument is out of range.
-        UserError: When training begins, if the network has no part called `features`, or the processes share the
-            network in some way other than DDP.
+        UserError: When training begins, if the network has no part called `features`, the processes share the network
+            in some way other than DDP, or the schedule sets both rates itself (OneCycleLR, CyclicLR).
 
     Source: the layer-wise rates of Yosinski et al. 2014 (arXiv:1411.1792) and Howard & Ruder 2018 (arXiv:1801.06146).
     """
@@ -63,14 +64,15 @@ class FreezeFeatures(Callback):
         self._features.requires_grad_(not self._frozen)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A continued run may begin within an epoch of either phase."""
-        self._freeze_or_unfreeze(trainer, pl_module)
+        """Refuse a schedule that sets both rates itself; a continued run may begin within an epoch of either phase."""
+        others, features = (group.get("initial_lr", group["lr"]) for group in trainer.optimizers[0].param_groups)
+        if not math.isclose(features, others * self._lr_factor, rel_tol=1e-6):
+            problem = "the schedule gives the features the others' learning rate: take one that has no max_lr"
+            raise UserError(problem if trainer.is_global_zero else "")
+        self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Unfreeze the features when it is time."""
-        self._freeze_or_unfreeze(trainer, pl_module)
-
-    def _freeze_or_unfreeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._frozen:
             return
         if trainer.current_epoch < self._epochs:

@@ -64,7 +64,7 @@ class GracefulStop(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the signals back from Lightning, which has set its own handlers for SLURM."""
-        self._processes.watch.patience = FIRST_BATCH
+        self._processes.watch.patience = FIRST_BATCH * trainer.accumulate_grad_batches
         self._handle(self._take_note)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -78,9 +78,11 @@ class GracefulStop(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop if asked to; as the last callback, so that the others' state is saved as of this batch."""
+        if trainer.fit_loop._should_accumulate():
+            return
         self._processes.watch.progress()
-        if not trainer.fit_loop._should_accumulate():
-            self._stop_if_asked(trainer, f"epoch {trainer.current_epoch + 1}, batch {batch_idx + 1}")
+        if signum := self._processes.largest(self._signal):
+            self._save_and_stop(trainer, signum, f"epoch {trainer.current_epoch + 1}, batch {batch_idx + 1}")
 
     def on_validation_batch_end(
         self,
@@ -93,16 +95,13 @@ class GracefulStop(Callback):
     ) -> None:
         """Stop if asked to; the whole validation is then repeated."""
         self._processes.watch.progress()
-        if (
-            trainer.state.fn != TrainerFn.FITTING
-            or trainer.sanity_checking
-            or not self._processes.largest(self._signal)
-        ):
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, WeightAveraging):  # put the training weights back, which validation swaps out
-                callback.on_validation_epoch_end(trainer, pl_module)
-        self._stop_if_asked(trainer, f"the validation of epoch {trainer.current_epoch + 1}")
+        if signum := self._processes.largest(self._signal):
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, WeightAveraging):  # put the training weights back, which validation swaps out
+                    callback.on_validation_epoch_end(trainer, pl_module)
+            self._save_and_stop(trainer, signum, f"the validation of epoch {trainer.current_epoch + 1}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop if a signal came after the last check."""
@@ -128,10 +127,7 @@ class GracefulStop(Callback):
                 again = b"; press Ctrl-C again to stop at once" if os.name == "posix" else b""  # where it is watched
                 os.write(2, b"\nSaving a checkpoint after this batch" + again + b".\n")
 
-    def _stop_if_asked(self, trainer: pl.Trainer, where: str) -> None:
-        signum = self._processes.largest(self._signal)
-        if not signum:
-            return
+    def _save_and_stop(self, trainer: pl.Trainer, signum: int, where: str) -> None:
         path = self._file()
         self._processes.watch.patience = math.inf
         if path:
@@ -142,6 +138,7 @@ class GracefulStop(Callback):
     def _stop(self, trainer: pl.Trainer, signum: int, message: str, path: Path | None) -> None:
         if signum == self._requeue_signal and path:
             message += f" {_requeue() if trainer.is_global_zero else ''}"
+            self._processes.largest(0)  # wait: if one task ends early, srun may kill the others, and with them scontrol
         elif path:
             message += f"\nContinue with: {self._how_to_continue(path)}"
         self._processes.watch.patience = math.inf  # it has answered

@@ -162,12 +162,18 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save; what watches no metric does so after every epoch, where Lightning's waits for a validation."""
         super().on_train_epoch_end(trainer, pl_module)
-        if self.monitor is None and not self._should_skip_saving_checkpoint(trainer):  # as it does a second time
+        if self.monitor is not None:
+            return
+        if not self._should_save_on_train_epoch_end(trainer):
+            self._last_global_step_saved = 0  # in a validation, before the epoch was over
+        if not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         same, files = self._same_as, trainer.strategy.checkpoint_io
-        if same and same._last_global_step_saved == trainer.global_step and isinstance(files, AtomicCheckpointIO):
+        saved = same and same._last_global_step_saved == trainer.global_step
+        at_the_end = same and same._should_save_on_train_epoch_end(trainer)  # or this one may be saved in another place
+        if same and saved and at_the_end and isinstance(files, AtomicCheckpointIO):
             linked = trainer.is_global_zero and files.link_checkpoint(same._last_checkpoint_saved, filepath)
             if trainer.strategy.broadcast(linked):
                 self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath

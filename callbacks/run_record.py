@@ -16,7 +16,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
 from callbacks.confusion import Confusion
-from callbacks.run_folder import RunFolder, RunLogger
+from callbacks.run_folder import RunCheckpoint, RunFolder, RunLogger
 from callbacks.speed import Speed
 from datamodules import PicturesDataModule
 from errors import Stopped, UserError, one_line, shown
@@ -41,6 +41,7 @@ class RunRecord(Callback):
         folder: The run's folder.
         speed: The callback that measures the epochs; it must come before this one.
         confusion: The callback that counts which class is taken for which.
+        best: The callback that saves the best checkpoint.
     """
 
     def __init__(
@@ -51,13 +52,16 @@ class RunRecord(Callback):
         folder: RunFolder,
         speed: Speed,
         confusion: Confusion,
+        best: RunCheckpoint,
     ) -> None:
         self._config = config
         self._speed = speed
         self._confusion = confusion
+        self._best_checkpoint = best
         self._start = time.perf_counter()
         self._folder = folder
         self._peak_before: int | None = None  # of earlier parts of the run
+        self._begun = False  # training has; until then the record may lack the run's earlier epochs
         self.record: dict[str, Any] = {
             "recipe": recipe,
             "config": config,
@@ -106,6 +110,7 @@ class RunRecord(Callback):
         self.record["train_images"] = min(len(data.train_set), an_epoch)
         self.record["val_images"] = images_measured(trainer, data.val_set, trainer.num_val_batches)
         self._continue_record(trainer)
+        self._begun = True
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add the epoch's line."""
@@ -127,7 +132,7 @@ class RunRecord(Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Note how long a stopped run took, even one in its first epoch, so that it is found again."""
-        if isinstance(exception, Stopped) and trainer.state.fn == TrainerFn.FITTING:
+        if isinstance(exception, Stopped) and self._begun and trainer.state.fn == TrainerFn.FITTING:
             self.record |= {"stopped_after_seconds": time.perf_counter() - self._start} | self._peak(trainer)
             self._write(trainer)
 
@@ -188,8 +193,10 @@ class RunRecord(Callback):
             self.record["earlier_tests"] = [*earlier.get("earlier_tests", []), tested]
 
     def _best(self) -> float | None:
-        """The best validation accuracy of all epochs so far."""
-        return max((epoch["val/accuracy"] for epoch in self.record["epochs"] if "val/accuracy" in epoch), default=None)
+        """The best validation accuracy so far; several in an epoch count where their best was saved."""
+        known = [epoch["val/accuracy"] for epoch in self.record["epochs"] if "val/accuracy" in epoch]
+        score = self._best_checkpoint.best_model_score
+        return max([*known, *([] if score is None else [score.item()])], default=None)
 
     def _earlier(self, trainer: pl.Trainer) -> dict[str, Any]:
         """The record of a run that is continued in its own folder."""

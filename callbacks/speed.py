@@ -44,8 +44,8 @@ class Speed(Callback):
     ) -> None:
         """Count the images and read the clock: any batch may be the epoch's last, for instance with `max_time`."""
         self._images += len(batch[1]) * trainer.world_size
-        if trainer.strategy.root_device.type == "cuda" and (trainer.is_last_batch or trainer.fit_loop.epoch_loop.done):
-            torch.cuda.synchronize()
+        if trainer.strategy.root_device.type != "cpu" and (trainer.is_last_batch or trainer.fit_loop.epoch_loop.done):
+            torch.accelerator.synchronize()
         self.epoch_seconds = time.perf_counter() - self._start
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

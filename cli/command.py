@@ -3,6 +3,8 @@
 Imports nothing heavy: `--help` and plain mistakes are answered from here.
 """
 
+import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,7 +24,9 @@ from cli.flags import (
     refuse_pasted_dashes,
 )
 from cli.recipes import did_you_mean, load_yaml, recipe_path, recipes
-from errors import UserError
+from errors import UserError, is_first_process
+
+LAST = "CLASSIC_CNNS_LAST"  # where the first process leaves what `last` was, for the processes that it starts
 
 
 @dataclass
@@ -117,7 +121,9 @@ def parse_command_line(arguments: list[str]) -> Command | None:
     _check_configs(command)
     _check_auto(command)
     if command.ckpt_path == "last":
-        command.ckpt_path, *command.fallbacks = _newest_checkpoints(command)
+        if is_first_process() or LAST not in os.environ:
+            os.environ[LAST] = json.dumps(_newest_checkpoints(command))
+        command.ckpt_path, *command.fallbacks = json.loads(os.environ[LAST])
     return command
 
 
@@ -228,18 +234,24 @@ def _check_predict_flags(command: Command) -> None:
 
 
 def _check_configs(command: Command) -> None:
+    given = {token.partition("=")[0] for token in command.arguments}
+    for path in (*command.outer_configs, *command.configs):
+        content = load_yaml(path)
+        content = (content.get(command.subcommand) or {}) if path in command.outer_configs else content
+        if content.get("ckpt_path") and "--ckpt_path" not in given:
+            command.ckpt_path = str(content["ckpt_path"])
+        if content.get("log_dir") and "--log_dir" not in given:
+            command.log_dir = str(content["log_dir"])
     names_a_net = any(token.startswith("--model.net") for token in command.overrides)
     from_checkpoint = command.ckpt_path not in (None, "last")
     named = command.configs or command.outer_configs or names_a_net or from_checkpoint
     if command.subcommand == "fit" and not named:
         raise UserError("nothing to fit: give --model RECIPE (python train.py --help lists the recipes)")
-    if command.subcommand != "fit" and command.ckpt_path is None and not command.outer_configs:
+    if command.subcommand != "fit" and command.ckpt_path is None:
         raise UserError(
             f"nothing to {command.subcommand}: a network needs trained weights; give --ckpt_path PATH (or last), "
             "for instance weights/lenet.ckpt"
         )
-    for path in command.configs:
-        load_yaml(path)
     if command.recipe is None and command.configs:
         command.recipe = _recipe_name(command.configs[0])
 

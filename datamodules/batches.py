@@ -55,8 +55,8 @@ class TrainBatches(_DealtOut):
     epoch and no image twice. (Lightning's `set_epoch` comes too late for workers, which fetch ahead.)
 
     A global batch is `batch_size * world_size` images long; process r takes every world_size-th of them from r on, so
-    all processes make the same number of steps and each image is seen once per epoch. (Only if the last global
-    batch has fewer images than there are processes, one image stands in for the missing ones.)
+    all processes make the same number of steps and each image is seen once per epoch. A rest of less than two images
+    for each process, too few for batch normalisation, joins the batch before. Any image stands in where there is none.
     """
 
     weights: Tensor | None = None  # (count,): an epoch's images are drawn with replacement, in proportion to these
@@ -73,7 +73,8 @@ class TrainBatches(_DealtOut):
         self.count, self.batch_size, self.position = count, batch_size, position
 
     def __len__(self) -> int:
-        return -(-self.count // (self.batch_size * self.num_replicas))
+        least = 2 * self.num_replicas if self.batch_size > 1 else 1
+        return max(1, -(-(self.count + 1 - least) // (self.batch_size * self.num_replicas)))
 
     def __iter__(self) -> Iterator[Any]:
         run_seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))  # where seed_everything leaves it
@@ -82,7 +83,9 @@ class TrainBatches(_DealtOut):
         order = torch.randperm(self.count, generator=generator)
         if self.weights is not None:
             order = torch.multinomial(self.weights, self.count, replacement=True, generator=generator)
-        for batch in order.split(self.batch_size * self.num_replicas)[done:]:
+        batches = list(order.split(self.batch_size * self.num_replicas))
+        batches[len(self) - 1 :] = [torch.cat(batches[len(self) - 1 :])]
+        for batch in batches[done:]:
             yield batch[self.rank :: self.num_replicas] if len(batch) > self.rank else batch[:1]
 
 
@@ -111,8 +114,3 @@ def leave_signals_to_main(worker: int) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def as_is(batch: Any) -> Any:
-    """The batch, which was fetched as a whole: nothing to collate. (A function, so that workers can pickle it.)"""
-    return batch

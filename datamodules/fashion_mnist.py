@@ -8,11 +8,11 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, default_convert
 
 from checkpoints.loading import CheckedLoading
 from datamodules.augmentation import erase, jitter, shift_and_flip
-from datamodules.batches import EvalBatches, ImageTensors, TrainBatches, as_is, leave_signals_to_main
+from datamodules.batches import EvalBatches, ImageTensors, TrainBatches, leave_signals_to_main
 from datamodules.files.finding import DatasetError, load, prepare, whole_below
 from datamodules.files.grounds import photographed
 
@@ -193,7 +193,7 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
             images,
             batch_size=None if kind == "sampler" else 1,  # a sampler yields whole batches already
             **{kind: batches},  # type: ignore[arg-type]
-            collate_fn=as_is,
+            collate_fn=default_convert,  # nothing to collate: a batch was fetched as a whole
             num_workers=self.num_workers,
             worker_init_fn=leave_signals_to_main,
             persistent_workers=self.num_workers > 0,

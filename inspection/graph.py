@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.module_tracker import ModuleTracker
 
-from inspection.stages import stage_modules, without_data
+from inspection.stages import evaluating, stage_modules, without_data
 
 
 def network_graph(net: nn.Module, input_shape: tuple[int, int, int]) -> GraphDef:
@@ -35,14 +35,9 @@ def network_graph(net: nn.Module, input_shape: tuple[int, int, int]) -> GraphDef
     meta = {f"net.{name}": tensor for name, tensor in without_data(net).items()}
     images = torch.empty(1, *input_shape, device="meta")
     recorder = _Recorder(net, images)
-    was_training = net.training
-    try:
-        net.eval()
-        with torch.no_grad(), recorder:
-            # Not net(...): a compiled network would be compiled again.
-            logits = torch.func.functional_call(_Forward(net), meta, (images,))
-    finally:
-        net.train(was_training)
+    with evaluating(net), torch.no_grad(), recorder:
+        # Not net(...): a compiled network would be compiled again.
+        logits = torch.func.functional_call(_Forward(net), meta, (images,))
     recorder.add("logits", "Output", [logits], logits)
     return GraphDef(node=recorder.nodes.values())
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import MissingPackage, UserError
-from inspection.stages import walk
+from inspection.stages import evaluating, walk
 
 SMALLEST = 6  # pixels of a map on which one can see what a heat map points at
 
@@ -70,16 +70,10 @@ def layer_cam(net: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
     """
     from captum.attr import LayerGradientXActivation
 
-    was_training = net.training
-    try:
-        net.eval()
-        with torch.inference_mode(False), torch.enable_grad():
-            # Copies: what was made in inference mode can't take part in a backward pass.
-            images, classes = images.to(next(net.parameters()).dtype).clone(), classes.clone()
-            contributions = LayerGradientXActivation(net.forward, explained_stage(net, images)).attribute(
-                images, classes
-            )
-    finally:
-        net.train(was_training)
+    with evaluating(net), torch.inference_mode(False), torch.enable_grad():
+        # Copies: what was made in inference mode can't take part in a backward pass.
+        images, classes = images.to(next(net.parameters()).dtype).clone(), classes.clone()
+        stage = explained_stage(net, images)
+        contributions = LayerGradientXActivation(net.forward, stage).attribute(images, classes)
     maps = contributions.detach().float().relu().sum(dim=1).cpu()
     return maps / maps.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)

@@ -1,6 +1,7 @@
 """A network's stages: output shape, parameters and FLOPs of each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -76,15 +77,24 @@ def walk(
         walked.append((names[module], module, keep(output) if isinstance(output, Tensor) else None))
 
     handles = [module.register_forward_hook(note) for module in names]
-    was_training = net.training
     try:
-        net.eval()
-        with torch.no_grad():
+        with evaluating(net), torch.no_grad():
             return walked, forward()
     finally:
-        net.train(was_training)
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards each part is in its own again, as frozen ones evaluate while the others train."""
+    training = [module for module in net.modules() if module.training]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def stage_outputs(net: nn.Module, image: Tensor) -> list[tuple[str, str, Tensor]]:

@@ -18,6 +18,7 @@ from weights.imagenet import start_from_imagenet
 
 STEPS_AN_EPOCH = 100  # what fits in memory need not train well: fewer steps learn less in the same epochs
 AUTOCAST = dict.fromkeys(("bf16", "bf16-mixed"), torch.bfloat16) | dict.fromkeys(("16", "16-mixed"), torch.float16)
+WEIGHTS = {"64": torch.float64, "64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 FOUND = "CLASSIC_CNNS_FOUND"  # where the first process leaves what it found for the processes that it starts
 
 
@@ -84,7 +85,8 @@ class Trials:
         each = len(own.data.train_set) // (STEPS_AN_EPOCH * trainer.world_size)
         most = 1 << max(each, given, 1).bit_length() - 1  # the recipe's own is never too large
         with torch.random.fork_rng():
-            size = largest_batch_size(own.model.net, own.model.optimizer, shape, device, dtype, most)
+            net = own.model.net.to(WEIGHTS.get(str(config.trainer.precision), torch.float32))
+            size = largest_batch_size(net, own.model.optimizer, shape, device, dtype, most)
         steps = f"leaves {STEPS_AN_EPOCH} steps an epoch" if each >= given else f"is not above the recipe's {given}"
         print(f"Batch size {size}: the largest power of two that {'fits' if size < most else steps}", flush=True)
         if size != given and not self._lr:

@@ -34,7 +34,9 @@ def take_over_processes(trainer: Namespace) -> None:
             )
     except UserError as error:
         raise UserError(str(error) if is_first_process() else "") from None
-    trainer.devices, trainer.num_nodes = here, machines
+    trainer.num_nodes = machines
+    if not isinstance(trainer.devices, list | tuple) and "," not in str(trainer.devices):  # which name the devices
+        trainer.devices = here
 
 
 def _torchrun() -> tuple[str, int, int] | None:

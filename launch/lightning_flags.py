@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
@@ -20,6 +21,7 @@ from lightning.pytorch.callbacks import (
     Timer,
 )
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -94,7 +96,15 @@ def check_trainer(trainer: Trainer, settings: Namespace, net: nn.Module) -> None
             f"trainer.strategy={strategy} starts the other processes as copies of this one, which is not supported: "
             "set --trainer.strategy ddp, which starts each from scratch"
         )
-    several_without_gpu = trainer.world_size > 1 and trainer.strategy.root_device.type != "cuda"
+    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+        raise UserError(
+            f"{type(trainer.strategy).__name__} gives each process a part of the network, which is not supported, nor "
+            "needed for networks of this size: set --trainer.strategy ddp"
+        )
+    device = trainer.strategy.root_device.type
+    if trainer.world_size > 1 and device == "cuda" and not dist.is_nccl_available():
+        raise UserError("several GPUs need NCCL, which PyTorch has not on this system (Windows): set --devices 1")
+    several_without_gpu = trainer.world_size > 1 and device != "cuda"
     if settings.sync_batchnorm and several_without_gpu and any(isinstance(part, _BatchNorm) for part in net.modules()):
         raise UserError(
             "trainer.sync_batchnorm=true needs GPUs: PyTorch's SyncBatchNorm has no CPU version; leave it out"
@@ -178,9 +188,7 @@ def check_length(trainer: Trainer, model: LitClassifier, data: FashionMNISTDataM
             "--trainer.check_val_every_n_epoch null"
         )
     given = getattr(model.scheduler, "keywords", {})
-    if (
-        model.scheduler and "max_lr" in given and (given.get("total_steps") or 0) > 0
-    ):  # OneCycleLR can't continue after its end
+    if "max_lr" in given and (given.get("total_steps") or 0) > 0:  # OneCycleLR can't continue after its end
         by_step = model.hparams["scheduler_interval"] == "step"
         an_epoch = math.ceil(limited / trainer.accumulate_grad_batches) if by_step else 1
         steps = an_epoch * trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf

@@ -39,7 +39,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the device or the machine has no memory left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    pattern = r"can't allocate memory|not enough memory|out of memory|CUDNN_STATUS_(ALLOC_FAILED|NOT_SUPPORTED)"
+    pattern = (
+        r"can't allocate memory|not enough memory|out of memory|CU\w+_STATUS_(ALLOC_FAILED|NOT_SUPPORTED)"
+        "|[Uu]nable to find (an engine|a valid cuDNN algorithm)"  # none that fits into what is free
+    )
     return isinstance(error, RuntimeError) and re.search(pattern, str(error)) is not None
 
 
@@ -68,7 +71,7 @@ def largest_batch_size(
     size before: a system that runs out of memory ends programs instead of refusing.
 
     Args:
-        net: A network that is not needed afterwards: it is trained on noise.
+        net: A network that is not needed afterwards: it is trained on noise, in the type of its weights.
         make_optimizer: From its parameters to the optimiser.
         input_shape: Shape (C, H, W) of one image.
         device: Where to try.
@@ -86,7 +89,7 @@ def largest_batch_size(
         try:
             cast = torch.autocast(device.type, dtype) if dtype else nullcontext()
             with cast:
-                logits = net(torch.rand(size, *input_shape, device=device))
+                logits = net(torch.rand(size, *input_shape, device=device, dtype=next(net.parameters()).dtype))
                 loss = F.cross_entropy(logits, torch.zeros(size, dtype=torch.long, device=device))
             loss.backward()
             optimizer.step()

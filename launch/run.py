@@ -90,6 +90,9 @@ def _one_line_errors(cli: ClassifierCLI) -> Iterator[None]:
         if is_overflow(error):
             why = f"the optimiser's step is too large for the weights; {ADVICE}"
             raise Diverged(why if is_first_process() else "") from None
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = one_line(str(error)).partition(" Set TORCH")[0]
+            raise RunError(f"the network can't be compiled here, leave --compile out: {reason}") from None
         _check_folder(cli)
         if "view size is not compatible" in str(error):  # a callback's or a network's own, like ModelPruning's
             raise UserError(f"{one_line(str(error))}; set --model.channels_last false") from None

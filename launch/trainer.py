@@ -1,11 +1,13 @@
 """The Trainer's logger, callbacks and plugins: this project's and the user's own."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from jsonargparse import Namespace
+from lightning.fabric.utilities.device_parser import _parse_gpu_ids
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
@@ -95,7 +97,7 @@ class RunCallbacks:
             callbacks.append(EpochProgress(self.speed))
         last = self.last if self.last in callbacks else None
         stop = GracefulStop(self.processes, last, lambda path: how_to_continue(command, config, path))
-        callbacks += [self.processes, ExactResume(), stop]  # last, so that they see what the others did
+        callbacks += [self.processes, ExactResume(self.speed), stop]  # last, so that they see what the others did
         _leave_out_empty_hooks(callbacks)
         plugins = _listed(built.trainer.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -111,7 +113,9 @@ class RunCallbacks:
         callbacks: list[Callback] = [
             self.speed,
             self.confusion,
-            RunRecord(self.start.recipe, yaml.safe_load(text), text, self.folder, self.speed, self.confusion),
+            RunRecord(
+                self.start.recipe, yaml.safe_load(text), text, self.folder, self.speed, self.confusion, self.best
+            ),
             ModelTable(data.input_shape),
             Temperature(),
             FitOutOfDistribution(),
@@ -131,7 +135,10 @@ class RunCallbacks:
         if config.patience:
             if not validates(config):
                 raise UserError("--patience needs validation images: set --val_size above 0")
-            callbacks.append(EarlyStopping("val/accuracy", mode="max", patience=int(config.patience), strict=False))
+            every = config.trainer.check_val_every_n_epoch
+            settings: Any = {"patience": math.ceil(config.patience / (every or 1)), "mode": "max", "strict": False}
+            # After an epoch, also where it is validated several times.
+            callbacks.append(EarlyStopping("val/accuracy", **settings, check_on_train_epoch_end=every == 1 or None))
         return callbacks
 
     def best_checkpoint(self) -> Path | None:
@@ -164,11 +171,11 @@ def precision(trainer: Namespace, asked_for: bool, saved: str | None) -> tuple[s
     wanted = trainer.precision or saved
     on_gpu = trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     left_open = trainer.precision is None and wanted in (None, "bf16-mixed")
-    if left_open and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):
+    if left_open and on_gpu and _gpus_have_bfloat16(trainer.devices):
         torch.set_float32_matmul_precision("high")
         return "bf16-mixed", ""
     of_a_recipe = wanted == "bf16-mixed" and not asked_for
-    if of_a_recipe and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if of_a_recipe and on_gpu and not _gpus_have_bfloat16(trainer.devices):
         return "32-true", "this GPU has no bfloat16 instructions"
     on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.accelerator.is_available())
     if wanted is None and on_cpu and cpu_has_bfloat16():
@@ -176,6 +183,12 @@ def precision(trainer: Namespace, asked_for: bool, saved: str | None) -> tuple[s
     if of_a_recipe and on_cpu and not cpu_has_bfloat16():
         return "32-true", "this CPU has no bfloat16 instructions"
     return wanted, ""
+
+
+def _gpus_have_bfloat16(devices: Any) -> bool:
+    """Whether all GPUs that will train compute in bfloat16; `torch.cuda.is_bf16_supported` asks the first alone."""
+    chosen = _parse_gpu_ids(-1 if devices == "auto" else devices, include_cuda=True) or []
+    return bool(torch.version.hip) or all(torch.cuda.get_device_properties(gpu).major >= 8 for gpu in chosen)
 
 
 def cpu_has_bfloat16() -> bool:

@@ -21,8 +21,6 @@ from lit_modules.initialization import he_initialization, start_output
 from lit_modules.metrics import StageMetrics
 from lit_modules.schedules import of_length
 
-PLAIN = (bool, int, float, str, type(None))  # types of arguments that a checkpoint keeps
-
 
 class LitClassifier(CheckedLoading, pl.LightningModule):
     """Trains `net` to classify images with cross entropy.
@@ -111,11 +109,14 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
             torch._dynamo.maybe_mark_dynamic(images, 0)
         return self.net(images)
 
-    def setup(self, stage: str) -> None:
+    def on_fit_start(self) -> None:
         """Sum losses in double precision, so that the split into batches and processes doesn't matter."""
+        # In `setup` it would be undone: for `--precision bf16-true` Lightning converts the module after that.
         if self.trainer.strategy.root_device.type != "mps":  # which has no float64
             for metrics in self.metrics.values():
                 metrics["loss"].set_dtype(torch.float64)
+
+    on_validation_start = on_test_start = on_fit_start
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Derive all random numbers of a training step (augmentation, dropout) from seed, epoch, batch and process."""
@@ -124,7 +125,7 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
         return batch
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross entropy of one batch; the metrics are updated only every `log_every_n_steps` batches."""
+        """Cross entropy of one batch; the metrics are updated only every `log_every_n_steps` steps."""
         images, targets = batch  # labels (N,), or probabilities (N, num_classes) from a teacher
         if self.mix is not None:
             images, targets = self.mix(images, targets)
@@ -132,7 +133,7 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
         logits = self(images)
         loss = F.cross_entropy(logits, targets, self.class_weights, label_smoothing=self.hparams["label_smoothing"])
         self._since_last_log.append((loss.detach(), logits.detach(), labels))
-        if len(self._since_last_log) >= self.trainer.log_every_n_steps:  # type: ignore[attr-defined]  # set by its logger connector
+        if not self.trainer.fit_loop._should_accumulate() and self.trainer._logger_connector.should_update_logs:
             # Lightning reads what it shows in a bar at every step, and waits for the device to do so.
             bars = pl.callbacks.TQDMProgressBar | pl.callbacks.RichProgressBar
             shown = isinstance(self.trainer.progress_bar_callback, bars)
@@ -189,7 +190,7 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
         checkpoint["out_of_distribution"] = self.out_of_distribution and self.out_of_distribution._asdict()
         stored = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
         if stored and "_instantiator" not in stored:  # from the user's own Trainer, with objects as arguments
-            plain = {name: value for name, value in stored.items() if type(value) in PLAIN}
+            plain = {key: one for key, one in stored.items() if type(one) in (bool, int, float, str, type(None))}
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = plain
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -210,8 +211,9 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
         interval = self.hparams["scheduler_interval"]
         total = self.trainer.estimated_stepping_batches if interval == "step" else self.trainer.max_epochs
         schedule = of_length(self.scheduler, optimizer, cast("int", total))
-        settings = {"scheduler": schedule, "interval": interval, "monitor": getattr(schedule, "monitor", "val/loss")}
-        plateau = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)  # looks at validations
+        monitor = getattr(schedule, "monitor", "val/loss")
+        settings = {"scheduler": schedule, "interval": interval, "monitor": monitor}
+        plateau = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau) and monitor.startswith("val/")
         settings["frequency"] = (plateau and self.trainer.check_val_every_n_epoch) or 1
         return {"optimizer": optimizer, "lr_scheduler": settings}
 

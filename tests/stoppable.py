@@ -35,6 +35,9 @@ from pathlib import Path
 from lightning.pytorch.callbacks import Callback
 
 class Probe(Callback):
+    def setup(self, trainer, pl_module, stage):
+        self.at(trainer, stage, 0)
+
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if "at" in json.loads(Path("command.json").read_text()):
             with open(f"seen-{trainer.global_rank}", "a") as file:

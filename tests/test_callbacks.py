@@ -319,7 +319,8 @@ def test_class_weights_are_the_usual_balanced_ones_and_reach_the_loss():
     labels = torch.tensor([0] * 6 + [2] * 3)
     images = torch.randn(9, 1, 2, 2)
     data = SimpleNamespace(train_set=SimpleNamespace(labels=labels))
-    trainer: Any = SimpleNamespace(datamodule=data, log_every_n_steps=50)
+    loop = SimpleNamespace(_should_accumulate=lambda: True)
+    trainer: Any = SimpleNamespace(datamodule=data, fit_loop=loop)
     model._trainer = trainer
     ClassWeights().on_fit_start(trainer, model)
     assert model.class_weights is not None
@@ -330,6 +331,18 @@ def test_class_weights_are_the_usual_balanced_ones_and_reach_the_loss():
 
 
 # ---- A teacher.
+
+
+def test_what_a_teacher_leaves_open_is_not_taken_for_chance(images, tmp_path):
+    flags = ["--trainer.callbacks.temperature=100", "--stop_at_chance", "--batch_size=2", "--max_epochs=1"]
+    teacher = ["--trainer.callbacks=callbacks.distillation.Distillation", f"--trainer.callbacks.teacher={BETTER}"]
+    base = [word for word in TAUGHT if "best/lenet" not in word]
+    answer = run_forked("--model=lenet", *base[1:], *teacher, *flags, folder=tmp_path)
+    assert answer.code == 0 and "chance" not in answer.err, answer
+    (record,) = tmp_path.rglob("record.json")
+    loss = json.loads(record.read_text(encoding="utf-8"))["epochs"][0]["train/loss"]
+    assert loss > 0.98 * math.log(10)  # else the test says nothing
+
 
 TAUGHT = ["fit", "--model=best/lenet_distilled", "--data_dir=images", "--val_size=297", "--accelerator=cpu"]
 TAUGHT += ["--devices=1", "--max_epochs=2", "--batch_size=100"]
@@ -364,7 +377,8 @@ def test_the_targets_are_what_the_teacher_says_of_image_and_mirror(writable, ima
     if not writable:
         (images / "cache").touch()
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    trainer: Any = SimpleNamespace(datamodule=data, is_global_zero=True, log_every_n_steps=50, strategy=strategy)
+    loop = SimpleNamespace(_should_accumulate=lambda: True)
+    trainer: Any = SimpleNamespace(datamodule=data, is_global_zero=True, fit_loop=loop, strategy=strategy)
     model._trainer = trainer
     question = f"Asking the teacher {BETTER} about {len(labels):,} images\n"
     for temperature, said in ((1.5, question), (3, "" if writable else question)):  # its logits are kept
@@ -468,7 +482,7 @@ def test_mistakes_in_naming_a_teacher(arguments, says, tmp_path):
 CLASS_TAGS = {f"per_class_accuracy/{name}" for name in CLASS_NAMES}
 SCALARS = CLASS_TAGS | {"learning_rate/AdamW", "speed/images_per_second", "speed/epoch_seconds"}
 CURVES = {  # of each stage, in a sub-folder
-    "train": {"curves/loss", "curves/accuracy"},
+    "train": {"curves/loss", "curves/accuracy", "curves/loss_step"},
     "val": {"curves/loss", "curves/accuracy", "curves/max_accuracy"},
     "test": {"curves/loss", "curves/accuracy"},
 }
@@ -1115,12 +1129,12 @@ def test_freezing_unfreezing_and_continuing_in_both_phases(tmp_path):
     whole, parts = narrow(tmp_path / "whole"), narrow(tmp_path / "parts")
     assert train(whole).code == 0
     saved: list[dict] = []
-    more: list[str] = []
+    more = drawn = ["--trainer.logger", "true"]  # whose graph is drawn with the network as it then is
     for point in (["train", 0, 0, 0], ["train", 0, 4, 0], ["train", 1, 0, 0], ["train", 1, 3, 0]):
         answer = train(parts, *more, at=point)
         assert answer.code == 143, answer.err
         saved.append(checkpoint(parts))
-        more = ["--ckpt_path", str(SAVED / "last.ckpt")]
+        more = [*drawn, "--ckpt_path", str(SAVED / "last.ckpt")]
     answer = train(parts, *more)
     assert answer.code == 0, answer.err
     assert changed(saved[0], saved[1]) == {"classifier"}  # batch normalisation's statistics included
@@ -1155,6 +1169,7 @@ def test_processes_train_what_was_unfrozen_together(tmp_path):
         ("--trainer.callbacks.lr_factor=0", "FreezeFeatures: lr_factor=0.0 must lie above 0"),
         ("--trainer.callbacks.epochs=-1", "FreezeFeatures: epochs=-1 must be at least 0"),
         ("--model.net=torchvision.models.resnet18 --data.channels=3 --model.net.num_classes=10", "no part called feat"),
+        ("--model.scheduler=OneCycleLR --model.scheduler.max_lr=0.01", "take one that has no max_lr"),
     ],
 )
 def test_mistakes_of_freezing(flags, says, tmp_path):

@@ -128,6 +128,38 @@ def test_a_file_by_subcommand_is_kept_apart(tmp_path, monkeypatch):
     assert (command.outer_configs, command.configs) == ([Path("all.yaml")], [])
 
 
+def test_checkpoint_and_folder_may_stand_in_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("all.yaml").write_text("test: {ckpt_path: one.ckpt, log_dir: runs}")
+    Path("own.yaml").write_text("model: {}\nckpt_path: null\nlog_dir: other")
+    command = parse("--config all.yaml test")
+    assert (command.ckpt_path, command.log_dir) == ("one.ckpt", "runs")
+    command = parse("--config all.yaml test --ckpt_path two.ckpt --log_dir=mine")
+    assert (command.ckpt_path, command.log_dir) == ("two.ckpt", "mine")
+    command = parse("--model own.yaml")
+    assert (command.ckpt_path, command.log_dir) == (None, "other")
+    Path("empty.yaml").write_text("test: {model: {}}")
+    with pytest.raises(UserError, match="nothing to test"):
+        parse("--config empty.yaml test")
+
+
+def test_all_processes_of_a_run_continue_from_the_same_last_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CLASSIC_CNNS_LAST", "")  # so that what is set under test is taken back
+    monkeypatch.delenv("CLASSIC_CNNS_LAST")
+    one, two = (Path(f"logs/lenet/version_{number}/checkpoints/last.ckpt") for number in range(2))
+    one.parent.mkdir(parents=True)
+    one.touch()
+    line = "--model lenet --ckpt_path last"
+    assert parse(line).ckpt_path == str(one)
+    two.parent.mkdir(parents=True)  # by another run, before the second process has started
+    two.touch()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert parse(line).ckpt_path == str(one)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert parse(line).ckpt_path == str(two)
+
+
 def test_a_recipe_may_be_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("own.yaml").write_text("model: {}")

@@ -595,11 +595,16 @@ def test_a_run_goes_on_in_the_precision_that_it_began_in(tmp_path, recipe):
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
 def test_weights_may_have_another_precision_than_float32(tmp_path, precision):
-    fit = good(run_forked("fit", *LENET[2:], *FAST, "--model", "lenet", "--precision", precision, folder=tmp_path))
-    saved = torch.load(tmp_path / "logs/lenet/version_0/checkpoints/last.ckpt", weights_only=True)
+    """With an average of them, and with class weights; losses are summed in float64 all the same."""
+    more = ["--model", "best/lenet", "--precision", precision, "--class_weights"]
+    fit = good(run_forked("fit", *LENET[2:], *FAST, *more, folder=tmp_path))
+    saved = torch.load(tmp_path / "logs/best/lenet/version_0/checkpoints/last.ckpt", weights_only=True)
     weights = saved["state_dict"]["net.classifier.5.weight"]
     assert weights.dtype == {"bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
-    assert "61,706" in fit
+    assert "61,750" in fit
+    (epoch,) = record(tmp_path / "logs/best/lenet/version_0")["epochs"]
+    losses = torch.tensor([epoch["train/loss"], epoch["val/loss"]], dtype=torch.float64)
+    assert (losses != losses.bfloat16()).all()
 
 
 # ---- Every mistake ends with one line on standard error and exit code 2; nothing is written. All processes are real.
@@ -1069,7 +1074,8 @@ def test_killing_one_process_ends_the_others(victim: int, tmp_path: Path) -> Non
     [
         ({}, {}, ("auto", 1)),
         ({"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "6"}, {}, (2, 3)),
-        ({"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}, {"devices": "0,1"}, (2, 1)),
+        ({"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}, {"devices": "2,3"}, ("2,3", 1)),
+        ({"SLURM_NTASKS": "1"}, {"devices": "2,"}, ("2,", 1)),
         ({"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}, {"devices": 4}, "devices=4"),
         ({"SLURM_NTASKS": "4"}, {}, "not started by srun"),
         ({"SLURM_NTASKS": "1"}, {}, (1, 1)),
@@ -1116,13 +1122,16 @@ def test_torchrun_without_devices(tmp_path: Path) -> None:
 def test_slurm_job_is_saved_and_requeued(tmp_path: Path) -> None:
     """With a stand-in for `scontrol`; Lightning's SLURM environment is the real one."""
     folder = write(tmp_path / "run")
+    assert train(folder, "--log_dir", "before", at=FIRST).code == 143
+    (folder / "pid-0").unlink()
+    begin = ("--ckpt_path", "before/recipe/version_0/checkpoints/last.ckpt")
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(f"#!/bin/sh\necho $@ > {tmp_path}/requeued\n")
     scontrol.chmod(0o755)
     job = {"SLURM_JOB_ID": "17", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_NAME": "train"}
     job |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost"}
-    process = start(folder, environment={**job, "PATH": f"{scontrol.parent}:{os.environ['PATH']}"})
+    process = start(folder, *begin, environment={**job, "PATH": f"{scontrol.parent}:{os.environ['PATH']}"})
     os.kill(process.pid, signal.SIGUSR1)
     answer = finish(process, timeout=MINUTE)
     assert answer.code == 143, answer.err
@@ -1131,15 +1140,16 @@ def test_slurm_job_is_saved_and_requeued(tmp_path: Path) -> None:
     assert checkpoint(folder)["global_step"] > 5
     whole = write(tmp_path / "whole")
     assert train(whole).code == 0
-    # SLURM starts the same command again, and says so; it takes neither another job's run for its own nor another
-    # command's.
+    # SLURM starts the same command again, and says so: it goes on where it was stopped, not where it first began. It
+    # takes neither another job's run for its own nor another command's.
     (folder / "command.json").write_text("{}")
     again = {**ENVIRONMENT, **job, "SLURM_RESTART_COUNT": "1"}
-    command = [sys.executable, str(REPO / "train.py"), *flags()]
-    other_job, other_run = again | {"SLURM_JOB_ID": "18"}, [*command, "--max_epochs=1"]
+    command = [sys.executable, str(REPO / "train.py"), *flags(*begin)]
+    other_job, other_run = again | {"SLURM_JOB_ID": "18"}, [*command, "--stop_at_chance"]
     for number, (words, environment) in enumerate(((command, again), (command, other_job), (other_run, again))):
         done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=2 * MINUTE)
         assert done.returncode == 0, done.stderr
+        assert number or "goes on in" not in done.stderr
         assert len(list((folder / SAVED.parents[1]).iterdir())) == 1 + number
     expected, found = checkpoint(whole), checkpoint(folder)
     assert not [d for key in COMPUTED for d in differences(expected[key], found[key], key)]
@@ -1234,6 +1244,7 @@ def stop_and_continue(folder: Path, points: list[list], *flags: str) -> None:
         ({"ema": True}, (), [FIRST, VALIDATION, LAST_OF_ALL]),
         ({}, ("--data.num_workers", "2"), [FIRST, MIDDLE, LAST, VALIDATION]),
         ({"scheduler": PLATEAU}, (), [LAST, ["validation", 2, 2, 0]]),
+        ({"scheduler": PLATEAU, "batch_size": 150}, ("--trainer.val_check_interval", "0.4"), [["train", 1, 6, 0]]),
         ({"scheduler": WATCHING}, (), [FIRST, MIDDLE, VALIDATION, LAST_OF_ALL]),
         ({"val_size": 0}, (), [["train", 0, 5, 0], MIDDLE]),
         ({}, ("--model.optimizer", "optimizers.muon.Muon"), [FIRST, MIDDLE]),
@@ -1265,6 +1276,7 @@ def stop_and_continue(folder: Path, points: list[list], *flags: str) -> None:
         "ema",
         "workers",
         "plateau",
+        "plateau of the validation within an epoch",
         "plateau of the training loss",
         "no validation",
         "Muon",
@@ -1289,8 +1301,8 @@ def test_continued_run_is_bit_equal(settings: dict, flags: tuple[str, ...], poin
         best, found_best = checkpoint(whole, "best"), checkpoint(parts, "best")
         assert not differences(best["state_dict"], found_best["state_dict"])
     uninterrupted, continued = (record(run / SAVED.parent)["epochs"] for run in runs)
-    for name in ("train/loss", "train/accuracy"):
-        assert [epoch[name] for epoch in uninterrupted] == [epoch[name] for epoch in continued]
+    for name in ("train/loss", "train/accuracy", "val/loss"):
+        assert [epoch.get(name) for epoch in uninterrupted] == [epoch.get(name) for epoch in continued]
 
 
 def test_each_image_is_seen_once_an_epoch(tmp_path: Path) -> None:
@@ -1313,16 +1325,41 @@ def test_epochs_differ_in_order(tmp_path: Path) -> None:
     assert orders[0] != orders[1] != orders[2]
 
 
-def test_continuing_from_an_epochs_end_is_bit_equal(tmp_path: Path) -> None:
+@pytest.mark.parametrize("often", [(), ("--trainer.check_val_every_n_epoch=2",)])
+def test_continuing_from_an_epochs_end_is_bit_equal(often: tuple[str, ...], tmp_path: Path) -> None:
     """As after `kill -9`: the checkpoint is the one that each epoch leaves."""
     whole, parts = write(tmp_path / "whole", scheduler=PLATEAU), write(tmp_path / "parts", scheduler=PLATEAU)
-    assert train(whole).code == 0
-    assert train(parts, at=["train", 2, 0, 0], signals=(signal.SIGKILL,)).code == -signal.SIGKILL
-    answer = train(parts, "--ckpt_path", "last")
+    assert train(whole, *often).code == 0
+    assert train(parts, *often, at=["train", 2, 0, 0], signals=(signal.SIGKILL,)).code == -signal.SIGKILL
+    answer = train(parts, *often, "--ckpt_path", "last")
     assert answer.code == 0, answer.err
     expected, found = checkpoint(whole), checkpoint(parts)
-    assert expected["lr_schedulers"][0]["last_epoch"] == 3  # the schedule has seen each epoch, once
+    assert expected["lr_schedulers"][0]["last_epoch"] == (1 if often else 3)  # it has seen each validation, once
     assert not [d for key in COMPUTED for d in differences(expected[key], found[key], key)]
+    epochs = record(parts / SAVED.parent)["epochs"]
+    assert [epoch["seconds"] > 0 for epoch in epochs] == 3 * [True] and "val/accuracy" in epochs[1]
+
+
+def test_a_stop_before_training_leaves_the_record_as_it_was(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run")
+    assert train(folder, at=["fit", 0, 0, 0]).code == 143
+    assert not list(folder.rglob("record.json"))
+    assert train(folder, at=MIDDLE).code == 143
+    (run,) = (path.parent for path in folder.rglob("record.json"))
+    before = record(run)
+    assert train(folder, "--ckpt_path", "last", at=["fit", 0, 0, 0]).code == 143
+    assert record(run) == before and len(before["epochs"]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_stop_waits_for_the_batches_that_are_accumulated(tmp_path: Path) -> None:
+    """However long they take together: much longer than one."""
+    folder = write(tmp_path / "run", batch_size=20)
+    command = {"at": ["train", 0, 20, 0], "signals": [signal.SIGTERM], "sleep": 0.8}
+    (folder / "command.json").write_text(json.dumps(command))
+    answer = run_forked(*flags("--trainer.accumulate_grad_batches", "20"), folder=folder)
+    assert answer.code == 143 and "Saved: " in answer.err, answer
 
 
 def test_best_epoch_is_remembered_in_another_working_folder(tmp_path: Path) -> None:
@@ -1423,6 +1460,8 @@ def test_errors_are_told_apart() -> None:
         torch.empty(1 << 60)
     assert is_out_of_memory(caught.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert is_out_of_memory(RuntimeError("GET was unable to find an engine to execute this computation"))
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
     assert not is_out_of_memory(ValueError("out of memory"))
 
@@ -1436,7 +1475,7 @@ def test_largest_batch_size_is_bounded_by_most() -> None:
 def test_largest_batch_size_shrinks_with_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.memory._free", lambda device: 1 << 20)
     net = nn.Sequential(nn.Flatten(), nn.Linear(784, 4096), nn.ReLU(), nn.Linear(4096, 10))
-    size = largest_batch_size(net, torch.optim.Adam, (1, 28, 28), torch.device("cpu"), None, most=8192)
+    size = largest_batch_size(net.double(), torch.optim.Adam, (1, 28, 28), torch.device("cpu"), None, most=8192)
     assert size < 8192
 
 
@@ -1960,6 +1999,26 @@ def test_the_command_to_continue_names_this_run_not_the_newest(tmp_path: Path) -
     assert len(record(folder / SAVED.parent)["epochs"]) == 3
 
 
+@pytest.mark.parametrize("often", ["val_check_interval=0.34", "check_val_every_n_epoch=2"])
+def test_patience_counts_epochs_however_often_one_validates(often: str, folder: Path) -> None:
+    standing = ["--val_size=200", "--model.scheduler=null", "--model.optimizer=torch.optim.SGD", "--lr=1e-9"]
+    works("fit", *standing, "--max_epochs=9", "--patience=2", f"--trainer.{often}", folder=folder)
+    epochs = record(folder / "logs/lenet/version_0")["epochs"]
+    assert len(epochs) == (3 if "interval" in often else 4)
+    assert epochs[-1]["train/loss"] != epochs[-2]["train/loss"]
+
+
+def test_the_best_accuracy_is_that_of_the_best_checkpoint(folder: Path) -> None:
+    """Also where an epoch's best validation isn't its last."""
+    often = "--trainer.val_check_interval=0.34 --trainer.limit_val_batches=1.0 --trainer.limit_train_batches=12"
+    works("fit", *often.split(), "--lr=0.02", "--batch_size=8", "--val_size=200", "--max_epochs=4", folder=folder)
+    run = folder / "logs/lenet/version_0"
+    callbacks = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["callbacks"].values()
+    (best,) = (state["best_model_score"] for state in callbacks if state.get("monitor") == "val/accuracy")
+    assert record(run)["best_val_accuracy"] == best.item()
+    assert max(epoch["val/accuracy"] for epoch in record(run)["epochs"]) < best.item()  # else the test says nothing
+
+
 def test_patience_with_less_than_an_epoch(folder: Path) -> None:
     works("--val_size=200", "--batch_size=32", "--patience=2", "--trainer.max_steps=3", folder=folder)
     assert (folder / "logs/lenet/version_0/checkpoints/last.ckpt").exists()
@@ -2029,6 +2088,14 @@ def test_overfitting_shows_the_same_images_each_epoch(folder: Path) -> None:
 def test_profilers_report(name: str, line: str, folder: Path) -> None:
     answer = works("fit", f"--trainer.profiler={name}", folder=folder)
     assert line in answer.err
+
+
+def test_a_rate_that_follows_the_training_loss_does_so_after_every_epoch(folder: Path) -> None:
+    flags = "--model.scheduler=lightning.pytorch.cli.ReduceLROnPlateau --model.scheduler.monitor=train/loss"
+    flags += " --model.scheduler.mode=max --model.scheduler.patience=0 --model.scheduler_interval=epoch"
+    rare = ("--trainer.check_val_every_n_epoch=5", "--max_epochs=5", "--trainer.callbacks=mine.Note")
+    works("fit", *flags.split(), *rare, folder=folder)
+    assert notes(folder, "rate")[-1]["rate"] < notes(folder, "rate")[0]["rate"]
 
 
 def test_the_rate_follows_the_metric_that_was_named(folder: Path) -> None:

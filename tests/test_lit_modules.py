@@ -12,6 +12,7 @@ import pytest
 import torch
 from commands import DATA
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
@@ -176,6 +177,9 @@ def test_warmup_decay(shape, warmup):
     assert max(found) == pytest.approx(2.0)
     assert found[:peak] == pytest.approx([2.0 * (step + 1) / peak for step in range(peak)])
     assert found[peak:] == sorted(found[peak:], reverse=True)
+    if warmup < 1 and peak:
+        short = WarmupDecay(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0), 2, warmup, shape)
+        assert short.get_last_lr()[0] <= 2.0  # 0.6 steps of warm-up
     if warmup < 1:
         half = (peak + 20) / 2  # half way down both shapes are half way between peak and end
         assert found[int(half)] == pytest.approx(2.0 * 0.55, abs=0.25)
@@ -322,6 +326,25 @@ def test_only_lightnings_bars_get_the_loss_at_every_step(bar, shown, tmp_path):
     in_bar, for_callbacks = seen[-1]
     assert (in_bar is not None) == shown
     assert for_callbacks > 0
+
+
+def test_the_loss_at_a_step_is_the_mean_since_the_one_before(tmp_path):
+    """Within the epoch, at the steps that Lightning writes, which need not divide an epoch's."""
+    losses, written = [], {}
+
+    class Losses(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, *_):
+            losses.append(outputs["loss"].item())
+
+    class Written(CSVLogger):
+        def log_metrics(self, metrics, step=None):
+            if "train/loss_step" in metrics:
+                written[step] = metrics["train/loss_step"]
+
+    run = trainer(tmp_path, Losses(), logger=Written(tmp_path), log_every_n_steps=3, max_epochs=3)
+    run.fit(LitClassifier(linear()), data_module())
+    since = {2: 0, 5: 5, 8: 6, 11: 10, 14: 12}  # each of the three epochs has five steps
+    assert written == pytest.approx({step: sum(losses[i : step + 1]) / (step + 1 - i) for step, i in since.items()})
 
 
 def test_mean_loss_weighs_by_images():
