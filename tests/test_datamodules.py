@@ -818,7 +818,7 @@ def test_nothing_works(tmp_path, server, caplog):
 
 def _offline() -> None:
     os.environ |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # which lead nowhere
-    prepare.__kwdefaults__["system_dir"] = Path("/nonexistent")
+    prepare.__kwdefaults__ = {**(prepare.__kwdefaults__ or {}), "system_dir": Path("/nonexistent")}
 
 
 def test_who_is_offline_reads_one_line_with_three_ways_out(tmp_path):
@@ -1477,6 +1477,8 @@ def test_a_folder_is_trained_on_tested_and_looked_at(tmp_path):
     answer = run_forked("--model=fast/1min", "--precision=32", *flags, *common, *augmented, *balanced, folder=tmp_path)
     assert answer.code == 0, answer.err
     run = tmp_path / "logs" / "fast" / "1min" / "version_0"
+    best = "logs/fast/1min/version_0/checkpoints/best.ckpt"
+    assert f"  python train.py predict --ckpt_path {best} --data {folder}\n" in answer.out
     record = json.loads((run / "record.json").read_text())
     assert (record["train_images"], record["val_images"], record["test"]["images"]) == (40, 16, 16)
     assert list(record["test"]["class_accuracy"]) == CLASSES

@@ -115,9 +115,9 @@ def prepare(
         ) from error
     if failed:
         raise DatasetError(  # each mirror's fault has been told as a warning
-            f"Fashion-MNIST was not found and could not be fetched ({held}): get online (behind a proxy: set http_proxy "
-            f"and https_proxy); or copy its four .gz files from another machine, or from {HOMEPAGE}, into {data_dir}; "
-            f"or, on Debian and its relatives, sudo apt install {DEBIAN_PACKAGE}"
+            f"Fashion-MNIST was not found and could not be fetched ({held}): get online (behind a proxy: set "
+            f"http_proxy and https_proxy); or copy its four .gz files from another machine, or from {HOMEPAGE}, "
+            f"into {data_dir}; or, on Debian and its relatives, sudo apt install {DEBIAN_PACKAGE}"
         )
     return data_dir
 
