@@ -7,17 +7,19 @@ another signal that asked to stop.
 import argparse
 import os
 import re
+import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 if sys.version_info < (3, 10):  # noqa: UP036  # a system's own Python, where the environment was not activated
-    sys.exit(f"error: Python 3.10 or newer is needed, this is {sys.version.split()[0]}: source .venv/bin/activate")
+    sys.exit(f"error: Python 3.10 or newer is needed, this is {sys.version.split()[0]}: use .venv's")
 
 # The modules of requirements.txt, and what they bring along.
 REQUIRED = "filelock jsonargparse lightning numpy PIL rich tensorboard torch torchmetrics torchvision yaml"
@@ -149,11 +151,12 @@ def _report_missing(program: str, error: ModuleNotFoundError) -> int:
     """Name the package of requirements.txt that is missing, and what to do; returns the exit code."""
     if str(error.name).partition(".")[0] not in REQUIRED.split():
         raise error
-    activate = r".venv\Scripts\activate" if os.name == "nt" else "source .venv/bin/activate"
+    python, make = ".venv/bin/python", "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt"
+    if os.name == "nt":
+        python, make = r".venv\Scripts\python", r"py -m venv .venv; .venv\Scripts\pip install -r requirements.txt"
     print_error(
         program,
-        f"the package {error.name} is missing in {sys.executable}: activate the environment ({activate}), or make it: "
-        "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt",
+        f"the package {error.name} is missing in {sys.executable}: use {python}, or make it: {make}",
     )
     return 2
 
@@ -266,3 +269,8 @@ def shown(path: str | Path) -> str:
         return Path(path).resolve().relative_to(Path.cwd()).as_posix()
     except ValueError:
         return Path(path).as_posix()
+
+
+def typed(arguments: Sequence[str]) -> str:
+    """The command line as one types it, quoted for the shells of this system; paths in it as `shown` gives them."""
+    return subprocess.list2cmdline(arguments) if os.name == "nt" else shlex.join(arguments)

@@ -129,7 +129,7 @@ FLAGS = {
     "--log_dir": Flag("--log_dir", _path, "DIR", "folder of the runs (default: logs)"),
     "--ckpt_path": Flag("--ckpt_path", _path, "PATH", "checkpoint to continue or measure; last: the newest run's"),
     "--config": Flag("", _path, "FILE", "YAML file whose settings override the recipe's"),
-    "--histograms": Flag("--histograms=true", None, "", "histograms of weights and gradients in TensorBoard; slower"),
+    "--histograms": Flag("--histograms=true", None, "", "TensorBoard: histograms of weights, gradient norms; slower"),
     "--stop_at_chance": Flag("--stop_at_chance=true", None, "", "stop a network that learns nothing in 500 batches"),
     "--class_weights": Flag("--class_weights=true", None, "", "count the rare classes' images more in the loss"),
     "--pretrained": Flag("--pretrained=true", None, "", "start VGG from ImageNet's weights; see pretrained/vgg16"),

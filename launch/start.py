@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from checkpoints.trust import Trusted
 from cli.command import Command
 from cli.recipes import load_yaml
 from datamodules.files.finding import whole_below
-from errors import UserError, is_first_process, print_warning, shown
+from errors import UserError, is_first_process, print_warning, shown, typed
 
 
 @dataclass
@@ -133,7 +132,7 @@ def how_to_continue(command: Command, config: Any, path: Path) -> str:
         _replace(arguments, "--batch_size", config.data.batch_size)
     if command.find_lr:
         _replace(arguments, "--lr", config.model.optimizer.init_args.lr)
-    return shlex.join(["python", "train.py", *arguments, "--ckpt_path", shown(path)])
+    return typed(["python", "train.py", *arguments, "--ckpt_path", shown(path)])
 
 
 def _requeued(command: Command) -> bool:

@@ -1,6 +1,5 @@
 """What a run prints when it is over: results, where its files are, and the next command to type."""
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from errors import count, shown
+from errors import count, shown, typed
 
 SHOWN_CLASSES = 12
 
@@ -36,12 +35,12 @@ def summary(record: dict[str, Any], trainer: Trainer, checkpoint: Path | None) -
         lines.append(f"Checkpoint: {shown(checkpoint)}")
     if isinstance(trainer.logger, TensorBoardLogger):
         lines.append(f"Logs: {shown(trainer.logger.log_dir)}")
-        lines.append(f"Next: tensorboard --logdir {shlex.quote(shown(trainer.logger.root_dir))}")
+        lines.append(f"Next: {typed(['tensorboard', '--logdir', shown(trainer.logger.root_dir)])}")
     if checkpoint:
         data = record["config"]["data"]
-        source = data.get("folder") or data.get("dataset")
-        of_own = f" --data {shlex.quote(source)}" if source else ""
-        lines.append(f"      python train.py predict --ckpt_path {shlex.quote(shown(checkpoint))}{of_own}")
+        source = shown(data["folder"]) if data.get("folder") else data.get("dataset")
+        of_own = ["--data", source] if source else []
+        lines.append(f"      {typed(['python', 'train.py', 'predict', '--ckpt_path', shown(checkpoint), *of_own])}")
     return "\n".join(lines)
 
 

@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import re
-import shlex
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from typing import Any
 
 from cli.flags import FLAGS
 from cli.recipes import did_you_mean, resolved
-from errors import UserError
+from errors import UserError, typed
 from runs.record import write_json
 from runs.settings import GROUPS, kind, leaves
 
@@ -81,7 +80,7 @@ class SweepRequest:
         """The command line, without where the results go."""
         words = [self.recipe, "--space", *self.spelled, "--trials", str(self.trials), "--pruner", self.pruner]
         words += self.flags
-        return shlex.join(["python", "sweep.py", *words])
+        return typed(["python", "sweep.py", *words])
 
 
 def add_setting(space: Space, setting: str) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shlex
 import shutil
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import yaml
 
 from cli.command import Command, parse_command_line
 from cli.recipes import PROJECT, load_yaml, recipes
-from errors import MissingPackage, RunError, Stopped, UserError, printed_error, shown, stopped_code
+from errors import MissingPackage, RunError, Stopped, UserError, printed_error, shown, stopped_code, typed
 from runs.plots import draw_trials
 from runs.reading import SWEEPS
 from runs.record import write_json
@@ -73,7 +72,7 @@ def sweep(request: SweepRequest) -> int:
     except MissingPackage as missing:
         print(missing)
     print(f"Recipe: {output}")
-    print(f"Train it: python train.py --model {shlex.quote(_model_name(output))}")
+    print(f"Train it: {_to_train(output)}")
     return 0
 
 
@@ -283,7 +282,7 @@ def _write_recipe(
     epoch = max(record["epochs"], key=lambda epoch: epoch.get("val/accuracy", 0))["epoch"]
     header = [
         f"# {request.recipe} {MARK}",
-        f"# Command: python train.py --model {_model_name(output)}",
+        f"# Command: {_to_train(output)}",
         f"# Expected: {best.value:.4f} validation accuracy (epoch {epoch}); not measured on the test images",
         f"# Source: {request.command}",
     ]
@@ -305,10 +304,10 @@ def _selected(config: dict[str, Any], wanted: Any, prefix: str = "") -> dict[str
     return selected
 
 
-def _model_name(output: Path) -> str:
-    """The name of a recipe's file, as --model takes it."""
+def _to_train(output: Path) -> str:
+    """The command that trains a recipe's file, by its name where it has one."""
     names = {PROJECT / "configs" / f"{name}.yaml": name for name in (*recipes(), output.stem)}
-    return names.get(output.resolve(), shown(output))
+    return typed(["python", "train.py", "--model", names.get(output.resolve(), shown(output))])
 
 
 def _shown(settings: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ import pytest
 from cli.command import parse_command_line
 from cli.flags import FLAGS, SUBCOMMANDS, help_text
 from cli.recipes import load_yaml, recipes
-from errors import UserError, count
+from errors import UserError, count, importing, typed
 
 REPO = Path(__file__).parents[1]
 
@@ -37,6 +37,16 @@ def test_a_recipe_alone_is_fit_followed_by_test():
 def test_an_unknown_recipe_lists_them_all():
     listed = refusal("--model zzzzz").partition("the recipes are: ")[2].split(", ")
     assert set(listed) == set(recipes()) and "/" not in listed[0]
+
+
+def test_what_is_to_be_typed_suits_the_systems_shells(monkeypatch, capsys) -> None:
+    words = ["python", "train.py", "--model", "lenet", "--log_dir", "my runs"]
+    assert typed(words) == "python train.py --model lenet --log_dir 'my runs'"
+    with monkeypatch.context() as windows, pytest.raises(SystemExit), importing("train.py"):
+        windows.setattr("os.name", "nt")
+        assert typed(words) == 'python train.py --model lenet --log_dir "my runs"'
+        raise ModuleNotFoundError(name="torch")
+    assert r"use .venv\Scripts\python, or make it: py -m venv .venv; .venv\Scripts\pip" in capsys.readouterr().err
 
 
 def test_counts_agree_with_their_nouns():
@@ -312,7 +322,8 @@ def test_every_command_names_what_a_page_or_a_forgotten_environment_spoilt(door:
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         return done.stderr
 
-    assert "activate the environment" in said("-S", f"{door}.py", *(["--model", "lenet"] if door == "train" else []))
+    told = said("-S", f"{door}.py", *(["--model", "lenet"] if door == "train" else []))
+    assert "use .venv/bin/python, or make it: python3" in told
     assert f"{door}.py: error: —log_dir" in said(f"{door}.py", "—log_dir", "logs")
 
 

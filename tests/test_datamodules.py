@@ -805,21 +805,32 @@ def test_sample_from_a_mirror_is_not_taken_for_the_full_set(tmp_path, server):
     assert names_in(tmp_path) == []
 
 
-def test_nothing_works(tmp_path, server):
+def test_nothing_works(tmp_path, server, caplog):
     system = put_sample(tmp_path / "system")
     (system / GZ_NAMES[3]).unlink()
     data_dir = tmp_path / "data"
-    with pytest.raises(DatasetError) as caught:
+    with pytest.raises(DatasetError, match="could not be fetched") as caught:
         prepare_sample(data_dir, server.mirror("absent"), server.mirror("wrong"), timeout=5, system_dir=system)
-    message = str(caught.value)
-    assert f"  {data_dir}: holds 0 of the 4 files\n" in message
-    assert f"  {system}: holds 3 of the 4 files\n" in message
-    assert f"  {server.mirror('absent')}{GZ_NAMES[0]}: HTTP 404 Not Found\n" in message
-    assert f"  {server.mirror('wrong')}{GZ_NAMES[0]}: has the right length but wrong content" in message
-    for fix in ("1. Get online", f"2. Copy the files {' '.join(GZ_NAMES)} ", "3. On Debian"):
-        assert f"  {fix}" in message
+    assert f"{data_dir} holds 0 of its 4 files, {data_dir / 'FashionMNIST' / 'raw'} 0, {system} 3" in str(caught.value)
+    assert f"{server.mirror('absent')}{GZ_NAMES[0]}: HTTP 404 Not Found" in caplog.text
+    assert f"{server.mirror('wrong')}{GZ_NAMES[0]}: has the right length but wrong content" in caplog.text
     assert server.requests == {GZ_NAMES[0]: 4}  # two attempts at each
     assert names_in(data_dir) == []
+
+
+def _offline() -> None:
+    os.environ |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # which lead nowhere
+    prepare.__kwdefaults__ = {**(prepare.__kwdefaults__ or {}), "system_dir": Path("/nonexistent")}
+
+
+def test_who_is_offline_reads_one_line_with_three_ways_out(tmp_path):
+    answer = run_forked("--model=lenet", "--data_dir=empty", folder=tmp_path, prepare=_offline)
+    *mirrors, line = answer.err.splitlines()
+    assert answer.code == 2 and line.startswith("train.py: error: Fashion-MNIST was not found and could not be fetched")
+    assert len(mirrors) == 3 and all("Connection refused" in mirror for mirror in mirrors)
+    assert "\\n" not in line and len(line) < 420
+    for way in ("get online", "copy its four .gz files", "sudo apt install"):
+        assert way in line
 
 
 def test_data_dir_that_is_a_file(tmp_path):
@@ -1468,6 +1479,8 @@ def test_a_folder_is_trained_on_tested_and_looked_at(tmp_path):
     answer = run_forked("--model=fast/1min", "--precision=32", *flags, *common, *augmented, *balanced, folder=tmp_path)
     assert answer.code == 0, answer.err
     run = tmp_path / "logs" / "fast" / "1min" / "version_0"
+    best = "logs/fast/1min/version_0/checkpoints/best.ckpt"
+    assert f"  python train.py predict --ckpt_path {best} --data {folder}\n" in answer.out
     record = json.loads((run / "record.json").read_text())
     assert (record["train_images"], record["val_images"], record["test"]["images"]) == (40, 16, 16)
     assert list(record["test"]["class_accuracy"]) == CLASSES

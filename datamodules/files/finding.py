@@ -87,7 +87,7 @@ def prepare(
             f"complete it or choose another data_dir"
         )
 
-    tried = {str(data_dir): f"holds {len(good)} of the {len(NAMES)} files"}
+    held = f"{data_dir} holds {len(good)} of its {len(NAMES)} files"
     for folder in (data_dir / "FashionMNIST" / "raw", system_dir):
         try:
             good, bad = _survey(folder)
@@ -97,7 +97,7 @@ def prepare(
             return folder
         for path, problem in bad.items():
             log.warning("%s %s: this folder is not used", path, problem)
-        tried[str(folder)] = f"holds {len(good)} of the {len(NAMES)} files"
+        held += f", {folder} {len(good)}"
 
     def accept(gz_name: str, data: bytes) -> None:
         _install(data_dir, gz_name.removesuffix(".gz"), data, data_set)
@@ -114,14 +114,10 @@ def prepare(
             f"make it writable, with 31 MB free, or choose another data_dir"
         ) from error
     if failed:
-        lines = [f"\n  {source}: {outcome}" for source, outcome in (tried | failed).items()]
-        raise DatasetError(
-            f"Fashion-MNIST was not found and could not be fetched. Tried:{''.join(lines)}\n"
-            f"Any one of these three helps:\n"
-            f"  1. Get online (behind a proxy: set http_proxy and https_proxy) and run the same command again.\n"
-            f"  2. Copy the files {' '.join(f'{name}.gz' for name in NAMES)} from another machine, "
-            f"or from {HOMEPAGE}, into {data_dir}\n"
-            f"  3. On Debian and its relatives: sudo apt install {DEBIAN_PACKAGE}"
+        raise DatasetError(  # each mirror's fault has been told as a warning
+            f"Fashion-MNIST was not found and could not be fetched ({held}): get online (behind a proxy: set "
+            f"http_proxy and https_proxy); or copy its four .gz files from another machine, or from {HOMEPAGE}, "
+            f"into {data_dir}; or, on Debian and its relatives, sudo apt install {DEBIAN_PACKAGE}"
         )
     return data_dir
 
