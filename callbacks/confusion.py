@@ -12,6 +12,12 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from pictures.mistakes import Mistake
 
 
+def first_image(trainer: pl.Trainer, batch_idx: int) -> int:
+    """Place in the whole set of an evaluation batch's first image: the processes take batches in turn."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    return (batch_idx * trainer.world_size + trainer.global_rank) * data.eval_batch_size
+
+
 class Confusion(Callback):
     """Keeps the logits of an evaluation on the device and counts them once, at its end.
 
@@ -90,10 +96,7 @@ class Confusion(Callback):
     def _keep(self, trainer: pl.Trainer, logits: Tensor, labels: Tensor, batch_idx: int) -> None:
         if batch_idx == 0:
             self._batches.clear()  # of an evaluation that was interrupted
-        # Batches are distributed in turn: this one is the (batch_idx * world_size + rank)-th of the whole set.
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        first = (batch_idx * trainer.world_size + trainer.global_rank) * data.eval_batch_size
-        self._batches.append((first, logits.detach(), labels))
+        self._batches.append((first_image(trainer, batch_idx), logits.detach(), labels))
 
     def _count_up(self, pl_module: pl.LightningModule) -> tuple[Tensor, Tensor]:
         """Count; returns the places of this process's images in their set, and whether they were right."""

@@ -102,9 +102,9 @@ class ExactResume(Callback):
         if epochs["current"]["ready"] == epochs["current"]["processed"]:  # between two epochs
             for progress in epochs.values():
                 progress["completed"] = progress["processed"]
-            batches["current"] = _at(batches["current"], 0)
+            batches["current"] = dict.fromkeys(batches["current"], 0)
             batches["is_last_batch"] = False
-            validation["total"] = _at(validation["total"], 0)
+            validation["total"] = dict.fromkeys(validation["total"], 0)
             return
         metrics: Any = copy.deepcopy(pl_module.metrics["train_"])  # type: ignore[index]
         if pl_module._since_last_log:
@@ -119,9 +119,9 @@ class ExactResume(Callback):
         validated = trainer.validating and validation["current"]["ready"] == validation["current"]["completed"]
         if trainer.validating or batches["is_last_batch"] or epoch_loop._should_check_val_fx(fit_loop._data_fetcher):
             for name in ("total", "current"):
-                batches[name] = _at(batches[name], batches[name]["processed"])
-            validation["current"] = _at(validation["current"], 0)
-            validation["total"] = _at(validation["total"], 0)
+                batches[name] = dict.fromkeys(batches[name], batches[name]["processed"])
+            validation["current"] = dict.fromkeys(validation["current"], 0)
+            validation["total"] = dict.fromkeys(validation["total"], 0)
             if not validated:  # a batch begun and not ended tells the loop that it was interrupted
                 validation["total"] |= {"ready": 1, "started": 1}
 
@@ -186,7 +186,3 @@ def _of_all_processes(trainer: pl.Trainer, gradient: Tensor) -> Tensor:
     if trainer.world_size == 1:
         return gradient.detach().cpu()[None]
     return trainer.strategy.all_gather(gradient.detach()).cpu()
-
-
-def _at(progress: dict[str, int], count: int) -> dict[str, int]:
-    return dict.fromkeys(progress, count)

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from callbacks.confusion import first_image
 from callbacks.run_folder import next_folder
 
 
@@ -44,10 +45,7 @@ class PredictionWriter(Callback):
     ) -> None:
         """Keep the rows of one batch."""
         labels = batch[1].tolist()
-        # Batches are distributed in turn: this one is the (batch_idx * world_size + rank)-th of the whole set.
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        first = (batch_idx * trainer.world_size + trainer.global_rank) * data.eval_batch_size
-        names = getattr(data, "test_names", None)
+        first, names = first_image(trainer, batch_idx), getattr(trainer.datamodule, "test_names", None)  # type: ignore[attr-defined]
         best = torch.argmax(outputs, dim=1).tolist()
         for offset, (label, guess, probabilities) in enumerate(zip(labels, best, outputs.tolist(), strict=True)):
             if label >= 0:

@@ -71,9 +71,7 @@ class EpochProgress(ProgressBar):
         """Begin the prediction's bar."""
         self._begin("prediction", sum(trainer.num_predict_batches))
 
-    def on_predict_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        """Move it."""
-        self._evaluated()
+    on_predict_batch_end = on_test_batch_end
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the epoch's line."""

@@ -29,15 +29,13 @@ class Speed(Callback):
         """Images per second since the epoch began."""
         return self._images / max(time.perf_counter() - self._start, 1e-9)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock, as a continued epoch has no start."""
-        self.on_train_epoch_start(trainer, pl_module)
-
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
         self._images = 0
         self.validated = False
         self._start = time.perf_counter()
+
+    on_train_start = on_train_epoch_start  # a continued epoch has no start of its own
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

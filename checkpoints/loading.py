@@ -11,7 +11,7 @@ import torch
 
 from checkpoints.reading import read_checkpoint
 from checkpoints.trust import NAMEABLE, Trusted
-from errors import UserError
+from errors import UserError, one_line
 
 Loaded = TypeVar("Loaded", bound="CheckedLoading")
 # LightningCLI makes load_from_checkpoint call this.
@@ -62,7 +62,7 @@ class CheckedLoading:
         try:
             loaded = load(file, *args, **kwargs)
         except Exception as error:  # jsonargparse, networks and PyTorch raise various things
-            raise UserError(f"{path} can't be loaded: {' '.join(str(error).split()) or type(error).__name__}") from None
+            raise UserError(f"{path} can't be loaded: {one_line(str(error)) or type(error).__name__}") from None
         for part in left_out:
             setattr(loaded, part, _LeftOut(part, str(path)))
         return loaded

@@ -5,7 +5,7 @@ optimisers, follow the paths in it, and torch's fused optimisers read past the e
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,14 @@ class _MisfitError(Exception):
     """State of a kind that the object does not have; the message names the place."""
 
 
-def check_state(checkpoint: dict[str, Any], trainer: Any, module: Any) -> None:
+def check_state(checkpoint: dict[str, Any], trainer: Any, module: Any, of_length: Callable[..., Any]) -> None:
     """Make a checkpoint that a Trainer has read safe to restore: in place, before anything is restored.
 
     Args:
         checkpoint: Its content.
         trainer: The Trainer that restores it.
         module: The classifier, its network built.
+        of_length: Makes a schedule whose length was left open.
 
     Raises:
         UserError: If state does not fit.
@@ -59,11 +60,8 @@ def check_state(checkpoint: dict[str, Any], trainer: Any, module: Any) -> None:
         if module.scheduler:
             done = checkpoint["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]
             steps = done["optimizer"]["step"]["total"]["completed"]
-            given = getattr(module.scheduler, "keywords", {})  # an open length may be any: only its state is checked
-            lengths = {
-                name: 1000 for name in ("total_steps", "T_max", "total_iters") if given.get(name, 0) in (None, -1)
-            }
-            schedules = [_schedule(schedules[0], module.scheduler(optimizer, **lengths), steps)]
+            own = of_length(module.scheduler, optimizer, 1000)  # any length, as only its state is checked
+            schedules = [_schedule(schedules[0], own, steps)]
         checkpoint["lr_schedulers"] = schedules
     except _MisfitError as misfit:
         raise UserError(

@@ -164,9 +164,7 @@ class Trusted:
         if local and (found := self.find_data(Path(str(folder)))):
             kept["data_dir"] = str(found)
         sizes = {name: kept.get(name) for name in SIZES}
-        if any(
-            value is not None and (isinstance(value, bool) or not isinstance(value, int)) for value in sizes.values()
-        ):
+        if any(value is not None and type(value) is not int for value in sizes.values()):
             raise UserError(f"{self.path} holds a size of its images or batches that is no whole number; not loaded")
         stored, side, *batches, padding, workers = (value or 0 for value in sizes.values())
         # Of one's own pictures exporting makes a batch of its own.
@@ -247,13 +245,10 @@ class Trusted:
 
     def _check_size(self, net: dict[str, Any], side: Any) -> None:
         """Build the network without memory for it, and stop when it gets larger than the file's own."""
-        nets = [net]
+        self._check_numbers(net)
         if side is not None and "image_size" in inspect.signature(find("net", net["class_path"])).parameters:
-            nets.append(
-                {**net, "init_args": {**(net.get("init_args") or {}), "image_size": side}}
-            )  # what train.py makes
-        for net in nets:
-            self._check_numbers(net)
+            made = {**(net.get("init_args") or {}), "image_size": side}  # by train.py
+            self._check_numbers({**net, "init_args": made})
 
     def _check_numbers(self, net: dict[str, Any]) -> None:
         from lightning.pytorch.cli import instantiate_module  # here, not above: only this needs it

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from errors import UserError, printed_error
+from errors import UserError, one_line, printed_error
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -18,7 +18,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 def recipes() -> dict[str, Path]:
     """Every recipe in configs/ and its sub-folders: name to file."""
     folder = PROJECT / "configs"
-    return {str(path.relative_to(folder).with_suffix("").as_posix()): path for path in sorted(folder.rglob("*.yaml"))}
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 
 
 def recipe_path(value: str) -> Path:
@@ -58,7 +58,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(text, _UniqueKeyLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not valid YAML: {one_line(str(error))}") from None
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path} holds no settings; a mapping with model, data and trainer was expected")
     return content

@@ -62,9 +62,9 @@ def check_accelerator(accelerator: Any) -> None:
 
 def check_learning_rate(scheduler: Any, flags: Sequence[str]) -> None:
     """Refuse a learning rate that the schedule would ignore."""
-    lr = any(re.match(r"--model\.optimizer\.(init_args\.)?lr\b", flag) for flag in flags)
-    names = inspect.signature(named(scheduler.class_path)).parameters if scheduler and lr else ()
-    for own in {"max_lr", "base_lr"} & set(names):
+    if not scheduler or not any(re.match(r"--model\.optimizer\.(init_args\.)?lr\b", flag) for flag in flags):
+        return
+    for own in {"max_lr", "base_lr"} & set(inspect.signature(named(scheduler.class_path)).parameters):
         raise UserError(
             f"{scheduler.class_path} sets the learning rate itself, so --lr would change nothing; "
             f"set --model.scheduler.init_args.{own}"
@@ -73,10 +73,12 @@ def check_learning_rate(scheduler: Any, flags: Sequence[str]) -> None:
 
 def check_nulls(settings: Any, owner: Any, name: str) -> None:
     """Refuse null where the parameter of `owner` does not take it; the parser accepts it anywhere."""
+    if not settings:
+        return
     parameters = dict(inspect.signature(owner).parameters)
-    for base in inspect.getmro(owner)[1:2] if "kwargs" in parameters and inspect.isclass(owner) else ():
-        parameters = dict(inspect.signature(base).parameters) | parameters  # what the keyword arguments stand for
-    for key, value in settings.items(branches=True) if settings else ():
+    if "kwargs" in parameters and inspect.isclass(owner):  # they stand for those of the class above
+        parameters = dict(inspect.signature(inspect.getmro(owner)[1]).parameters) | parameters
+    for key, value in settings.items(branches=True):
         if "." in key or key not in parameters:
             continue
         needed = parameters[key].default is not None and "None" not in str(parameters[key].annotation)
@@ -176,8 +178,10 @@ def check_weights(path: str | None, stored: dict[str, tuple[int, ...]], model: n
         stored: Name and shape of its tensors; empty without a checkpoint.
         model: The LightningModule.
     """
+    if not stored:
+        return
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in (shapes | stored) if stored else ():
+    for name in shapes | stored:
         then, own = stored.get(name, "missing"), shapes.get(name, "missing")
         if then != own:
             raise UserError(

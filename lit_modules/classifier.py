@@ -196,7 +196,7 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check what a Trainer is about to restore against this run, and take over what was fitted, if there is."""
         if self._trainer is not None:
-            check_state(checkpoint, self.trainer, self)
+            check_state(checkpoint, self.trainer, self, of_length)
         stored = checkpoint.get("temperature")
         self.temperature = stored if isinstance(stored, float) and 0 < stored < math.inf else 1.0
         self.out_of_distribution = OutOfDistribution.stored(checkpoint, self.hparams["num_classes"])

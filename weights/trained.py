@@ -13,7 +13,7 @@ from checkpoints.reading import read_checkpoint, stored_config
 from checkpoints.trust import Trusted
 from datamodules import FashionMNISTDataModule, PicturesDataModule, class_of
 from datamodules.files.finding import whole_below
-from errors import UserError
+from errors import UserError, one_line
 from lit_modules import LitClassifier
 
 
@@ -46,7 +46,7 @@ def load_trained(path: Path, trust: bool = False) -> tuple[LitClassifier, Fashio
         if logits.shape != (1, len(data.class_names)):
             raise ValueError(f"the network gives outputs of shape {tuple(logits.shape)} for one image")
     except Exception as error:  # jsonargparse, networks and PyTorch raise various things
-        raise UserError(f"{path} does not fit this version of the project: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} does not fit this version of the project: {one_line(str(error))}") from None
     classifier.on_load_checkpoint(checkpoint)
     if "recipe" in checkpoint:
         checkpoint["recipe"] = recipe_name(checkpoint)

@@ -23,7 +23,7 @@ from pathlib import Path
 import yaml
 
 from docs.course.exercises import EXERCISES, LIMIT, Finding
-from errors import OneLineParser, UserError, print_error, run_program
+from errors import OneLineParser, UserError, one_line, print_error, run_program
 
 COURSE = Path(__file__).resolve().parent
 TEXTS = yaml.safe_load((COURSE / "texts.yaml").read_text(encoding="utf-8"))
@@ -50,7 +50,7 @@ def findings(name: str, path: Path) -> list[Finding]:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         lines += [error.lineno] if isinstance(error, SyntaxError) and error.filename == str(path) else []
         where = f"{path}, line {lines[-1]}" if lines else str(path)
-        raise UserError(f"{where}: {type(error).__name__}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{where}: {type(error).__name__}: {one_line(str(error))}") from None
 
 
 def report(name: str, found: list[Finding], language: int) -> str:
