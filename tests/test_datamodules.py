@@ -23,7 +23,7 @@ import tracemalloc
 import zipfile
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -1055,6 +1055,32 @@ def test_a_picture_stays_in_its_part_when_others_come_and_go(tmp_path):
         if file.path not in ("cat/0.png", "dog/7.png", "cat/new.png")
     }
     assert len(moved) <= 6, "those at the edges between the parts alone"
+
+
+def test_order_and_names_are_the_same_on_all_systems(tmp_path, monkeypatch):
+    folder = put_classes(tmp_path / "own", b=10, C=10, a=10)
+    draw(folder / "a" / "More" / "1.png", (1, 1, 1))
+    draw(folder / "a" / "more.png", (1, 1, 2))
+    linux = list_folder(folder, None, None, 0)
+    assert linux.classes == ("C", "a", "b")
+    monkeypatch.setattr(PurePath, "__lt__", lambda one, other: str(one).lower() < str(other).lower())  # as on Windows
+    monkeypatch.setattr(os.path, "relpath", lambda *paths: str(PureWindowsPath(Path(paths[0]).relative_to(paths[1]))))
+    assert list_folder(folder, None, None, 0) == linux
+
+
+def test_a_tilde_is_the_users_home(tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    shutil.copytree(DATA, home / "data")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    folder = put_classes(tmp_path / "own", cat=10, dog=10)
+    PicturesDataModule(str(folder), data_dir="~/made", image_size=16).setup("fit")
+    assert any((home / "made" / "cache").iterdir())
+    assert FashionMNISTDataModule("~/data").data_dir == home / "data"
+    rules = Trusted("a.ckpt", False, "", {}, fashion_mnist_files.whole_below)
+    assert rules.data({"data_dir": "~/data"}) == {"data_dir": str(home / "data")}
+    assert rules.data({"data_dir": "~no such user/data"}) == {}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "own"]
 
 
 def test_folders_of_systems_are_no_classes(tmp_path):

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 import unicodedata
 from collections import Counter
 from functools import cache
@@ -102,7 +101,8 @@ def printable(text: str) -> str:
 
 def _sub_folders(folder: Path) -> list[Path]:
     try:
-        return sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
+        found = (path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
+        return sorted(found, key=lambda path: path.name)  # Windows would compare paths in lower case
     except OSError as error:
         hint = "give a folder that holds a sub-folder of pictures for each class"
         raise DatasetError(f"{folder} can't be read: {error.strerror}; {hint}") from None
@@ -117,7 +117,8 @@ def _classes(
     for name, path in zip(names, folders, strict=True):
         if name not in classes:
             raise DatasetError(f"{path} is a class that the training pictures don't have; remove it, or add it there")
-        found = [File(os.path.relpath(file, root), classes.index(name)) for file in sorted(pictures_below(path))]
+        below = sorted(pictures_below(path), key=lambda file: file.parts)
+        found = [File(file.relative_to(root).as_posix(), classes.index(name)) for file in below]
         if not found and known is None:
             raise DatasetError(f"{path} holds no picture; remove it, or put the pictures of that class there")
         files += found
@@ -155,4 +156,4 @@ def _held_out(files: list[File], wanted: int | None, seed: int, setting: str) ->
 
 def _lot(file: File, seed: int) -> bytes:
     """A random number of the file's own, so that it stays in its part when others come and go."""
-    return hashlib.sha256(f"{seed} {Path(file.path).as_posix()}".encode(errors="surrogatepass")).digest()
+    return hashlib.sha256(f"{seed} {file.path}".encode(errors="surrogatepass")).digest()

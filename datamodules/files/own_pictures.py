@@ -125,7 +125,7 @@ class PicturesDataModule(FashionMNISTDataModule):
             found = read_folder(folder, self.stored_size, settings["fit"], self.data_dir / "cache", *rest)
         else:
             sizes = self.image_size, settings["stored_size"]
-            found = read_data_set(source, *sizes, settings["fit"], self.data_dir.expanduser(), *rest)
+            found = read_data_set(source, *sizes, settings["fit"], self.data_dir, *rest)
         if self.class_names and found.classes != self.class_names:
             raise DatasetError(
                 f"{source} has the classes {_listed(found.classes)}; the network knows {_listed(self.class_names)}"
