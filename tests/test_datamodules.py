@@ -24,6 +24,7 @@ import zipfile
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePath, PureWindowsPath
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -1674,6 +1675,7 @@ def test_cifar10_in_its_own_format(tmp_path, monkeypatch):
 
 
 OWN_SET = """
+import io
 import numpy as np
 from PIL import Image
 
@@ -1696,6 +1698,18 @@ class Texts(Mine):
     def __getitem__(self, index):
         return super().__getitem__(index)[0], "ant"
 
+class Named(Arrays):
+    classes = [("ant", "Formicidae"), ("crane", "Gruidae"), ("crane",)]
+
+class Lazy(Mine):
+    @property
+    def labels(self):
+        return ["bee", "cat"] * (self.count // 2)
+    def __getitem__(self, index):
+        picture, label = super().__getitem__(index)
+        picture.save(file := io.BytesIO(), "BMP")
+        return Image.open(io.BytesIO(file.getvalue()[: 900 if index == 0 else None])), label
+
 class Fractions(Mine):
     def __getitem__(self, index):
         return np.zeros((8, 8)), 0
@@ -1717,6 +1731,9 @@ def test_a_class_of_ones_own(tmp_path, monkeypatch):
     assert torch.equal(data.test_set.images, data.val_set.images)
     small = of_set(tmp_path, "own_sets.Arrays", image_size=20)
     assert (small.stored_size, small.input_shape, len(small.class_names)) == (16, (1, 20, 20), 3)
+    assert of_set(tmp_path, "own_sets.Named").class_names == ("ant", "crane 1", "crane 2")
+    lazy = of_set(tmp_path, "own_sets.Lazy")
+    assert (lazy.class_names, len(lazy.train_set), len(lazy.val_set)) == (("bee", "cat"), 59, 11)
     for name, problem in (
         ("own_sets.Texts", "whole numbers|invalid literal"),
         ("own_sets.Fractions", "ndarray of float64 where a picture was expected"),
@@ -1728,6 +1745,29 @@ def test_a_class_of_ones_own(tmp_path, monkeypatch):
         with pytest.raises(DatasetError, match=problem) as error:
             of_set(tmp_path, name)
         assert "\n" not in str(error.value)
+
+
+def test_labels_in_a_file_are_read_at_once(tmp_path, monkeypatch):
+    """PCAM would open two files for each; NumPy's files stand in for those of h5py."""
+    monkeypatch.setitem(sys.modules, "h5py", SimpleNamespace(File=np.load))
+    shades = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 3), np.uint8)
+    (tmp_path / "pcam").mkdir()
+    for files in torchvision.datasets.PCAM._FILES.values():
+        for (name, *_), values in (
+            (files["images"], {"x": shades}),
+            (files["targets"], {"y": shades[:, :1, :1, :1] % 2}),
+        ):
+            with (tmp_path / "pcam" / name).open("wb") as file:
+                np.savez(file, **values)
+    read = []
+    opened = torchvision.datasets.PCAM.__getitem__
+    monkeypatch.setattr(
+        torchvision.datasets.PCAM, "__getitem__", lambda one, index: read.append(index) or opened(one, index)
+    )
+    torchvision_sets._opened.cache_clear()
+    labels = torchvision_sets._opened("pcam", tmp_path)[1]
+    assert labels["val"] == (shades[:, 0, 0, 0] % 2).tolist()
+    assert len(read) == 3 * torchvision_sets.PROBES
 
 
 def test_pictures_of_digits_are_turned_light_on_dark():
