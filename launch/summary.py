@@ -41,6 +41,8 @@ def summary(record: dict[str, Any], trainer: Trainer, checkpoint: Path | None) -
         data = record["config"]["data"]
         source = data.get("folder") or data.get("dataset")
         of_own = f" --data {shlex.quote(source)}" if source else ""
+        if source and data["data_dir"] != "data":  # which no checkpoint of one's own pictures keeps
+            of_own += f" --data_dir {shlex.quote(data['data_dir'])}"
         lines.append(f"      python train.py predict --ckpt_path {shlex.quote(shown(checkpoint))}{of_own}")
     return "\n".join(lines)
 

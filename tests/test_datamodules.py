@@ -1371,6 +1371,16 @@ def test_a_fashion_mnist_checkpoint_is_not_tested_on_a_folder(tmp_path):
         assert "lenet.ckpt was trained on Fashion-MNIST; leave --data out" in answer.err
 
 
+@pytest.mark.parametrize(("memory", "kept"), [(16_000_000_000, None), (80_000, False)])
+def test_pictures_stay_off_a_gpu_whose_memory_they_would_fill(tmp_path, monkeypatch, memory, kept):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory, 80_000_000_000))
+    folder = put_classes(tmp_path / "own", cat=20, dog=20)  # 40 of 16 x 16 x 3 bytes
+    data = PicturesDataModule(str(folder), data_dir=str(tmp_path), image_size=16)
+    data.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda", 0)))
+    data.setup("fit")
+    assert data.hparams["dataset_on_device"] is kept
+
+
 def test_balanced_batches_draw_each_class_alike():
     labels = torch.tensor([0] * 900 + [1] * 100)
 
@@ -1530,7 +1540,7 @@ def test_a_run_knows_the_pictures_it_was_trained_on(tmp_path):
     common = ["--accelerator=cpu", f"--data={folder}", f"--data_dir={tmp_path}", f"--log_dir={tmp_path / 'logs'}"]
     recipe = ["--model=lenet", "--max_epochs=2", "--batch_size=8"]
     trained = run_forked(*recipe, *common, folder=tmp_path)
-    assert trained.out.rstrip().endswith(f"version_0/checkpoints/best.ckpt --data {folder}")
+    assert trained.out.rstrip().endswith(f"version_0/checkpoints/best.ckpt --data {folder} --data_dir {tmp_path}")
     checkpoint = f"--ckpt_path={tmp_path / 'logs' / 'lenet' / 'version_0' / 'checkpoints' / 'last.ckpt'}"
     assert run_forked("fit", *recipe, *common, checkpoint, folder=tmp_path).code == 0
     assert run_forked("predict", *common, checkpoint, folder=tmp_path).code == 0
@@ -1775,6 +1785,10 @@ def test_pictures_of_digits_are_turned_light_on_dark():
     page.paste("black", (20, 20, 40, 40))
     digits = PicturesDataModule(dataset="mnist", image_size=28, channels=1, mean=0.13)
     grey = PicturesDataModule(image_size=28, channels=1, mean=0.5)
+    repeated = PicturesDataModule(dataset="mnist", image_size=28, channels=3, mean=0.13)
+    assert repeated.fit_picture(page)[0, 0].tolist() == [0] * 3
+    page.putpixel((30, 30), (255, 0, 0))
+    assert repeated.fit_picture(page)[0, 0].tolist() == [255] * 3  # one in colour stays as it is
     assert (digits.fit_picture(page)[0, 0], digits.fit_picture(page, "never")[0, 0]) == (0, 255)
     assert (grey.fit_picture(page)[0, 0], grey.fit_picture(page, "always")[0, 0]) == (255, 0)
 
