@@ -1027,6 +1027,19 @@ def test_a_folder_with_splits(tmp_path, caplog):
     assert np.abs(data.train_set.images[0].permute(1, 2, 0).numpy() - expected).mean() < 3
 
 
+@pytest.mark.parametrize("name", ["test", "validation"])
+def test_a_folder_with_a_test_part_alone_is_tested_whole(tmp_path, name):
+    put_classes(tmp_path / "own" / name, cat=10, dog=20)
+    known: dict[str, Any] = {"image_size": 16, "val_size": 5000, "class_names": ["cat", "dog"]}  # of a checkpoint
+    data = PicturesDataModule(str(tmp_path / "own"), data_dir=str(tmp_path / "made"), **known)
+    for stage in ("validate", "test", "predict"):
+        data.setup(stage)
+    assert data.test_set.labels.bincount().tolist() == data.val_set.labels.bincount().tolist() == [10, 20]
+    assert data.test_names[0] == f"{name}/cat/0.png"
+    with pytest.raises(DatasetError, match=r"own holds one part alone, .*; add a train folder"):
+        data.setup("fit")
+
+
 def test_a_folder_without_splits_is_split_by_class_and_seed(tmp_path):
     folder = put_classes(tmp_path / "own", cat=40, dog=20, emu=3)
     data = of_folder(folder, tmp_path)
@@ -1376,7 +1389,8 @@ def test_pictures_stay_off_a_gpu_whose_memory_they_would_fill(tmp_path, monkeypa
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory, 80_000_000_000))
     folder = put_classes(tmp_path / "own", cat=20, dog=20)  # 40 of 16 x 16 x 3 bytes
     data = PicturesDataModule(str(folder), data_dir=str(tmp_path), image_size=16)
-    data.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda", 0)))
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda", 0)))
+    data.trainer = trainer
     data.setup("fit")
     assert data.hparams["dataset_on_device"] is kept
 
@@ -1763,17 +1777,16 @@ def test_labels_in_a_file_are_read_at_once(tmp_path, monkeypatch):
     shades = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 3), np.uint8)
     (tmp_path / "pcam").mkdir()
     for files in torchvision.datasets.PCAM._FILES.values():
-        for (name, *_), values in (
-            (files["images"], {"x": shades}),
-            (files["targets"], {"y": shades[:, :1, :1, :1] % 2}),
-        ):
-            with (tmp_path / "pcam" / name).open("wb") as file:
-                np.savez(file, **values)
-    read = []
-    opened = torchvision.datasets.PCAM.__getitem__
-    monkeypatch.setattr(
-        torchvision.datasets.PCAM, "__getitem__", lambda one, index: read.append(index) or opened(one, index)
-    )
+        for part, key, values in (("images", "x", shades), ("targets", "y", shades[:, :1, :1, :1] % 2)):
+            with (tmp_path / "pcam" / files[part][0]).open("wb") as file:
+                np.savez(file, allow_pickle=False, **{key: values})
+    read, opened = [], torchvision.datasets.PCAM.__getitem__
+
+    def watched(one: Any, index: int) -> Any:
+        read.append(index)
+        return opened(one, index)
+
+    monkeypatch.setattr(torchvision.datasets.PCAM, "__getitem__", watched)
     torchvision_sets._opened.cache_clear()
     labels = torchvision_sets._opened("pcam", tmp_path)[1]
     assert labels["val"] == (shades[:, 0, 0, 0] % 2).tolist()

@@ -200,11 +200,11 @@ def test_what_cannot_be_read_is_named(tmp_path):
 def test_reading_leaves_the_filters_of_warnings_alone(tmp_path, monkeypatch):
     """Threads share them."""
     drawing(bag).save(tmp_path / "bag.png")
-    filters, opened = warnings.filters.copy(), Image.open
+    filters, opened = list(warnings.filters), Image.open
     seen = []
 
     def watched(*args, **settings):
-        seen.append(warnings.filters.copy())
+        seen.append(list(warnings.filters))
         return opened(*args, **settings)
 
     monkeypatch.setattr(Image, "open", watched)

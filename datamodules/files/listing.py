@@ -40,7 +40,7 @@ def list_folder(folder: Path, val_size: int | None, test_size: int | None, seed:
     """Find classes and pictures, and split them where the folder does not.
 
     Args:
-        folder: Holds a sub-folder for each class, or train, val and test folders that do.
+        folder: Holds a sub-folder for each class, or train, val and test folders that do, or a val or a test one alone.
         val_size: Pictures held out for validation where there is no such folder; None takes a tenth, 0 none at all.
         test_size: The same for the test.
         seed: Of the split.
@@ -51,6 +51,10 @@ def list_folder(folder: Path, val_size: int | None, test_size: int | None, seed:
     inside = _sub_folders(folder)
     by_part = {part: next((path for path in inside if path.name.lower() in NAMES[part]), None) for part in NAMES}
     train = by_part["train"]
+    if len(inside) == 1 and (by_part["val"] or by_part["test"]) and len(of_part := _sub_folders(inside[0])) > 1:
+        classes, files = _classes(folder, inside[0], of_part)
+        _check_classes(folder, classes, files)
+        return Listing(classes, {"train": [], "val": files, "test": files})  # to measure a network on, all of them
     if train and (by_part["val"] or by_part["test"]) and not _sub_folders(train):
         raise DatasetError(f"{train} has no sub-folders; one for each class, named like it, is expected in each part")
     if not (train and (by_part["val"] or by_part["test"] or len(inside) == 1) and _sub_folders(train)):

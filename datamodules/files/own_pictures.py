@@ -31,7 +31,8 @@ class PicturesDataModule(FashionMNISTDataModule):
 
     They are decoded once, to squares of `stored_size` pixels that lie as bytes in `data_dir`/cache and are mapped into
     memory: a set may be larger than that. Train, val and test folders above the classes are recognised. Without a test
-    part the test is on the validation part; without either a part of each class is held out.
+    part the test is on the validation part; without either a part of each class is held out. A val or a test folder
+    alone is measured on whole.
 
     Args:
         folder: The folder; nothing in it is changed. With neither folder nor data set, pictures can be looked at, but
@@ -149,6 +150,9 @@ class PicturesDataModule(FashionMNISTDataModule):
             size = sum(part.images.nbytes for part in (self.train_set, self.val_set, self.test_set))
             if size > ON_DEVICE * torch.cuda.mem_get_info(device)[0]:
                 self.hparams["dataset_on_device"] = False
+        if stage == "fit" and not len(self.train_set):
+            hint = "add a train folder beside it, or give --data that part itself"
+            raise DatasetError(f"{self.source} holds one part alone, to measure a network on; {hint}")
         if stage in ("test", "predict") and not len(self.test_set):
             raise DatasetError(f"{self.source}: no pictures are left to test on; set data.test_size")
 
