@@ -86,7 +86,7 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
                 raise ValueError(f"data.{name}={self.hparams[name]} must lie between 0 and 1")
         if dataset_on_device and num_workers:
             raise ValueError("data.dataset_on_device needs data.num_workers=0: workers can't reach the device's memory")
-        self.data_dir = Path(data_dir)
+        self.data_dir = Path(data_dir).expanduser()
         self._folder: Path | None = None  # where the verified files are
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.image_size, self.num_workers = image_size, num_workers

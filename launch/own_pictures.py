@@ -40,7 +40,7 @@ def follow_pictures(config: Namespace, command: Command, stored: Mapping[str, An
     if any(config.data[name] is None for name in DECIDED):
         try:
             data = PicturesDataModule(**config.data)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             raise UserError(one_line(str(error))) from None
         data.prepare_data()
         for name in DECIDED:

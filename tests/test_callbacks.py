@@ -840,6 +840,13 @@ def test_confusion_matrix_is_blue_where_right_and_orange_where_wrong() -> None:
     assert red[1, 0] > blue[1, 0]
 
 
+def test_confusion_matrix_of_many_classes_stays_small() -> None:
+    picture = drawing.confusion_matrix(3 * torch.eye(1000, dtype=torch.long), [f"class {i}" for i in range(1000)])
+    assert max(picture.size) < 1600
+    seen = pixels(picture)[84:, 86:1086].int()
+    assert (seen[..., 2] > seen[..., 0] + 99).nonzero()[:, 0].tolist() == list(range(1000))  # a blue diagonal
+
+
 def test_no_mistakes_is_said() -> None:
     picture = drawing.mistakes(torch.empty(0, 28, 28, dtype=torch.uint8), [], [], [])
     assert (pixels(picture) < 128).any()

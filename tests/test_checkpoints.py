@@ -37,7 +37,7 @@ from torch.optim import lr_scheduler
 import compare
 import export
 from checkpoints.plain import read_settings, recipe_name
-from checkpoints.reading import read_checkpoint
+from checkpoints.reading import read_checkpoint, stored_config
 from checkpoints.state import _MisfitError, _optimizer, _schedule
 from checkpoints.trust import Trusted, find
 from checkpoints.writing import AtomicCheckpointIO
@@ -757,12 +757,22 @@ LAUGHS = "a: &a [x]\n" + "".join(
         "model: {}\ndata: {x: 0x" + "f" * 90 + "}\n",
         "model: {}\ndata: {x: 2020-01-01}\n",
         "model: {}\ndata: {}\nx: " + "y" * 10**6,
+        "model: {}\ndata: {}\nx: " + "1:" * 10**5 + "1",
+        "model: {}\ndata: {}\nx: " + "1:" * 400 + "1.0",
         5,
     ],
 )
 def test_yaml_of_a_checkpoint(text: Any) -> None:
     with pytest.raises(UserError):
         read_settings(text, "a.ckpt")
+
+
+def test_the_settings_of_a_checkpoint_may_name_many_classes(tmp_path: Path) -> None:
+    names = [f"some class, known by a rather long name: {number:05}" for number in range(20_000)]
+    config = {"model": {}, "data": {"class_names": names}}
+    checkpoint = {"state_dict": {}, "config": yaml.safe_dump(config), "datamodule_hyper_parameters": config["data"]}
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    assert stored_config(read_checkpoint(tmp_path / "a.ckpt"), "a.ckpt") == config
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ import tracemalloc
 import zipfile
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePath, PureWindowsPath
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -1039,6 +1040,19 @@ def test_a_folder_with_splits(tmp_path, caplog):
     assert np.abs(data.train_set.images[0].permute(1, 2, 0).numpy() - expected).mean() < 3
 
 
+@pytest.mark.parametrize("name", ["test", "validation"])
+def test_a_folder_with_a_test_part_alone_is_tested_whole(tmp_path, name):
+    put_classes(tmp_path / "own" / name, cat=10, dog=20)
+    known: dict[str, Any] = {"image_size": 16, "val_size": 5000, "class_names": ["cat", "dog"]}  # of a checkpoint
+    data = PicturesDataModule(str(tmp_path / "own"), data_dir=str(tmp_path / "made"), **known)
+    for stage in ("validate", "test", "predict"):
+        data.setup(stage)
+    assert data.test_set.labels.bincount().tolist() == data.val_set.labels.bincount().tolist() == [10, 20]
+    assert data.test_names[0] == f"{name}/cat/0.png"
+    with pytest.raises(DatasetError, match=r"own holds one part alone, .*; add a train folder"):
+        data.setup("fit")
+
+
 def test_a_folder_without_splits_is_split_by_class_and_seed(tmp_path):
     folder = put_classes(tmp_path / "own", cat=40, dog=20, emu=3)
     data = of_folder(folder, tmp_path)
@@ -1068,6 +1082,32 @@ def test_a_picture_stays_in_its_part_when_others_come_and_go(tmp_path):
         if file.path not in ("cat/0.png", "dog/7.png", "cat/new.png")
     }
     assert len(moved) <= 6, "those at the edges between the parts alone"
+
+
+def test_order_and_names_are_the_same_on_all_systems(tmp_path, monkeypatch):
+    folder = put_classes(tmp_path / "own", b=10, C=10, a=10)
+    draw(folder / "a" / "More" / "1.png", (1, 1, 1))
+    draw(folder / "a" / "more.png", (1, 1, 2))
+    linux = list_folder(folder, None, None, 0)
+    assert linux.classes == ("C", "a", "b")
+    monkeypatch.setattr(PurePath, "__lt__", lambda one, other: str(one).lower() < str(other).lower())  # as on Windows
+    monkeypatch.setattr(os.path, "relpath", lambda *paths: str(PureWindowsPath(Path(paths[0]).relative_to(paths[1]))))
+    assert list_folder(folder, None, None, 0) == linux
+
+
+def test_a_tilde_is_the_users_home(tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    shutil.copytree(DATA, home / "data")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    folder = put_classes(tmp_path / "own", cat=10, dog=10)
+    PicturesDataModule(str(folder), data_dir="~/made", image_size=16).setup("fit")
+    assert any((home / "made" / "cache").iterdir())
+    assert FashionMNISTDataModule("~/data").data_dir == home / "data"
+    rules = Trusted("a.ckpt", False, "", {}, fashion_mnist_files.whole_below)
+    assert rules.data({"data_dir": "~/data"}) == {"data_dir": str(home / "data")}
+    assert rules.data({"data_dir": "~no such user/data"}) == {}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "own"]
 
 
 def test_folders_of_systems_are_no_classes(tmp_path):
@@ -1357,6 +1397,17 @@ def test_a_fashion_mnist_checkpoint_is_not_tested_on_a_folder(tmp_path):
         assert "lenet.ckpt was trained on Fashion-MNIST; leave --data out" in answer.err
 
 
+@pytest.mark.parametrize(("memory", "kept"), [(16_000_000_000, None), (80_000, False)])
+def test_pictures_stay_off_a_gpu_whose_memory_they_would_fill(tmp_path, monkeypatch, memory, kept):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory, 80_000_000_000))
+    folder = put_classes(tmp_path / "own", cat=20, dog=20)  # 40 of 16 x 16 x 3 bytes
+    data = PicturesDataModule(str(folder), data_dir=str(tmp_path), image_size=16)
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda", 0)))
+    data.trainer = trainer
+    data.setup("fit")
+    assert data.hparams["dataset_on_device"] is kept
+
+
 def test_balanced_batches_draw_each_class_alike():
     labels = torch.tensor([0] * 900 + [1] * 100)
 
@@ -1518,7 +1569,7 @@ def test_a_run_knows_the_pictures_it_was_trained_on(tmp_path):
     common = ["--accelerator=cpu", f"--data={folder}", f"--data_dir={tmp_path}", f"--log_dir={tmp_path / 'logs'}"]
     recipe = ["--model=lenet", "--max_epochs=2", "--batch_size=8"]
     trained = run_forked(*recipe, *common, folder=tmp_path)
-    assert trained.out.rstrip().endswith(f"version_0/checkpoints/best.ckpt --data {folder}")
+    assert trained.out.rstrip().endswith(f"version_0/checkpoints/best.ckpt --data {folder} --data_dir {tmp_path}")
     checkpoint = f"--ckpt_path={tmp_path / 'logs' / 'lenet' / 'version_0' / 'checkpoints' / 'last.ckpt'}"
     assert run_forked("fit", *recipe, *common, checkpoint, folder=tmp_path).code == 0
     assert run_forked("predict", *common, checkpoint, folder=tmp_path).code == 0
@@ -1663,6 +1714,7 @@ def test_cifar10_in_its_own_format(tmp_path, monkeypatch):
 
 
 OWN_SET = """
+import io
 import numpy as np
 from PIL import Image
 
@@ -1685,6 +1737,18 @@ class Texts(Mine):
     def __getitem__(self, index):
         return super().__getitem__(index)[0], "ant"
 
+class Named(Arrays):
+    classes = [("ant", "Formicidae"), ("crane", "Gruidae"), ("crane",)]
+
+class Lazy(Mine):
+    @property
+    def labels(self):
+        return ["bee", "cat"] * (self.count // 2)
+    def __getitem__(self, index):
+        picture, label = super().__getitem__(index)
+        picture.save(file := io.BytesIO(), "BMP")
+        return Image.open(io.BytesIO(file.getvalue()[: 900 if index == 0 else None])), label
+
 class Fractions(Mine):
     def __getitem__(self, index):
         return np.zeros((8, 8)), 0
@@ -1706,6 +1770,9 @@ def test_a_class_of_ones_own(tmp_path, monkeypatch):
     assert torch.equal(data.test_set.images, data.val_set.images)
     small = of_set(tmp_path, "own_sets.Arrays", image_size=20)
     assert (small.stored_size, small.input_shape, len(small.class_names)) == (16, (1, 20, 20), 3)
+    assert of_set(tmp_path, "own_sets.Named").class_names == ("ant", "crane 1", "crane 2")
+    lazy = of_set(tmp_path, "own_sets.Lazy")
+    assert (lazy.class_names, len(lazy.train_set), len(lazy.val_set)) == (("bee", "cat"), 59, 11)
     for name, problem in (
         ("own_sets.Texts", "whole numbers|invalid literal"),
         ("own_sets.Fractions", "ndarray of float64 where a picture was expected"),
@@ -1719,11 +1786,37 @@ def test_a_class_of_ones_own(tmp_path, monkeypatch):
         assert "\n" not in str(error.value)
 
 
+def test_labels_in_a_file_are_read_at_once(tmp_path, monkeypatch):
+    """PCAM would open two files for each; NumPy's files stand in for those of h5py."""
+    monkeypatch.setitem(sys.modules, "h5py", SimpleNamespace(File=np.load))
+    shades = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 3), np.uint8)
+    (tmp_path / "pcam").mkdir()
+    for files in torchvision.datasets.PCAM._FILES.values():
+        for part, key, values in (("images", "x", shades), ("targets", "y", shades[:, :1, :1, :1] % 2)):
+            with (tmp_path / "pcam" / files[part][0]).open("wb") as file:
+                np.savez(file, allow_pickle=False, **{key: values})
+    read, opened = [], torchvision.datasets.PCAM.__getitem__
+
+    def watched(one: Any, index: int) -> Any:
+        read.append(index)
+        return opened(one, index)
+
+    monkeypatch.setattr(torchvision.datasets.PCAM, "__getitem__", watched)
+    torchvision_sets._opened.cache_clear()
+    labels = torchvision_sets._opened("pcam", tmp_path)[1]
+    assert labels["val"] == (shades[:, 0, 0, 0] % 2).tolist()
+    assert len(read) == 3 * torchvision_sets.PROBES
+
+
 def test_pictures_of_digits_are_turned_light_on_dark():
     page = Image.new("RGB", (60, 60), "white")
     page.paste("black", (20, 20, 40, 40))
     digits = PicturesDataModule(dataset="mnist", image_size=28, channels=1, mean=0.13)
     grey = PicturesDataModule(image_size=28, channels=1, mean=0.5)
+    repeated = PicturesDataModule(dataset="mnist", image_size=28, channels=3, mean=0.13)
+    assert repeated.fit_picture(page)[0, 0].tolist() == [0] * 3
+    page.putpixel((30, 30), (255, 0, 0))
+    assert repeated.fit_picture(page)[0, 0].tolist() == [255] * 3  # one in colour stays as it is
     assert (digits.fit_picture(page)[0, 0], digits.fit_picture(page, "never")[0, 0]) == (0, 255)
     assert (grey.fit_picture(page)[0, 0], grey.fit_picture(page, "always")[0, 0]) == (255, 0)
 

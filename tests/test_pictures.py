@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -194,6 +195,21 @@ def test_what_cannot_be_read_is_named(tmp_path):
     for path, reason in unreadable(tmp_path).items():
         with pytest.raises(PictureError, match=re.escape(reason)):
             read_picture(path)
+
+
+def test_reading_leaves_the_filters_of_warnings_alone(tmp_path, monkeypatch):
+    """Threads share them."""
+    drawing(bag).save(tmp_path / "bag.png")
+    filters, opened = list(warnings.filters), Image.open
+    seen = []
+
+    def watched(*args, **settings):
+        seen.append(list(warnings.filters))
+        return opened(*args, **settings)
+
+    monkeypatch.setattr(Image, "open", watched)
+    read_picture(tmp_path / "bag.png")
+    assert seen == [filters]
 
 
 # What the network sees
@@ -618,8 +634,6 @@ def photo(index):
 @pytest.fixture(scope="module")
 def page():
     """The module; what Gradio's packages deprecate among themselves is theirs."""
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from pictures import page

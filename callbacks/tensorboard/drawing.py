@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import lru_cache
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,44 +16,49 @@ INK, GREY, PAPER = (40, 40, 40), (110, 110, 110), (255, 255, 255)
 # Both ends of the ramps of the confusion matrix: right answers, wrong ones.
 RIGHT = ((247, 251, 255), (8, 81, 156))
 WRONG = ((255, 255, 255), (217, 72, 1))
+MOST_CLASSES = 1440  # of a confusion matrix, whose sides have as many pixels at most
 
 
 def confusion_matrix(matrix: Tensor, class_names: Sequence[str]) -> Image.Image:
     """Table of the numbers of images: a row for each true class, a column for each guess, and the row's accuracy.
 
-    Right answers are blue and wrong ones orange, darker the larger their share of the row.
+    Right answers are blue and wrong ones orange, darker the larger their share of the row. The more classes, the
+    smaller the cells: then numbers stand only where they fit, and names at every few rows and columns.
 
     Args:
-        matrix: Images (C, C), rows are true classes.
+        matrix: Images (C, C), rows are true classes, at most `MOST_CLASSES`.
         class_names: Names of the classes, in order.
     """
-    cell, left, head = 36, 86, 84
     classes = len(class_names)
-    canvas = Image.new("RGB", (left + (classes + 1) * cell + 14, head + classes * cell), PAPER)
+    cell, left, head = min(36, MOST_CLASSES // classes), 86, 84
+    side, every = classes * cell, -(-15 // cell)  # a line of text is 15 pixels high
+    canvas = Image.new("RGB", (left + side + 50, head + side), PAPER)
     draw = ImageDraw.Draw(canvas)
     draw.text((2, 2), "predicted", GREY, _font(13))
     draw.text((2, head - 18), "true", GREY, _font(13))
-    for column, name in enumerate([*class_names, "accuracy"]):
+    middles = {left + column * cell + cell // 2: class_names[column] for column in range(0, classes, every)}
+    for middle, name in (middles | {left + side + 32: "accuracy"}).items():
         text = Image.new("L", (head, 18))
         ImageDraw.Draw(text).text((2, 1), sheet.fitting(name, head - 4), 255, _font(14))
-        place = (left + column * cell + (14 if column == classes else 0) + cell // 2 - 9, 0)
-        canvas.paste(Image.new("RGB", (18, head), INK), place, text.rotate(90, expand=True))
-    totals = matrix.sum(dim=1).clamp(min=1)
-    shares = (matrix / totals[:, None]).tolist()
-    for row, (name, counts) in enumerate(zip(class_names, matrix.tolist(), strict=True)):
-        top = head + row * cell
-        middle = top + cell // 2
-        draw.text((left - 6, middle), sheet.fitting(name, left - 8), INK, _font(14), anchor="rm")
-        for column, count in enumerate(counts):
-            x = left + column * cell
-            share = shares[row][column]
-            colour = _between(*RIGHT, share) if row == column else _between(*WRONG, min(1.0, share * 3))
-            draw.rectangle((x, top, x + cell - 2, top + cell - 2), colour)
-            if count:
-                ink = PAPER if sum(colour) < 380 else INK
-                draw.text((x + cell // 2 - 1, middle), str(count), ink, _font(13), anchor="mm")
-        accuracy = f"{100 * shares[row][row]:.1f}%"
-        draw.text((left + (classes + 1) * cell + 10, middle), accuracy, INK, _font(13), anchor="rm")
+        canvas.paste(Image.new("RGB", (18, head), INK), (middle - 9, 0), text.rotate(90, expand=True))
+    shares = matrix / matrix.sum(dim=1, keepdim=True).clamp(min=1)
+    right = torch.eye(classes, dtype=torch.bool)[..., None]
+    colours = torch.where(right, _between(*RIGHT, shares), _between(*WRONG, (shares * 3).clamp(max=1)))
+    pixels = colours.repeat_interleave(cell, 0).repeat_interleave(cell, 1)
+    if cell > 5:  # lines between the cells
+        pixels[cell - 1 :: cell] = pixels[:, cell - 1 :: cell] = 255
+    canvas.paste(Image.fromarray(pixels.numpy()), (left, head))
+    for row in range(0, classes, every):
+        middle = head + row * cell + cell // 2
+        draw.text((left - 6, middle), sheet.fitting(class_names[row], left - 8), INK, _font(14), anchor="rm")
+        accuracy = f"{100 * shares[row, row]:.1f}%"
+        draw.text((left + side + 46, middle), accuracy, INK, _font(13), anchor="rm")
+    for row, column in matrix.nonzero().tolist() if every == 1 else ():
+        count = str(int(matrix[row, column]))
+        if 7 * len(count) < cell:
+            ink = PAPER if colours[row, column].sum() < 380 else INK
+            place = left + column * cell + cell // 2 - 1, head + row * cell + cell // 2
+            draw.text(place, count, ink, _font(13), anchor="mm")
     return canvas
 
 
@@ -122,9 +128,10 @@ def _captioned(tiles: Tensor, captions: Sequence[Sequence[Line]]) -> Image.Image
     return sheet.sheet(entries, 4, large.shape[-1])
 
 
-def _between(low: tuple[int, int, int], high: tuple[int, int, int], share: float) -> tuple[int, int, int]:
-    red, green, blue = (round(a + (b - a) * share) for a, b in zip(low, high, strict=True))
-    return red, green, blue
+def _between(low: tuple[int, int, int], high: tuple[int, int, int], shares: Tensor) -> Tensor:
+    """Colours (..., 3) uint8."""
+    first, last = torch.tensor(low), torch.tensor(high)
+    return (first + (last - first) * shares[..., None]).round().byte()
 
 
 @lru_cache

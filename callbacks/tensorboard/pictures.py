@@ -125,7 +125,8 @@ class TensorBoardPictures(Callback):
     def _draw_validation(self, trainer: pl.Trainer, step: int) -> None:
         """Draw the confusion matrix and the most confident mistakes."""
         confusion, names = self._confusion, self._confusion.class_names
-        show(trainer, "errors/confusion_matrix", drawing.confusion_matrix(confusion.matrix, names), step)
+        if len(names) <= drawing.MOST_CLASSES:
+            show(trainer, "errors/confusion_matrix", drawing.confusion_matrix(confusion.matrix, names), step)
         wrong = confusion.mistakes
         tiles = _data(trainer).val_set.images[[mistake.image for mistake in wrong]]
         labels, guesses = ([names[getattr(mistake, part)] for mistake in wrong] for part in ("label", "guess"))

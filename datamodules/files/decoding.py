@@ -111,7 +111,7 @@ def decode(
     for part, labels in found["labels"].items():
         parts[part] = pixels[start : start + len(labels)], torch.tensor(labels, dtype=torch.int64)
         start += len(labels)
-    left = set(found["labels"]["train"])
+    left = set(found["labels"]["train" if listing.parts["train"] else "val"])
     if lost := [one for label, one in enumerate(listing.classes) if label not in left]:
         raise DatasetError(f"{name}: no picture of {lost[0]} is left to train on")
     if listing.parts["test"] is listing.parts["val"]:

@@ -126,10 +126,11 @@ def whole_below(data_dir: Path) -> Path | None:
     """The folder among `data_dir` and torchvision's below it that holds all four files complete; nothing is changed."""
     for folder in (data_dir, data_dir / "FashionMNIST" / "raw"):
         try:
+            folder = folder.expanduser()
             files = [path for name in NAMES for path in (folder / name, folder / f"{name}.gz") if path.exists()]
             if all(path.is_file() for path in files) and len(good := _survey(folder)[0]) == len(NAMES):
                 return folder if len(set(good.values())) == 1 else None
-        except (OSError, ValueError):
+        except (OSError, ValueError, RuntimeError):  # the last for ~ of a user that there is not
             continue
     return None
 

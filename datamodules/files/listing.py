@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 import unicodedata
 from collections import Counter
 from functools import cache
@@ -41,7 +40,7 @@ def list_folder(folder: Path, val_size: int | None, test_size: int | None, seed:
     """Find classes and pictures, and split them where the folder does not.
 
     Args:
-        folder: Holds a sub-folder for each class, or train, val and test folders that do.
+        folder: Holds a sub-folder for each class, or train, val and test folders that do, or a val or a test one alone.
         val_size: Pictures held out for validation where there is no such folder; None takes a tenth, 0 none at all.
         test_size: The same for the test.
         seed: Of the split.
@@ -52,6 +51,10 @@ def list_folder(folder: Path, val_size: int | None, test_size: int | None, seed:
     inside = _sub_folders(folder)
     by_part = {part: next((path for path in inside if path.name.lower() in NAMES[part]), None) for part in NAMES}
     train = by_part["train"]
+    if len(inside) == 1 and (by_part["val"] or by_part["test"]) and len(of_part := _sub_folders(inside[0])) > 1:
+        classes, files = _classes(folder, inside[0], of_part)
+        _check_classes(folder, classes, files)
+        return Listing(classes, {"train": [], "val": files, "test": files})  # to measure a network on, all of them
     if train and (by_part["val"] or by_part["test"]) and not _sub_folders(train):
         raise DatasetError(f"{train} has no sub-folders; one for each class, named like it, is expected in each part")
     if not (train and (by_part["val"] or by_part["test"] or len(inside) == 1) and _sub_folders(train)):
@@ -102,7 +105,8 @@ def printable(text: str) -> str:
 
 def _sub_folders(folder: Path) -> list[Path]:
     try:
-        return sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
+        found = (path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
+        return sorted(found, key=lambda path: path.name)  # Windows would compare paths in lower case
     except OSError as error:
         hint = "give a folder that holds a sub-folder of pictures for each class"
         raise DatasetError(f"{folder} can't be read: {error.strerror}; {hint}") from None
@@ -117,7 +121,8 @@ def _classes(
     for name, path in zip(names, folders, strict=True):
         if name not in classes:
             raise DatasetError(f"{path} is a class that the training pictures don't have; remove it, or add it there")
-        found = [File(os.path.relpath(file, root), classes.index(name)) for file in sorted(pictures_below(path))]
+        below = sorted(pictures_below(path), key=lambda file: file.parts)
+        found = [File(file.relative_to(root).as_posix(), classes.index(name)) for file in below]
         if not found and known is None:
             raise DatasetError(f"{path} holds no picture; remove it, or put the pictures of that class there")
         files += found
@@ -155,4 +160,4 @@ def _held_out(files: list[File], wanted: int | None, seed: int, setting: str) ->
 
 def _lot(file: File, seed: int) -> bytes:
     """A random number of the file's own, so that it stays in its part when others come and go."""
-    return hashlib.sha256(f"{seed} {Path(file.path).as_posix()}".encode(errors="surrogatepass")).digest()
+    return hashlib.sha256(f"{seed} {file.path}".encode(errors="surrogatepass")).digest()

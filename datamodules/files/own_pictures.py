@@ -21,7 +21,7 @@ from datamodules.files.listing import printable
 from datamodules.files.photographs import saturate, warp
 from datamodules.files.torchvision_sets import read_data_set
 
-ON_DEVICE = 4_000_000_000  # bytes of a set that is kept in a GPU's memory unasked
+ON_DEVICE = 0.25  # of a GPU's free memory, at most, that a set takes unasked
 DARK = 0.3  # mean of pictures that are light on a dark ground
 LUMA = (0.299, 0.587, 0.114)  # as Pillow turns colours into greys
 
@@ -31,7 +31,8 @@ class PicturesDataModule(FashionMNISTDataModule):
 
     They are decoded once, to squares of `stored_size` pixels that lie as bytes in `data_dir`/cache and are mapped into
     memory: a set may be larger than that. Train, val and test folders above the classes are recognised. Without a test
-    part the test is on the validation part; without either a part of each class is held out.
+    part the test is on the validation part; without either a part of each class is held out. A val or a test folder
+    alone is measured on whole.
 
     Args:
         folder: The folder; nothing in it is changed. With neither folder nor data set, pictures can be looked at, but
@@ -54,8 +55,8 @@ class PicturesDataModule(FashionMNISTDataModule):
         shift: Augmentation: move each image by up to this share of its size in both directions.
         saturation: Augmentation: scale the colours of each image around its greys by a factor drawn from 1 +- this.
         balanced: Draw an epoch's images, some several times and others not at all, so that all classes are as likely.
-        kwargs: As for `FashionMNISTDataModule`, but for `photographed`; `dataset_on_device=None` keeps sets of up to
-            4 GB on CUDA.
+        kwargs: As for `FashionMNISTDataModule`, but for `photographed`; `dataset_on_device=None` keeps sets on CUDA
+            that take up to a quarter of the memory free there.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -125,7 +126,7 @@ class PicturesDataModule(FashionMNISTDataModule):
             found = read_folder(folder, self.stored_size, settings["fit"], self.data_dir / "cache", *rest)
         else:
             sizes = self.image_size, settings["stored_size"]
-            found = read_data_set(source, *sizes, settings["fit"], self.data_dir.expanduser(), *rest)
+            found = read_data_set(source, *sizes, settings["fit"], self.data_dir, *rest)
         if self.class_names and found.classes != self.class_names:
             raise DatasetError(
                 f"{source} has the classes {_listed(found.classes)}; the network knows {_listed(self.class_names)}"
@@ -144,8 +145,14 @@ class PicturesDataModule(FashionMNISTDataModule):
         self.train_set, self.val_set, self.test_set = (
             ImageTensors(*self._cache.parts[part]) for part in ("train", "val", "test")
         )
-        if self.hparams["dataset_on_device"] is None and self.train_set.images.nbytes > ON_DEVICE:
-            self.hparams["dataset_on_device"] = False
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        if self.hparams["dataset_on_device"] is None and device.type == "cuda":
+            size = sum(part.images.nbytes for part in (self.train_set, self.val_set, self.test_set))
+            if size > ON_DEVICE * torch.cuda.mem_get_info(device)[0]:
+                self.hparams["dataset_on_device"] = False
+        if stage == "fit" and not len(self.train_set):
+            hint = "add a train folder beside it, or give --data that part itself"
+            raise DatasetError(f"{self.source} holds one part alone, to measure a network on; {hint}")
         if stage in ("test", "predict") and not len(self.test_set):
             raise DatasetError(f"{self.source}: no pictures are left to test on; set data.test_size")
 
@@ -204,6 +211,7 @@ class PicturesDataModule(FashionMNISTDataModule):
         pixels = fit_square(picture, self.stored_size, self.hparams["fit"])
         if self.hparams["channels"] == 1:
             pixels = np.array(Image.fromarray(pixels).convert("L"))
+        if pixels.ndim == 2 or (pixels == pixels[..., :1]).all():  # grey: colours are not negated unasked
             edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
             unlike = self.hparams["mean"] < DARK and np.median(edges) > 127
             invert = "always" if invert == "auto" and unlike else invert

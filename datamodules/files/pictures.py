@@ -1,5 +1,6 @@
 """Reading picture files of any kind, without trusting them."""
 
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,10 @@ OF_SYSTEMS = {"@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume I
 # Of fractions, and of 8, 10, 12, 14 and 16 bits.
 WHITES = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)
 LONGEST_EDGE = 1024  # pixels; larger JPEGs are decoded at a reduced size unless another edge is asked for
+
+
+# About odd metadata. Once and for all: pictures are read by threads, which share Python's filters.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class PictureError(Exception):
@@ -87,17 +92,16 @@ def read_picture(path: Path, edge: int = LONGEST_EDGE) -> Image.Image:
             raise PictureError("does not exist")
         if not path.is_file():
             raise PictureError("is not a file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd metadata
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=formats) as file:
-                file.draft(None, (edge, edge))  # JPEG files are decoded at a fraction of their size
-                deep = any(";16" in str(tile[3]) for tile in file.tile)
-                file.load()
-                return _upright(_eight_bits(file, path, deep))
+        with Image.open(path, formats=formats) as file:
+            if file.width * file.height > (Image.MAX_IMAGE_PIXELS or math.inf):  # at twice as many Pillow raises
+                raise Image.DecompressionBombError
+            file.draft(None, (edge, edge))  # JPEG files are decoded at a fraction of their size
+            deep = any(";16" in str(tile[3]) for tile in file.tile)
+            file.load()
+            return _upright(_eight_bits(file, path, deep))
     except PictureError:
         raise
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+    except Image.DecompressionBombError:
         raise PictureError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller") from None
     except Image.UnidentifiedImageError:
         readable = ", ".join(formats)

@@ -7,6 +7,7 @@ import json
 import shutil
 import socket
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -15,7 +16,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
-import torch
 import torchvision
 from filelock import FileLock
 from PIL import Image
@@ -78,7 +78,10 @@ def read_data_set(
     present = sorted(set(labels["train"]))
     own: Any = next((names for key in ("classes", "categories") if (names := getattr(sets["train"], key, None))), ())
     named = own if present and present[0] >= 0 and present[-1] < len(own) else {label: label for label in present}
-    classes = tuple(printable(str(named[label])) for label in present)
+    # ImageNet's have several names each.
+    names = [printable(str(one[0] if isinstance(one := named[label], tuple) else one)) for label in present]
+    times = Counter(names)
+    classes = tuple(f"{one} {label}" if times[one] > 1 else one for one, label in zip(names, present, strict=True))
     if len(set(classes)) < max(2, len(classes)):
         raise DatasetError(f"{name} has the classes {', '.join(classes)}; two or more, all different, were expected")
     parts: dict[str, list[File]] = {part: [] for part in SPLITS}
@@ -88,7 +91,7 @@ def read_data_set(
         parts[part] = [File(f"{part}/{index}", present.index(label)) for index, label in enumerate(values)]
     hold_out(name, parts, val_size, test_size, seed)
     sizes = {picture.size for picture in looked_at}
-    width, height = next(iter(sizes))
+    width, height = next(iter(sizes), (0, 0))
     size = stored_size or (width if len(sizes) == 1 and width == height <= SMALL else image_size)
 
     def read(file: File) -> np.ndarray:
@@ -228,15 +231,23 @@ def _decompress_whole(
 
 
 def _labels(name: str, one: Any) -> tuple[list[int], list[Image.Image]]:
-    """All labels, and a few pictures; read from where torchvision's classes keep them, if that is right for the few."""
+    """All labels, from where torchvision's classes keep them if that is right for a few; and those few pictures."""
     places = np.unique(np.linspace(0, len(one) - 1, PROBES).round().astype(int)).tolist()
+    pictures = []
     try:
         few = [one[place] for place in places]
-        pictures, found = [_picture(picture) for picture, _ in few], [label for _, label in few]
+        if isinstance(one, pcam.PCAM):  # its labels lie in a file, which is opened again for each picture
+            with one.h5py.File(one._base_folder / one._FILES[one._split]["targets"][0]) as file:
+                one._labels = file["y"][:, 0, 0, 0]
+        found = [label for _, label in few]
+        for picture, _ in few:
+            with contextlib.suppress(OSError):  # of a broken file, which is named when all are read
+                pictures.append(_picture(picture))
         for attribute in ("targets", "labels", "_labels", "y", "_samples"):
             values = getattr(one, attribute, None)
             if values is not None and len(values) == len(one):
-                values = [value[1] for value in values] if attribute == "_samples" else torch.as_tensor(values).tolist()
+                values = [value[1] for value in values] if attribute == "_samples" else values
+                values = np.asarray(values, dtype=object).tolist()
                 if [values[place] for place in places] == found:
                     break
         else:
@@ -252,6 +263,7 @@ def _labels(name: str, one: Any) -> tuple[list[int], list[Image.Image]]:
 def _picture(picture: Any) -> Image.Image:
     """A picture of any kind, as Pillow's."""
     if isinstance(picture, Image.Image):
+        picture.load()  # files may be read only now
         return picture if picture.mode in ("L", "RGB", "RGBA") else picture.convert("RGB")
     values = np.asarray(picture)
     if values.dtype != np.uint8 or values.ndim not in (2, 3):
