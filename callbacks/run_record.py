@@ -63,7 +63,7 @@ class RunRecord(Callback):
             "config": config,
             "config_sha256": hashlib.sha256(config_text.encode()).hexdigest(),
             "commit": commit(),
-            "seed": config.get("seed_everything"),
+            "seed": None if (seed := config.get("seed_everything")) is False else seed,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "epochs": [],
         }

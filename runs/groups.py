@@ -89,12 +89,15 @@ def by_data(runs: Sequence[Run]) -> dict[str, list[Group]]:
 def fold(runs: Sequence[Run]) -> list[Group]:
     """Finished runs in groups that differ only in the seed, the most accurate first.
 
-    Where one seed was run twice, the newer run counts.
+    Where one seed was run twice, the newer run counts; runs without a seed all count.
     """
-    groups: dict[str, dict[int | None, Run]] = {}
+    groups: dict[str, dict[Any, Run]] = {}
     for run in sorted(runs, key=lambda run: run.modified):
-        groups.setdefault(json.dumps([run.recipe, _identity(run)], sort_keys=True), {})[run.seed] = run
-    folded = [Group(sorted(group.values(), key=lambda run: (run.seed is None, run.seed))) for group in groups.values()]
+        same = groups.setdefault(json.dumps([run.recipe, _identity(run)], sort_keys=True), {})
+        same[run.seed, id(run) if run.seed is None else 0] = run
+    folded = [
+        Group(sorted(group.values(), key=lambda run: (run.seed is None, run.seed or 0))) for group in groups.values()
+    ]
     names, shared = name_all([(group.runs[0].recipe, _settings(group.runs[0])) for group in folded])
     for group, name in zip(folded, names, strict=True):
         # Two classes may have one name, in different modules.

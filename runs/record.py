@@ -80,6 +80,8 @@ def read(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError):
         raise ValueError("it can't be read as JSON") from None
+    if isinstance(record, dict) and record.get("seed") is False:  # an older record of a run without a seed
+        record["seed"] = None
     check(record)
     return record
 

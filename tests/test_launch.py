@@ -230,6 +230,14 @@ def test_last_continues_in_the_same_folder(tmp_path):
         assert [epoch[name] for epoch in continued["epochs"]] == [epoch[name] for epoch in straight["epochs"]]
 
 
+def test_a_run_without_a_seed_is_recorded_and_continues(tmp_path):
+    flags = ["fit", "--model=lenet_classic", *LENET[2:], *FAST[1:], "--seed_everything=false", "--max_epochs"]
+    good(run_forked(*flags, "1", folder=tmp_path))
+    good(run_forked(*flags, "2", "--ckpt_path=last", folder=tmp_path))
+    found = record(tmp_path / "logs" / "lenet_classic" / "version_0")
+    assert (found["seed"], len(found["epochs"])) == (None, 2)
+
+
 def test_a_run_started_in_another_ones_folder_leaves_it_alone(tmp_path):
     flags = ["fit", "--model=lenet_classic", f"--data_dir={DATA}", "--val_size=200", "--max_epochs=1"]
     good(run_forked(*flags, folder=tmp_path))

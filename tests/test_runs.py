@@ -121,6 +121,14 @@ def test_seeds_are_folded_and_other_settings_are_not(logs: Path) -> None:
     assert groups[0].deviation is None
 
 
+def test_runs_without_a_seed_all_count(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
+    for seed, accuracy in ((None, 0.80), (False, 0.82), (3, 0.84), (None, 0.86)):  # False: as older records say it
+        write(tmp_path / str(accuracy), record, seed=seed, accuracy=accuracy)  # type: ignore[arg-type]
+    assert compare.main([str(tmp_path)]) == 0
+    assert re.search(r"lenet\*  +4  +0.8300 ", capsys.readouterr().out)
+
+
 def changed(record: dict[str, Any], **settings: Any) -> dict[str, Any]:
     """The record of a run with other settings than the recipe's: their dotted names, with __ for the dots."""
     record = copy.deepcopy(record)
