@@ -254,7 +254,7 @@ def _known_by(names: list[str]) -> str:
 
 
 def _flops(net: Any, input_shape: tuple[int, int, int]) -> int | None:
-    """Floating-point operations of one image's forward pass; None if they can't be counted without data."""
+    """Floating-point operations of one image's forward pass; None if the network needs data."""
     try:
         return stages(net, input_shape)[1].flops
     except NotImplementedError:

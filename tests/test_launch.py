@@ -405,6 +405,17 @@ class Tiny(nn.Module):
 """
 
 
+@pytest.mark.parametrize("condition", ["images.mean().item() < 9", "len(images[images < 9])"])
+def test_a_network_that_needs_data_is_trained(condition, tmp_path):
+    own = OWN.replace("return self.layers(images)", f"return self.layers(images) if {condition} else None")
+    (tmp_path / "my_networks.py").write_text(own)
+    shown = "Tiny: 490 parameters; what it computes depends on data, so no shapes are known\n"
+    flags = ("--model.net=my_networks.Tiny", *LENET[2:])
+    assert good(run_forked(*flags, "--print_model", folder=tmp_path)) == shown
+    out = good(run_forked(*flags, *FAST, folder=tmp_path))
+    assert shown in out and "Test on 500 images" in out
+
+
 def test_a_network_of_the_users_own(tmp_path):
     (tmp_path / "my_networks.py").write_text(OWN)
     flags = [f"--data_dir={DATA}", "--val_size=200", "--max_epochs=2", "--model.net.hidden=16"]
@@ -711,6 +722,7 @@ HEAVY = {
         "VGG can't take images of 3x16x16",
     ),
     "wrong number of channels": ("--data.channels 3", "LeNet can't take images of 3x28x28"),
+    "model that can't be printed": ("--data.channels 3 --print_model", "LeNet can't take images of 3x28x28"),
     "wrong number of logits": (
         "--model.net.num_classes 7",
         "outputs of shape (7,) for one image; 10 logits were expected",
