@@ -12,6 +12,8 @@ from runs.names import MACHINE, name_all
 from runs.reading import Run
 from runs.settings import kind, leaves
 
+Z = 1.959964  # so many standard deviations to either side hold 95 % of a normal distribution
+
 
 @dataclass
 class Group:
@@ -127,14 +129,14 @@ def ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in pairs)
 
 
-def wilson(accuracy: float, images: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(accuracy: float, images: int) -> tuple[float, float]:
     """95 % interval of a share that was measured on this many images.
 
     E. B. Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 22(158), 1927.
     """
-    centre = accuracy + z * z / (2 * images)
-    half = z * math.sqrt(accuracy * (1 - accuracy) / images + z * z / (4 * images * images))
-    scale = 1 + z * z / images
+    centre = accuracy + Z * Z / (2 * images)
+    half = Z * math.sqrt(accuracy * (1 - accuracy) / images + Z * Z / (4 * images * images))
+    scale = 1 + Z * Z / images
     return (centre - half) / scale, (centre + half) / scale
 
 

@@ -158,7 +158,7 @@ def _what_is_compared(found: Sequence[Difference]) -> str:
     text = "Compared image by image on the test images"
     if not all(difference.paired for difference in found):
         text += "; unpaired where an older record does not say which images were right"
-    text += "; corrected for the number of comparisons." if len(found) > 1 else "."
+    text += "; corrected for the number of comparisons and for picking the best." if len(found) > 1 else "."
     if any(difference.single for difference in found):
         text += " Single runs compare the networks; comparing the recipes takes 2 seeds or more of each."
     several = [difference.seeds for difference in found if difference.paired and not difference.single]
