@@ -73,7 +73,7 @@ class RunRecord(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         device = trainer.strategy.root_device
         self.record |= {
-            "machine": machine(device.index or 0 if device.type == "cuda" else None),
+            "machine": machine(device),
             "devices": trainer.world_size,
             "precision": trainer.precision,
             "parameters": sum(parameter.numel() for parameter in pl_module.net.parameters()),  # type: ignore[union-attr, misc]

@@ -38,9 +38,10 @@ from runs import sweeps as sweeping
 from runs.differences import critical, difference, differences, mcnemar, seeds_needed, two_sided
 from runs.groups import Group, fold, wilson
 from runs.names import class_defaults, name_all, recipe_settings
+from runs.plots import _class_accuracy
 from runs.reading import Run as Record
 from runs.reading import find_runs
-from runs.record import SCHEMA, pack_right, unpack_right
+from runs.record import SCHEMA, machine, pack_right, unpack_right
 from runs.search_space import Choice, Range, add_setting, every_combination
 from runs.settings import GROUPS, MACHINE, SETTINGS, is_kept, kind, leaves, shaping
 
@@ -285,7 +286,7 @@ def test_report(logs: Path, tmp_path: Path) -> None:
     ("package", "arguments", "message"),
     [
         ("matplotlib.figure", ["--output", "out"], "the plots need the package matplotlib"),
-        ("rich.console", [], "the table needs the package rich: pip install rich"),
+        ("rich.console", [], "the package rich.console is missing in"),
     ],
 )
 def test_missing_package_is_named_in_one_line(
@@ -616,6 +617,21 @@ def test_infinite_losses_and_perfect_accuracies_are_drawn(trained: Run, tmp_path
         record["epochs"][0]["val/loss"] = record["test"]["loss"] = loss
         write(tmp_path / str(seed), record, seed=seed, accuracy=1.0)
     assert compare.main([str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+
+
+def test_classes_that_were_not_tested_are_left_blank() -> None:
+    tested: list[dict[str, float]] = [{"Bag": 0.9}, {"Bag": 0.95, "Coat": 0.85}]
+    tests = [{"accuracy": 0.9, "images": 10, "class_accuracy": one} for one in tested]
+    runs = [Record(Path(), {"config": {}, "recipe": "x", "epochs": [], "test": test, "devices": 1}) for test in tests]
+    (axes,) = _class_accuracy([Group([run], name="x") for run in runs]).axes
+    assert [text.get_text() for text in axes.texts] == ["90.0", "", "95.0", "85.0"]
+    assert axes.images[0].get_clim() == (0.75, 1.05)
+
+
+def test_another_accelerator_is_another_machine() -> None:
+    plain, mps = machine("cpu"), machine(torch.device("mps"))
+    assert "gpu" not in plain
+    assert mps == plain | {"gpu": f"{plain['cpu']} (mps)"}
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,17 @@ TOLERANCE = 0.0005
 MIXED_TOLERANCE = 0.002  # if the record was not measured in float32, as the small file is
 # What loads, tests and describes a network. The rest serves to continue training, and holds paths of the machine.
 KEPT = (
-    "epoch global_step pytorch-lightning_version recipe temperature out_of_distribution "
-    "hparams_name hyper_parameters datamodule_hparams_name datamodule_hyper_parameters"
-).split()
+    "epoch",
+    "global_step",
+    "pytorch-lightning_version",
+    "hparams_name",
+    "hyper_parameters",
+    "datamodule_hparams_name",
+    "datamodule_hyper_parameters",
+    "recipe",
+    "temperature",
+    "out_of_distribution",
+)
 
 
 def parser() -> argparse.ArgumentParser:
