@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from benchmarks.harness import side_by_side
 from benchmarks.harness.side_by_side import print_table
 from benchmarks.peers.plain_loops import build
-from cli.recipes import load_yaml, recipes
+from cli.recipes import read_recipe
 from datamodules import FashionMNISTDataModule
 from lit_modules import LitClassifier
 
@@ -111,7 +111,7 @@ class Watch(Callback):
 
 def flags(name: str, variant: str, image_size: int, options: argparse.Namespace) -> list[str]:
     """The arguments of train.py, apart from seed and folders."""
-    recipe = load_yaml(recipes()[name])
+    recipe = read_recipe(name)
     model = recipe["model"]
     asked = list(VARIANTS[variant])
     if variant.startswith("recipe") and model.get("scheduler"):
@@ -216,7 +216,7 @@ def main() -> None:
         signal(name, initialization, size, images)
         for name in options.networks
         for initialization in ("default", "he")
-        for size in (load_yaml(recipes()[name])["data"]["image_size"], NETWORKS[name][0])
+        for size in (read_recipe(name)["data"]["image_size"], NETWORKS[name][0])
     ]
 
     def write() -> Path:
@@ -239,7 +239,7 @@ def main() -> None:
 
 def _group(groups: list[dict[str, Any]], name: str, variant: str, arguments: list[str]) -> dict[str, Any]:
     """The group of runs with these settings; one with other settings is dropped."""
-    wanted = {"network": name, "variant": variant, "flags": " ".join(arguments), "recipe": load_yaml(recipes()[name])}
+    wanted = {"network": name, "variant": variant, "flags": " ".join(arguments), "recipe": read_recipe(name)}
     for group in groups:
         if all(group[key] == value for key, value in wanted.items()):
             return group

@@ -23,7 +23,7 @@ from benchmarks.harness import side_by_side
 from benchmarks.harness.our_turns import StepTurns, command
 from benchmarks.harness.side_by_side import Contestant, Turns, contest, median, print_table, ratios, spread
 from benchmarks.peers.plain_loops import WORKERS, endless
-from cli.recipes import load_yaml, recipes
+from cli.recipes import read_recipe
 from models import VGG
 
 RECIPE = "fast/1min"
@@ -39,7 +39,7 @@ def image_folder(options: argparse.Namespace) -> None:
     loader = DataLoader(
         data, options.batch_size, shuffle=True, num_workers=WORKERS, pin_memory=cuda, persistent_workers=True
     )
-    settings = load_yaml(recipes()[RECIPE])["model"]["net"]["init_args"]
+    settings = read_recipe(RECIPE)["model"]["net"]["init_args"]
     net = VGG(**settings | {"in_channels": 3, "image_size": size, "num_classes": len(data.classes)}).to(options.device)
     optimizer = torch.optim.AdamW(net.parameters())
     turns = Turns(options.device)

@@ -21,7 +21,7 @@ from benchmarks.harness import side_by_side
 from benchmarks.harness.side_by_side import print_table, synchronize
 from benchmarks.peers.plain_loops import matrix_product, ours
 from benchmarks.throughput import NETWORKS, training_flops_by_operation
-from cli.recipes import load_yaml, recipes
+from cli.recipes import read_recipe
 from launch.memory import keep_freed_memory
 
 WARM_UP = 6  # steps, until VGG has collected the memory that is kept
@@ -52,7 +52,7 @@ def main() -> None:
         if results and time.monotonic() - begun > options.seconds:
             print(f"No time left for {model}: give it --seconds")
             continue
-        recipe = load_yaml(recipes()[model])["data"]
+        recipe = read_recipe(model)["data"]
         batch_size, image_size = options.batch_size or recipe["batch_size"], recipe["image_size"]
         with multiprocessing.get_context("spawn").Pool(1) as pool:  # whose memory no other network has used
             seconds = pool.apply(profiled, (model, batch_size, image_size, device))
@@ -68,14 +68,14 @@ def main() -> None:
         cells = [f"{value / whole:.2f}" for value in seconds.values()]
         near = [f"{shares[kind]:.2f}" if kind in shares else "" for kind in ("convolution", "linear")]
         rows.append((f"{model} {image_size}, batch {batch_size}", f"{1e3 * whole:,.1f}", *cells, *near))
-    header = ("network", "step, ms", *KINDS, "other", "convolution / peak", "linear / peak")
+    header = ("network", "step, ms", *results[0]["seconds"], "convolution / peak", "linear / peak")
     print_table(" | ".join(header), rows)
     print(f"\nPeak in matrix products: {peak / 1e9:,.0f} GFLOP/s")
     side_by_side.write_record("step_profile", options, {"peak_flops": peak, "networks": results})
 
 
 def profiled(model: str, batch_size: int, image_size: int, device: str) -> dict[str, float]:
-    """Seconds of a step in each kind of operation."""
+    """Seconds of a step in each kind of operation, and on a GPU those in which it waits for the next."""
     keep_freed_memory()
     net = ours(model)[0].to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(net.parameters(), fused=True)
@@ -88,20 +88,27 @@ def profiled(model: str, batch_size: int, image_size: int, device: str) -> dict[
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        synchronize(device)
 
-    for _ in range(WARM_UP):
-        step()
+    def steps(count: int) -> float:
+        begun = time.perf_counter()
+        for _ in range(count):
+            step()
+        synchronize(device)
+        return (time.perf_counter() - begun) / count
+
+    steps(WARM_UP)
+    whole = steps(PROFILED) if device == "cuda" else 0.0
     activities = {ProfilerActivity.CPU, ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU}
     with profile(activities=activities) as profiler:
-        for _ in range(PROFILED):
-            step()
+        steps(PROFILED)
     seconds = dict.fromkeys((*KINDS, "other"), 0.0)
     for event in profiler.key_averages():
         if device == "cuda" and event.device_type != DeviceType.CPU:
             continue  # kernels, which their operations count already
         microseconds: Any = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
         seconds[_kind(event.key)] += microseconds / 1e6 / PROFILED
+    if device == "cuda":  # a GPU's gaps between kernels, without the profiler, which would make them longer
+        seconds["waiting"] = max(0.0, whole - sum(seconds.values()))
     return seconds
 
 

@@ -36,7 +36,7 @@ from benchmarks.harness.our_turns import StepTurns, command, float32
 from benchmarks.harness.side_by_side import Contestant, Missing, contest, median, print_table, ratios, spread
 from benchmarks.memory import training_bytes
 from benchmarks.peers.plain_loops import build
-from cli.recipes import load_yaml, recipes
+from cli.recipes import read_recipe
 from datamodules.files.finding import load, prepare
 from launch.trainer import cpu_has_bfloat16
 
@@ -87,7 +87,7 @@ def main() -> None:
     settings = [(model, size) for model in options.networks for size in options.batch_size or [None]]
     shares = sum(SHARES.get(model, 0.2) for model, _ in settings)
     for model, wanted in settings:
-        recipe = load_yaml(recipes()[model])
+        recipe = read_recipe(model)
         batch_size, image_size = wanted or recipe["data"]["batch_size"], recipe["data"]["image_size"]
         budget = options.seconds * SHARES.get(model, 0.2) / shares
         result = measure(model, batch_size, device, budget, options)

@@ -67,7 +67,7 @@ class RunRecord(Callback):
             "config": config,
             "config_sha256": hashlib.sha256(config_text.encode()).hexdigest(),
             "commit": commit(),
-            "seed": config.get("seed_everything"),
+            "seed": None if (seed := config.get("seed_everything")) is False else seed,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "epochs": [],
         }
@@ -77,7 +77,7 @@ class RunRecord(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         device = trainer.strategy.root_device
         self.record |= {
-            "machine": machine(device.index or 0 if device.type == "cuda" else None),
+            "machine": machine(device),
             "devices": trainer.world_size,
             "precision": trainer.precision,
             "parameters": sum(parameter.numel() for parameter in pl_module.net.parameters()),  # type: ignore[union-attr, misc]
@@ -261,7 +261,7 @@ def _known_by(names: list[str]) -> str:
 
 
 def _flops(net: Any, input_shape: tuple[int, int, int]) -> int | None:
-    """Floating-point operations of one image's forward pass; None if they can't be counted without data."""
+    """Floating-point operations of one image's forward pass; None if the network needs data."""
     try:
         return stages(net, input_shape)[1].flops
     except NotImplementedError:

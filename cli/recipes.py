@@ -64,6 +64,18 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_recipe(recipe: str) -> dict[str, Any]:
+    """The content of one of the project's recipes, by its name.
+
+    Raises:
+        UserError: If there is none of that name.
+    """
+    known = recipes()
+    if recipe not in known:
+        raise UserError(f"there is no recipe {recipe!r}; there are: {', '.join(known)}")
+    return load_yaml(known[recipe])
+
+
 def resolved(recipe: str, flags: Iterable[str]) -> dict[str, Any]:
     """The configuration that train.py, in a process of its own, makes of a recipe and flags.
 

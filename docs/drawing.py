@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from cli.recipes import load_yaml, recipes
+from cli.recipes import read_recipe
 from errors import UserError
 from inspection.stages import stages
 from inspection.table import by, leaves, words_of
@@ -248,18 +248,6 @@ def _svg(title: str, height: int, parts: list[str]) -> str:
     return "\n".join(
         [head, f"<style>{STYLE}</style>", f'<rect class="paper" {_size(960, height)}/>', *parts, "</svg>\n"]
     )
-
-
-def read_recipe(recipe: str) -> dict[str, Any]:
-    """The content of a recipe.
-
-    Raises:
-        UserError: If there is none of that name.
-    """
-    known = recipes()
-    if recipe not in known:
-        raise UserError(f"there is no recipe {recipe!r}; there are: {', '.join(known)}")
-    return load_yaml(known[recipe])
 
 
 def class_and_arguments(value: Any) -> tuple[str, dict[str, Any]]:

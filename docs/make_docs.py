@@ -19,13 +19,13 @@ from typing import Any
 import yaml
 
 from checkpoints.reading import listed
+from cli.recipes import read_recipe
 from docs.drawing import (
     build,
     class_and_arguments,
     family_picture,
     inception_picture,
     picture,
-    read_recipe,
 )
 from errors import OneLineParser, UserError, run_program
 from inspection.stages import stages

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.module_tracker import ModuleTracker
 
-from inspection.stages import evaluating, stage_modules, without_data
+from inspection.stages import evaluating, run_without_data, stage_modules
 
 
 def network_graph(net: nn.Module, input_shape: tuple[int, int, int]) -> GraphDef:
@@ -30,14 +30,14 @@ def network_graph(net: nn.Module, input_shape: tuple[int, int, int]) -> GraphDef
         input_shape: Shape (C, H, W) of one image.
 
     Raises:
-        Exception: Whatever the network raises for an image of that shape.
+        NotImplementedError: If the network needs data.
+        Exception: Whatever else the network raises for an image of that shape.
     """
-    meta = {f"net.{name}": tensor for name, tensor in without_data(net).items()}
     images = torch.empty(1, *input_shape, device="meta")
     recorder = _Recorder(net, images)
     with evaluating(net), torch.no_grad(), recorder:
         # Not net(...): a compiled network would be compiled again.
-        logits = torch.func.functional_call(_Forward(net), meta, (images,))
+        logits = run_without_data(_Forward(net), images)
     recorder.add("logits", "Output", [logits], logits)
     return GraphDef(node=recorder.nodes.values())
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from inspection.stages import walk, without_data
+from inspection.stages import run_without_data, walk
 
 WHOLE = -1  # every value depends on the whole image
 
@@ -34,7 +34,7 @@ def receptive_fields(net: nn.Module, input_shape: tuple[int, int, int]) -> dict[
 
     def forward() -> Tensor:
         with noted:
-            return torch.func.functional_call(net, without_data(net), (images,))
+            return run_without_data(net, images)
 
     walked, _ = walk(net, forward, lambda output: noted.seen[id(output)][0] if id(output) in noted.seen else 0)
     return {name: side for name, _, side in walked if side}

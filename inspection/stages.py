@@ -1,5 +1,6 @@
 """A network's stages: output shape, parameters and FLOPs of each."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
@@ -39,12 +40,13 @@ def stages(net: nn.Module, input_shape: tuple[int, int, int]) -> tuple[list[Stag
         input_shape: Shape (C, H, W) of one image.
 
     Raises:
-        Exception: Whatever the network raises for an image of that shape.
+        NotImplementedError: If the network needs data.
+        Exception: Whatever else the network raises for an image of that shape.
     """
 
     def forward() -> Tensor:
         with counter:
-            return torch.func.functional_call(net, without_data(net), torch.empty(1, *input_shape, device="meta"))
+            return run_without_data(net, torch.empty(1, *input_shape, device="meta"))
 
     counter = FlopCounterMode(display=False)
     walked, output = walk(net, forward, lambda output: tuple(output.shape[1:]))
@@ -128,13 +130,24 @@ def stage_modules(net: nn.Module) -> dict[nn.Module, str]:
     return names
 
 
-def without_data(net: nn.Module) -> dict[str, Tensor]:
-    """Stand-ins for a network's parameters and buffers, in float32 whatever precision it is trained in."""
+def run_without_data(net: nn.Module, images: Tensor) -> Any:
+    """The network's output for images on the device "meta", in float32 whatever precision it is trained in.
+
+    Raises:
+        NotImplementedError: If the network needs data, for a shape or a branch that depends on values.
+        Exception: Whatever else the network raises for images of that shape.
+    """
     tensors = dict(net.named_parameters()) | dict(net.named_buffers())
-    return {
+    stand_ins = {
         name: torch.empty_like(tensor, device="meta", dtype=torch.float32 if tensor.is_floating_point() else None)
         for name, tensor in tensors.items()
     }
+    try:
+        return torch.func.functional_call(net, stand_ins, (images,))
+    except (RuntimeError, TypeError) as error:  # PyTorch has no class of its own for what can't be done without data
+        if re.search(r"\bmeta\b", str(error)):
+            raise NotImplementedError(str(error)) from None
+        raise
 
 
 def _parameters(module: nn.Module) -> int:

@@ -40,7 +40,8 @@ def table_rows(net: nn.Module, input_shape: tuple[int, int, int]) -> tuple[list[
         input_shape: Shape (C, H, W) of one image.
 
     Raises:
-        Exception: Whatever the network raises for an image of that shape.
+        NotImplementedError: If the network needs data.
+        Exception: Whatever else the network raises for an image of that shape.
     """
     found, total = stages(net, input_shape)
     fields = receptive_fields(net, input_shape)
@@ -57,7 +58,10 @@ def table_rows(net: nn.Module, input_shape: tuple[int, int, int]) -> tuple[list[
 
 def table(net: nn.Module, input_shape: tuple[int, int, int]) -> str:
     """The stages as aligned text, 25 rows at most; "field" is the side of the receptive field in pixels."""
-    rows, total = table_rows(net, input_shape)
+    try:
+        rows, total = table_rows(net, input_shape)
+    except NotImplementedError:
+        return _without_stages(net)
     lines = [("stage", "layers", "output", "field", "parameters", "FLOPs"), ("input", "", by(input_shape), "", "", "")]
     lines += [
         (
@@ -89,7 +93,10 @@ def table(net: nn.Module, input_shape: tuple[int, int, int]) -> str:
 
 def short_table(net: nn.Module, input_shape: tuple[int, int, int]) -> str:
     """The network in three lines: its size, its parts, and how to see everything."""
-    found, total = stages(net, input_shape)
+    try:
+        found, total = stages(net, input_shape)
+    except NotImplementedError:
+        return _without_stages(net)
     # A part is named by the network: features, classifier; its output is that of its last stage.
     parts = {stage.name.partition(".")[0]: stage.shape for stage in found}
     way = " -> ".join(["image " + by(input_shape), *(f"{name} {by(shape)}" for name, shape in parts.items())])
@@ -98,6 +105,11 @@ def short_table(net: nn.Module, input_shape: tuple[int, int, int]) -> str:
         f"{way if len(parts) < 6 else f'image {by(input_shape)} -> {len(parts)} parts -> {by(total.shape)}'}\n"
         "--print_model shows all stages"
     )
+
+
+def _without_stages(net: nn.Module) -> str:
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    return f"{type(net).__name__}: {parameters:,} parameters; what it computes depends on data, so no shapes are known"
 
 
 def describe(module: nn.Module) -> str:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cli.command import Command
 from errors import UserError, one_line
-from inspection.stages import stages, without_data
+from inspection.stages import run_without_data, stages
 from launch.lightning_flags import check_trainer_settings
 from lit_modules import LitClassifier
 from lit_modules.execution.cuda_graphs import MODES
@@ -124,7 +124,7 @@ def check_input(net: nn.Module, shape: tuple[int, int, int], num_classes: int) -
         if isinstance(output, torch.Tensor):
             _, total = stages(net, shape)
     except NotImplementedError:
-        return  # an operation that can't run without data: training will show
+        return  # it needs data: training will show
     except (RuntimeError, ValueError) as error:
         size = "x".join(map(str, shape))
         raise UserError(
@@ -144,7 +144,7 @@ def _output_in_training(net: nn.Module, shape: tuple[int, int, int]) -> Any:
     was_training = net.training
     try:
         with torch.no_grad(), FlopCounterMode(display=False):  # which disables compilation
-            return torch.func.functional_call(net.train(), without_data(net), torch.empty(2, *shape, device="meta"))
+            return run_without_data(net.train(), torch.empty(2, *shape, device="meta"))
     finally:
         net.train(was_training)
 

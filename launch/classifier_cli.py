@@ -205,10 +205,10 @@ class ClassifierCLI(LightningCLI):
             raise UserError(one_line(str(error))) from None
         check_network(self.model.net, self.config.model.net.class_path, self.command.subcommand == "fit")
         shape = self.datamodule.input_shape
+        check_input(self.model.net, shape, self.model.hparams["num_classes"])
         if self.command.print_model:
             print(table(self.model.net, shape))
             sys.exit(0)
-        check_input(self.model.net, shape, self.model.hparams["num_classes"])
         check_weights(self.command.ckpt_path, self.start.shapes, self.model)
         check_trainer(self.trainer, self.config.trainer, self.model.net)
         if self.command.subcommand == "fit":

@@ -49,13 +49,13 @@ def as_fashion_mnist(picture: Image.Image, invert: Invert = "auto") -> np.ndarra
         ValueError: If nothing stands out from the background.
     """
     if picture.mode == "RGBA":
-        picture = _on_ground(picture, invert)
+        picture = _on_ground(_reduced(picture), invert)
     if picture.size == (SIZE, SIZE):
         grey = np.asarray(picture.convert("L"))
         corners = np.median([grey[0, 0], grey[0, -1], grey[-1, 0], grey[-1, -1]])
         return 255 - grey if invert == "always" or (invert == "auto" and corners > 127) else grey
 
-    pixels = np.asarray(picture.reduce(max(1, round(max(picture.size) / WORKING_EDGE))), np.float64)  # (H, W, 3)
+    pixels = np.asarray(_reduced(picture), np.float64)  # (H, W, 3)
     ground, noise = fit_ground(pixels)
     level = float(np.median(ground @ GREY))
     if noise > PLAIN or DARK < level < LIGHT:
@@ -86,6 +86,10 @@ def _cut_out(picture: Image.Image, invert: Invert) -> np.ndarray:
     grey = pixels @ GREY * (1 if invert == "never" else -1)
     levels = MIDDLE + (grey - np.median(grey[inner])) * min(1, CONTRAST / max(grey[inner].std(), 1))
     return _centred(levels.clip(FAINTEST, 255) * ((near - 0.3) / 0.5).clip(0, 1), mask)
+
+
+def _reduced(picture: Image.Image) -> Image.Image:
+    return picture.reduce(max(1, round(max(picture.size) / WORKING_EDGE)))
 
 
 def _on_ground(picture: Image.Image, invert: Invert) -> Image.Image:

@@ -17,7 +17,7 @@ import gradio as gr
 from PIL import Image, ImageOps
 
 from datamodules import CLASS_NAMES
-from datamodules.files.pictures import PictureError, read_picture
+from datamodules.files.pictures import LONGEST_EDGE, PictureError, read_picture
 from errors import RunError
 from pictures.cleaning import as_fashion_mnist
 from pictures.heat_map import EDGE
@@ -26,6 +26,7 @@ from pictures.networks import Network, Seen, load_networks
 TOP = 3
 EXAMPLES = Path(__file__).with_name("examples.png")  # a test image of each class, in the order of the classes
 LARGEST_FILE = "64mb"
+HOUR = 3600  # seconds after which uploads and answers are removed; the examples stay
 
 TITLE = "Classic CNNs on Fashion-MNIST · 经典卷积网络"
 HEADING = f"""# {TITLE}
@@ -118,7 +119,7 @@ def build(networks: Sequence[Network], folder: Path) -> gr.Blocks:
         image = seen and network.image(seen)
         return [] if image is None else network.stages(image)
 
-    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(HOUR, HOUR)) as page:
         gr.Markdown(HEADING)
         seen = gr.State()
         with gr.Row():
@@ -235,11 +236,13 @@ def _drawing(event: gr.EventData) -> Seen | None:
 
 
 def _seen(picture: Image.Image) -> Seen:
+    garment = None
     try:
-        return Seen(picture, as_fashion_mnist(picture))
+        garment = as_fashion_mnist(picture)
     except ValueError as error:
         gr.Warning(f"The picture {error}. · 图片上看不出主体。")
-        return Seen(picture, None)
+    picture.thumbnail((LONGEST_EDGE, LONGEST_EDGE))  # each visitor's last one stays in memory
+    return Seen(picture, garment)
 
 
 def _picture() -> gr.Image:

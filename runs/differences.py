@@ -12,7 +12,7 @@ from runs.groups import Group
 
 LEVEL = 0.05  # a difference counts as real if chance alone makes one as large less often than this
 POINTS = 0.002  # we say how many seeds would show a difference of this size
-POWER = 1.959964 + 0.841621  # how many standard errors large a difference must be to be found four times in five
+POWER = 0.8  # and find it this often
 
 
 @dataclass
@@ -47,23 +47,34 @@ class Difference:
         return f"{self.first.name} over {self.second.name}: {100 * self.size:.2f} points, {verdict} ({p}{unpaired})"
 
 
-def differences(groups: Sequence[Group]) -> list[Difference]:
+def differences(groups: Sequence[Group], best_first: bool = True) -> list[Difference]:
     """Compare the first group with each other group that was tested on the same number of images.
 
     The more groups there are, the sooner one is ahead by luck: the probabilities are corrected for that (S. Holm, "A
     Simple Sequentially Rejective Multiple Test Procedure", Scandinavian Journal of Statistics 6(2), 1979).
+
+    Any of k groups might have come out best, so that any of the k (k - 1) / 2 pairs might be compared; those with the
+    best are k - 1, and Holm's factors become k / 2 times as large. All k together are wrong as rarely as promised: of
+    s groups that are equal to the best, the first to be told from it has s - 1 left, a factor of (s - 1) k / 2 or more,
+    and there are s (s - 1) / 2 pairs of them. So equals of one kind are told apart with a chance of s / k of `LEVEL`,
+    and all kinds together with `LEVEL`.
+
+    Args:
+        groups: At least one.
+        best_first: Whether the first is there because it came out best, and not chosen beforehand.
     """
     first, *others = groups
     comparable = [other for other in others if _images(other) == _images(first) is not None]
-    found = [difference(first, other) for other in comparable]
+    chosen_from = len(groups) / 2 if best_first else 1.0
+    found = [difference(first, other, len(comparable) * chosen_from) for other in comparable]
     least = 0.0
     for rank, one in enumerate(sorted(found, key=lambda one: one.p)):
-        least = one.p = max(least, min(1.0, one.p * (len(found) - rank)))
+        least = one.p = max(least, min(1.0, one.p * (len(found) - rank) * chosen_from))
     return found
 
 
-def difference(first: Group, second: Group) -> Difference:
-    """Compare two groups that were tested on the same images.
+def difference(first: Group, second: Group, comparisons: float = 1) -> Difference:
+    """Compare two groups that were tested on the same images; `seeds` allows for this many comparisons.
 
     Two single runs are compared by McNemar's exact test. Several seeds are compared by a t-test in which both the seeds
     and the images are a random draw: the variance of the difference is that between seeds, plus what the choice of
@@ -76,7 +87,6 @@ def difference(first: Group, second: Group) -> Difference:
     size = first.accuracy - second.accuracy
     if paired and len(first.runs) == len(second.runs) == 1:
         return Difference(first, second, size, mcnemar(rights[0][0], rights[1][0]), paired, None)
-    image_variance = 0.0
     if paired:
         image_variance = _image_variance(rights[0], rights[1])
     else:
@@ -87,10 +97,8 @@ def difference(first: Group, second: Group) -> Difference:
     variance = image_variance + between_seeds
     if not variance:
         return Difference(first, second, size, 0.0 if size else 1.0, paired, 2)
-    # Satterthwaite: only the part between seeds was estimated from a few numbers.
-    degrees = freedom * (variance / between_seeds) ** 2 if between_seeds else math.inf
-    p = two_sided(size / math.sqrt(variance), degrees)
-    seeds = seeds_needed(spread, image_variance) if freedom and paired else None
+    p = two_sided(size / math.sqrt(variance), _degrees(freedom, between_seeds, variance))
+    seeds = seeds_needed(spread, image_variance, comparisons) if freedom and paired else None
     return Difference(first, second, size, p, paired, seeds)
 
 
@@ -114,7 +122,7 @@ def two_sided(t: float, degrees: float) -> float:
     if degrees > 1000:
         return 2 * statistics.NormalDist().cdf(-abs(t))
     # With t = sqrt(degrees) tan(a), the density becomes cos(a) ** (degrees - 1) up to a factor.
-    begin, parts = math.atan(abs(t) / math.sqrt(degrees)), 4000
+    begin, parts = math.atan(abs(t) / math.sqrt(degrees)), 500
 
     def area(start: float) -> float:
         width = (math.pi / 2 - start) / parts
@@ -123,16 +131,45 @@ def two_sided(t: float, degrees: float) -> float:
     return area(begin) / area(0.0)
 
 
-def seeds_needed(spread: float, image_variance: float, points: float = POINTS) -> int | None:
-    """How many seeds of each group show a difference four times in five; None if the images leave it too uncertain.
+def critical(p: float, degrees: float) -> float:
+    """The inverse of `two_sided`: the t that has this probability."""
+    if degrees > 1000:
+        return statistics.NormalDist().inv_cdf(1 - p / 2)
+    low, high = 0.0, math.pi / 2  # of the same angle
+    for _ in range(40):
+        middle = (low + high) / 2
+        less = two_sided(math.sqrt(degrees) * math.tan(middle), degrees) > p
+        low, high = (middle, high) if less else (low, middle)
+    return math.sqrt(degrees) * math.tan(low)
+
+
+def seeds_needed(spread: float, image_variance: float, comparisons: float = 1) -> int | None:
+    """How many seeds of each group show a difference of `POINTS`; None if the images leave it too uncertain.
 
     Args:
         spread: Variance of the accuracy between seeds.
         image_variance: Variance of the difference due to the choice of test images, whatever the number of seeds.
-        points: The difference, 0 to 1.
+        comparisons: Number of comparisons that the probabilities are corrected for.
     """
-    left = (points / POWER) ** 2 - image_variance
-    return max(2, math.ceil(2 * spread / left)) if left > 0 else None
+
+    def most_variance(degrees: float) -> float:
+        errors = critical(LEVEL / comparisons, degrees) + critical(2 * (1 - POWER), degrees)
+        return (POINTS / errors) ** 2
+
+    left = most_variance(math.inf) - image_variance
+    if left <= 0:
+        return None
+    seeds = max(2, math.ceil(2 * spread / left))  # enough if the spread were known
+    while (between := 2 * spread / seeds) + image_variance > most_variance(
+        _degrees(2 * (seeds - 1), between, between + image_variance)
+    ):
+        seeds += 1
+    return seeds
+
+
+def _degrees(freedom: int, between_seeds: float, variance: float) -> float:
+    """Satterthwaite's degrees of freedom: only the part between seeds was estimated from a few numbers."""
+    return freedom * (variance / between_seeds) ** 2 if between_seeds else math.inf
 
 
 def _images(group: Group) -> int | None:

@@ -12,6 +12,8 @@ from runs.names import MACHINE, name_all
 from runs.reading import Run
 from runs.settings import kind, leaves
 
+Z = 1.959964  # so many standard deviations to either side hold 95 % of a normal distribution
+
 
 @dataclass
 class Group:
@@ -89,12 +91,15 @@ def by_data(runs: Sequence[Run]) -> dict[str, list[Group]]:
 def fold(runs: Sequence[Run]) -> list[Group]:
     """Finished runs in groups that differ only in the seed, the most accurate first.
 
-    Where one seed was run twice, the newer run counts.
+    Where one seed was run twice, the newer run counts; runs without a seed all count.
     """
-    groups: dict[str, dict[int | None, Run]] = {}
+    groups: dict[str, dict[Any, Run]] = {}
     for run in sorted(runs, key=lambda run: run.modified):
-        groups.setdefault(json.dumps([run.recipe, _identity(run)], sort_keys=True), {})[run.seed] = run
-    folded = [Group(sorted(group.values(), key=lambda run: (run.seed is None, run.seed))) for group in groups.values()]
+        same = groups.setdefault(json.dumps([run.recipe, _identity(run)], sort_keys=True), {})
+        same[run.seed, id(run) if run.seed is None else 0] = run
+    folded = [
+        Group(sorted(group.values(), key=lambda run: (run.seed is None, run.seed or 0))) for group in groups.values()
+    ]
     names, shared = name_all([(group.runs[0].recipe, _settings(group.runs[0])) for group in folded])
     for group, name in zip(folded, names, strict=True):
         # Two classes may have one name, in different modules.
@@ -124,14 +129,14 @@ def ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in pairs)
 
 
-def wilson(accuracy: float, images: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(accuracy: float, images: int) -> tuple[float, float]:
     """95 % interval of a share that was measured on this many images.
 
     E. B. Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 22(158), 1927.
     """
-    centre = accuracy + z * z / (2 * images)
-    half = z * math.sqrt(accuracy * (1 - accuracy) / images + z * z / (4 * images * images))
-    scale = 1 + z * z / images
+    centre = accuracy + Z * Z / (2 * images)
+    half = Z * math.sqrt(accuracy * (1 - accuracy) / images + Z * Z / (4 * images * images))
+    scale = 1 + Z * Z / images
     return (centre - half) / scale, (centre + half) / scale
 
 

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from cli.recipes import load_yaml, recipes
+from cli.recipes import read_recipe
 from errors import UserError
 from runs.settings import FOLLOWING, kind, leaves
 
@@ -67,8 +67,8 @@ def _changes(recipe: str, settings: Settings, others: Sequence[Settings]) -> lis
 def recipe_settings(recipe: str) -> Settings:
     """What the file of one of the project's recipes says; empty if there is no such recipe."""
     try:
-        return leaves(load_yaml(recipes()[recipe]))
-    except (KeyError, UserError):
+        return leaves(read_recipe(recipe))
+    except UserError:
         return {}
 
 

@@ -97,7 +97,7 @@ def draw_trials(space: Space, tried: Sequence[tuple[Mapping[str, Any], float]], 
         axes.scatter(at, accuracies, s=24, color=COLOURS[0])
         axes.scatter(at[0], accuracies[0], s=40, color=COLOURS[1], zorder=3)
         axes.set_xlabel(name.rpartition(".")[2])
-        _tidy(axes)
+        tidy(axes)
     for axes in panels:  # those left over
         axes.remove()
     figure.axes[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
@@ -123,7 +123,7 @@ def _scatter(points: Sequence[tuple[Group, float]], label: str) -> Any:
     axes.set(xlabel=label, ylabel="test accuracy, 95 % interval")
     axes.margins(0.12)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    _tidy(axes)
+    tidy(axes)
     _legend(figure, handles[::-1], names, len(points))
     return figure
 
@@ -156,7 +156,7 @@ def _curves(groups: Sequence[Group]) -> Any:
                     axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.set(xlabel="epoch", ylabel=metric)
         _log_if_wide(axes, [len(run.record["epochs"]) for group in groups for run in group.runs])
-        _tidy(axes)
+        tidy(axes)
     panels[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     handles = [Line2D([], [], color="#555555", linestyle=line) for line, _ in _STAGES]
     for number, _ in named:
@@ -171,8 +171,8 @@ def _curves(groups: Sequence[Group]) -> Any:
 def _class_accuracy(groups: Sequence[Group]) -> Any:
     from matplotlib.figure import Figure
 
-    classes = list(groups[0].class_accuracy)
-    table = [[group.class_accuracy.get(name, 0.0) for name in classes] for group in groups]
+    classes = list(dict.fromkeys(name for group in groups for name in group.class_accuracy))
+    table = [[group.class_accuracy.get(name, math.nan) for name in classes] for group in groups]
     names = [_beside(number, group, 60) for number, group in enumerate(groups, 1)]
     longest = max(len(line) for name in names for line in name.split("\n"))
     height = 0.3 + 0.15 * max(name.count("\n") for name in names)
@@ -180,7 +180,7 @@ def _class_accuracy(groups: Sequence[Group]) -> Any:
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     # The scale starts at the weakest class, but is never so narrow that noise looks like a difference.
-    lowest = min(0.8, *map(min, table)) - 0.05
+    lowest = min(0.8, *(value for group in groups for value in group.class_accuracy.values())) - 0.05
     axes.imshow(table, cmap="Blues", vmin=lowest, vmax=1.05, aspect="auto")
     axes.set_xticks(
         range(len(classes)),
@@ -193,7 +193,8 @@ def _class_accuracy(groups: Sequence[Group]) -> Any:
     for row, values in enumerate(table):
         for column, value in enumerate(values):
             ink = "white" if value > lowest + 0.6 * (1.05 - lowest) else "#222222"
-            axes.text(column, row, f"{100 * value:.1f}", ha="center", va="center", color=ink, fontsize=10)
+            text = "" if math.isnan(value) else f"{100 * value:.1f}"  # not tested
+            axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=10)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     axes.xaxis.tick_top()
@@ -259,7 +260,8 @@ def _drawable(name: str, wide: int) -> str:
     return "\n".join(textwrap.wrap(name, wide, max_lines=4, placeholder=" ...") or ["-"]).replace("$", r"\$")
 
 
-def _tidy(axes: Any) -> None:
+def tidy(axes: Any) -> None:
+    """Two axes, and a light grid behind what is drawn."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)

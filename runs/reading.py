@@ -61,8 +61,8 @@ class Run:
     def data(self) -> str:
         """The data set that it was tested on; the sample of it, say, is another one."""
         whole = self.record["test"].get("test_set") or self.record["test"]["images"]
-        name = own = self._setting("data.folder") or self._setting("data.dataset")
-        split = self._setting("data.split_seed") if own else None
+        name = self._setting("data.folder") or self._setting("data.dataset")
+        split = self._setting("data.split_seed") if name else None
         # A digest of their names: the folder may have changed, or the split, which older records have instead.
         drawn = self.record["test"].get("test_pictures") or (f"split {split}" if split else "")
         return f"{name or 'Fashion-MNIST'}, {count(whole, 'test image')}{f' ({drawn})' if drawn else ''}"

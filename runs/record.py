@@ -80,6 +80,8 @@ def read(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError):
         raise ValueError("it can't be read as JSON") from None
+    if isinstance(record, dict) and record.get("seed") is False:  # an older record of a run without a seed
+        record["seed"] = None
     check(record)
     return record
 
@@ -116,14 +118,19 @@ def commit() -> str | None:
     return done.stdout.strip()
 
 
-def machine(gpu: int | None = None) -> dict[str, Any]:
-    """Where this runs: system, processor and cores; given the number of a GPU, also its name and CUDA's version."""
+def machine(device: Any = "cpu") -> dict[str, Any]:
+    """Where this runs: system, processor and cores; with an NVIDIA GPU its name and CUDA's version.
+
+    Args:
+        device: A torch.device, or its name; any other than these has the processor's name with its own in brackets.
+    """
     found: dict[str, Any] = {"platform": platform.platform(), "cpu": _cpu(), "cores": os.cpu_count()}
-    if gpu is not None:
+    kind = str(device).partition(":")[0]
+    if kind == "cuda":
         import torch  # here, not above: it takes seconds to import
 
-        found |= {"gpu": torch.cuda.get_device_name(gpu), "cuda": torch.version.cuda}
-    return found
+        return found | {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    return found if kind == "cpu" else found | {"gpu": f"{found['cpu']} ({kind})"}
 
 
 def peak_memory(device: Any = "cpu") -> int | None:
@@ -212,4 +219,8 @@ def _cpu() -> str:
         name = facts["model name"]
         return name if re.search(r"\d", name) else f"{name} family {facts['cpu family']} model {facts['model']}"
     except (OSError, KeyError):
-        return platform.processor() or platform.machine()
+        name = ""
+    if sys.platform == "darwin":  # where Python knows "arm" and "i386" alone
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        name = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return name or platform.processor() or platform.machine()

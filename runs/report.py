@@ -56,11 +56,7 @@ def compare(request: Request) -> int:
 
 
 def print_table(groups: Sequence[Group]) -> None:
-    """Show the comparison on the terminal.
-
-    Raises:
-        UserError: If Rich is not installed.
-    """
+    """Show the comparison on the terminal."""
     console = terminal()
     rows = [dict(zip(COLUMNS, cells(number, group), strict=True)) for number, group in enumerate(groups, 1)]
 
@@ -77,15 +73,9 @@ def print_table(groups: Sequence[Group]) -> None:
 
 
 def terminal() -> Any:
-    """Rich's console; a wide one where there is no terminal.
+    """Rich's console; a wide one where there is no terminal."""
+    from rich.console import Console
 
-    Raises:
-        UserError: If Rich is not installed.
-    """
-    try:
-        from rich.console import Console
-    except ImportError:
-        raise UserError("the table needs the package rich: pip install rich") from None
     console = Console()
     return console if console.is_terminal else Console(width=160)
 
@@ -158,7 +148,7 @@ def _what_is_compared(found: Sequence[Difference]) -> str:
     text = "Compared image by image on the test images"
     if not all(difference.paired for difference in found):
         text += "; unpaired where an older record does not say which images were right"
-    text += "; corrected for the number of comparisons." if len(found) > 1 else "."
+    text += "; corrected for the number of comparisons and for picking the best." if len(found) > 1 else "."
     if any(difference.single for difference in found):
         text += " Single runs compare the networks; comparing the recipes takes 2 seeds or more of each."
     several = [difference.seeds for difference in found if difference.paired and not difference.single]
@@ -231,15 +221,20 @@ def _csv_row(group: Group, run: Run, classes: Sequence[str]) -> dict[str, Any]:
         return {name: run.record.get(name) for name in names}
 
     return {
-        **({"network": group.name} | recorded("recipe", "seed")),
+        "network": group.name,
+        **recorded("recipe", "seed"),
         "test_accuracy": run.accuracy,
         "interval_low": low,
         "interval_high": high,
         "test_loss": test["loss"],
         **recorded("best_val_accuracy", "parameters", "flops", "images_per_second"),
-        **({"epoch_seconds": run.epoch_seconds} | recorded("fit_seconds", "peak_memory_bytes")),
-        **({"epochs": len(run.record["epochs"])} | recorded("batch_size", "image_size", "precision")),
-        **({"machine": run.machine} | recorded("commit") | {"folder": run.folder.as_posix()}),
+        "epoch_seconds": run.epoch_seconds,
+        **recorded("fit_seconds", "peak_memory_bytes"),
+        "epochs": len(run.record["epochs"]),
+        **recorded("batch_size", "image_size", "precision"),
+        "machine": run.machine,
+        **recorded("commit"),
+        "folder": run.folder.as_posix(),
         **{f"accuracy of {name}": by_class.get(name) for name in classes},
     }
 

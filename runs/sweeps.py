@@ -327,7 +327,6 @@ def _print_table(study: "optuna.Study") -> None:
     console.print(rich_table(columns, rows, left=("settings",), bold_first=True))
     counts = {state: sum(trial.state == state for trial in finished) for state in TrialState}
     rest = {"given up early": counts[TrialState.PRUNED], "failed": counts[TrialState.FAIL]}
-    if more := len(completed) - SHOWN:
-        rest["more finished"] = max(more, 0)
+    rest["more finished"] = max(len(completed) - SHOWN, 0)
     if left := ", ".join(f"{count} {what}" for what, count in rest.items() if count):
         print(left)

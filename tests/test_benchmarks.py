@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from benchmarks import verify
 from benchmarks.changed import NETWORKS, averaged, hidden, large_kernels, sigmoid, without_1x1
-from benchmarks.harness.side_by_side import RESULTS, Contestant, Missing, contest, median, occasion, ratios
+from benchmarks.harness.side_by_side import RESULTS, Contestant, Missing, Parser, contest, median, occasion, ratios
 from benchmarks.memory import LiveBytes, training_bytes
 from benchmarks.peers.airbench import augmented, triangle
 from benchmarks.precision import compared, pooled_deviation
@@ -96,6 +96,13 @@ def test_a_contestant_that_fails_is_an_error():
         Contestant(["-c", "raise SystemExit(1)"]).ready()
     with pytest.raises(Missing, match="why"):
         Contestant(["-c", "from benchmarks.harness.side_by_side import Turns; Turns().missing('why')"]).ready()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_missing_gpu_is_one_line(capsys):
+    with pytest.raises(SystemExit):
+        Parser("", budget=1).parse_args(["--accelerator", "gpu"])
+    assert capsys.readouterr().err.endswith("error: PyTorch finds no NVIDIA GPU here\n")
 
 
 def test_a_records_command_names_no_folder_of_the_machine(monkeypatch):

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from callbacks.ema import EMA
-from cli.recipes import load_yaml, recipes
+from cli.recipes import read_recipe, recipes
 from datamodules import FashionMNISTDataModule
 from lit_modules import LitClassifier
 from models import AlexNet, GoogLeNet, LeNet, NiN
@@ -28,7 +28,7 @@ def test_there_is_one_for_each_architecture():
 def test_header_and_settings(recipe):
     text = recipes()[recipe].read_text()
     start = {"best/lenet_distilled": "best/lenet"}.get(recipe, recipe.removeprefix("best/"))
-    plain, best = load_yaml(recipes()[start]), load_yaml(recipes()[recipe])
+    plain, best = read_recipe(start), read_recipe(recipe)
     assert f"# Differs from configs/{start}.yaml:" in text
     assert best["model"]["net"]["class_path"] == plain["model"]["net"]["class_path"]
     assert best["model"]["net"]["init_args"]["batch_norm"] is True

@@ -230,6 +230,14 @@ def test_last_continues_in_the_same_folder(tmp_path):
         assert [epoch[name] for epoch in continued["epochs"]] == [epoch[name] for epoch in straight["epochs"]]
 
 
+def test_a_run_without_a_seed_is_recorded_and_continues(tmp_path):
+    flags = ["fit", "--model=lenet_classic", *LENET[2:], *FAST[1:], "--seed_everything=false", "--max_epochs"]
+    good(run_forked(*flags, "1", folder=tmp_path))
+    good(run_forked(*flags, "2", "--ckpt_path=last", folder=tmp_path))
+    found = record(tmp_path / "logs" / "lenet_classic" / "version_0")
+    assert (found["seed"], len(found["epochs"])) == (None, 2)
+
+
 def test_a_run_started_in_another_ones_folder_leaves_it_alone(tmp_path):
     flags = ["fit", "--model=lenet_classic", f"--data_dir={DATA}", "--val_size=200", "--max_epochs=1"]
     good(run_forked(*flags, folder=tmp_path))
@@ -395,6 +403,17 @@ class Tiny(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.layers(images)
 """
+
+
+@pytest.mark.parametrize("condition", ["images.mean().item() < 9", "len(images[images < 9])"])
+def test_a_network_that_needs_data_is_trained(condition, tmp_path):
+    own = OWN.replace("return self.layers(images)", f"return self.layers(images) if {condition} else None")
+    (tmp_path / "my_networks.py").write_text(own)
+    shown = "Tiny: 490 parameters; what it computes depends on data, so no shapes are known\n"
+    flags = ("--model.net=my_networks.Tiny", *LENET[2:])
+    assert good(run_forked(*flags, "--print_model", folder=tmp_path)) == shown
+    out = good(run_forked(*flags, *FAST, folder=tmp_path))
+    assert shown in out and "Test on 500 images" in out
 
 
 def test_a_network_of_the_users_own(tmp_path):
@@ -708,6 +727,7 @@ HEAVY = {
         "VGG can't take images of 3x16x16",
     ),
     "wrong number of channels": ("--data.channels 3", "LeNet can't take images of 3x28x28"),
+    "model that can't be printed": ("--data.channels 3 --print_model", "LeNet can't take images of 3x28x28"),
     "wrong number of logits": (
         "--model.net.num_classes 7",
         "outputs of shape (7,) for one image; 10 logits were expected",

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tracemalloc
 import warnings
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -252,6 +253,16 @@ def test_transparent_ground_contrasts_with_the_object():
     for image in seen:
         assert image[20, 14] > 200
         assert image[0, 0] == 0
+
+
+def test_a_large_transparent_picture_takes_little_memory():
+    picture = drawing(bag, (20, 20, 20, 255), (0, 0, 0, 0), "RGBA").resize((3000, 3000))
+    tracemalloc.start()
+    try:
+        assert as_fashion_mnist(picture)[20, 14] > 200
+        assert tracemalloc.get_traced_memory()[1] < 64e6  # NumPy's; whole, it would take 700 MB
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("negative", [False, True])
@@ -687,6 +698,13 @@ def test_networks_of_other_pictures_answer_too(page, tmp_path):
     assert sum(parts[5].values()) == pytest.approx(1)
     assert networks[1].image(nothing).shape == (32, 32, 3)
     assert networks[1].stages(networks[1].image(nothing))[0][1] == "16×32×32 Conv2d"
+
+
+@needs_gradio
+def test_no_large_picture_stays_in_memory(page):
+    seen = page._seen(drawing(bag, "black").resize((3000, 1500)))
+    assert seen.picture.size == (1024, 512)
+    assert seen.garment[20, 14] > 200
 
 
 @needs_gradio

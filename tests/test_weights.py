@@ -298,6 +298,9 @@ def test_mistakes_answer_with_one_line(trained, tmp_path, capsys):
     output = tmp_path / "folder.pt2"
     assert export.main([f"--ckpt_path={trained.best}", "--format=torch_export", f"--output={output}"]) == 1
     assert "folder.pt2 can't be written: Is a directory" in capsys.readouterr().err
+    # Where no file can be made, even by root.
+    assert export.main([f"--ckpt_path={trained.best}", "--format=torch_export", "--output=/proc/self/a.pt2"]) == 1
+    assert "/proc/self/a.pt2 can't be written: No such file or directory" in capsys.readouterr().err
     assert not list(tmp_path.glob(".*"))
 
 

@@ -52,11 +52,9 @@ class Exported(nn.Module):
         """
         logits = self.net(self._preprocess(images)).float()
         probabilities = (logits / self.temperature).softmax(dim=1)
-        return (
-            probabilities
-            if self.out_of_distribution is None
-            else (probabilities, self.out_of_distribution.score(logits))
-        )
+        if self.out_of_distribution is None:
+            return probabilities
+        return probabilities, self.out_of_distribution.score(logits)
 
 
 def export(ckpt_path: Path, format: str, output: Path, data_dir: Path | None, trust: bool) -> str:
@@ -202,11 +200,14 @@ def _read_onnx(path: Path) -> Predict:
 
 def _write_torch_export(module: nn.Module, example: Tensor, path: Path, metadata: dict[str, str]) -> None:
     program = torch.export.export(module, (example,), dynamic_shapes={"images": {0: Dim("N")}})
-    torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata)})
+    # Opened here: PyTorch raises a RuntimeError where it can't write, and takes only ASCII names on Windows.
+    with path.open("wb") as file:
+        torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata)})
 
 
 def _read_torch_export(path: Path) -> Predict:
-    module: Any = torch.export.load(path).module()
+    with path.open("rb") as file:
+        module: Any = torch.export.load(file).module()
 
     def predict(images: Tensor) -> Tensor:
         with torch.no_grad():

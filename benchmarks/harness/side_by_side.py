@@ -198,6 +198,8 @@ def contest(
     Returns:
         The reports of each contestant's turns, and why others could not take part.
     """
+    if os.name == "nt":
+        sys.exit("Contestants are started in a way that needs Linux or macOS")  # with open pipes: pass_fds
     start = time.monotonic()
     running: dict[str, Contestant] = {}
     missing: dict[str, str] = {}
@@ -322,7 +324,9 @@ class Parser(argparse.ArgumentParser):
         options.device = {"cpu": "cpu", "gpu": "cuda"}[options.accelerator]
         import torch
 
-        options.place = machine(0 if options.accelerator == "gpu" else None)
+        if options.accelerator == "gpu" and not torch.cuda.is_available():
+            self.error("PyTorch finds no NVIDIA GPU here")
+        options.place = machine(options.device)
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
         options.place |= {"threads": torch.get_num_threads(), "load_before": load}
         options.shared = ["--accelerator", options.accelerator, "--data_dir", options.data_dir, *options.flags.split()]

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks.harness.side_by_side import Turns
-from cli.recipes import load_yaml, recipes
+from cli.recipes import read_recipe
 from datamodules.files.finding import load, prepare
 
 WORKERS = min(4, os.cpu_count() or 1)  # the tutorials' 4, or as many as there are cores
@@ -43,7 +43,7 @@ class PictureDataset(Dataset):
 
 def ours(model: str) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a recipe, and the recipe."""
-    recipe = load_yaml(recipes()[model])
+    recipe = read_recipe(model)
     net = recipe["model"]["net"]
     return pydoc.locate(net["class_path"])(**net.get("init_args", {})), recipe  # type: ignore[operator]
 
@@ -140,7 +140,7 @@ def timm(options: argparse.Namespace, turns: Turns) -> None:
         from timm.utils import AverageMeter
     except ImportError as error:
         turns.missing(f"timm is not installed (pip install timm): {error}")
-    recipe = load_yaml(recipes()[options.model])
+    recipe = read_recipe(options.model)
     if not options.model.startswith("vgg"):
         turns.missing(f"timm has no {options.model} of this kind; only its vgg11 is compared")
     cuda = options.device == "cuda"

@@ -13,7 +13,7 @@ from benchmarks.harness.side_by_side import PROJECT
 from benchmarks.readme.entries import Results
 from benchmarks.readme.rounding import accuracies
 from errors import MissingPackage
-from runs.plots import COLOURS
+from runs.plots import COLOURS, tidy
 
 PICTURE = PROJECT / "docs" / "images" / "accuracy-time.png"
 DIGEST = "points-sha256"  # a text in the PNG: the digest of what it was drawn from
@@ -77,9 +77,7 @@ def draw(found: Sequence[Point], path: Path) -> None:
         inside = {place: text for place, text in ticks.items() if least <= place <= greatest}
         axis.set_ticks(list(inside), list(inside.values()))
         axis.set_ticks([], minor=True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
+    tidy(axes)
     shown = {point.family for point in found}
     handles = [Line2D([], [], color=colours[name], marker="o", ls="", label=FAMILIES[name]) for name in sorted(shown)]
     for device, fill in (("cpu", "white"), ("gpu", "#555555")):

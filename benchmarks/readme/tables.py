@@ -201,7 +201,7 @@ def _ablation(network: str, results: Results, language: Language) -> str:
         if not groups or next(iter(groups)).suffix:
             continue  # the network as it is has no record yet
         plain, *changed = groups
-        found = differences([groups[entry] for entry in (plain, *changed)])
+        found = differences([groups[entry] for entry in (plain, *changed)], best_first=False)
         sizes = [(100 * -one.size, one.p < LEVEL) for one in found]
         points = [f"{'+' if size > 0 else '−'}{down(abs(size), 1)}" for size, _ in sizes]
         marks = [

@@ -54,7 +54,7 @@ class TensorBoardPictures(Callback):
         try:
             graph = network_graph(pl_module.net, _data(trainer).input_shape)  # type: ignore[arg-type]
         except NotImplementedError:
-            return  # an operation that can't run without data
+            return  # it needs data
         _writer(trainer).file_writer.add_event(Event(graph_def=graph.SerializeToString()))
 
     def on_train_batch_start(
