@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -153,7 +152,7 @@ def _report_missing(program: str, error: ModuleNotFoundError) -> int:
         raise error
     python, make = ".venv/bin/python", "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt"
     if os.name == "nt":
-        python, make = r".venv\Scripts\python", r"py -m venv .venv; .venv\Scripts\pip install -r requirements.txt"
+        python, make = r".venv\Scripts\python", r"py -m venv .venv, then .venv\Scripts\pip install -r requirements.txt"
     print_error(
         program,
         f"the package {error.name} is missing in {sys.executable}: use {python}, or make it: {make}",
@@ -273,4 +272,7 @@ def shown(path: str | Path) -> str:
 
 def typed(arguments: Sequence[str]) -> str:
     """The command line as one types it, quoted for the shells of this system; paths in it as `shown` gives them."""
-    return subprocess.list2cmdline(arguments) if os.name == "nt" else shlex.join(arguments)
+    if os.name != "nt":
+        return shlex.join(arguments)
+    # Double quotes mean the same to cmd and PowerShell; neither leaves brackets and the like alone without them.
+    return " ".join(word if re.fullmatch(r"[\w./\\:=+-]+", word) else f'"{word}"' for word in arguments)

@@ -65,8 +65,8 @@ class FreezeFeatures(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a schedule that sets both rates itself; a continued run may begin within an epoch of either phase."""
-        others, features = (group.get("initial_lr", group["lr"]) for group in trainer.optimizers[0].param_groups)
-        if not math.isclose(features, others * self._lr_factor, rel_tol=1e-6):
+        rates = [group["initial_lr"] for group in trainer.optimizers[0].param_groups if "initial_lr" in group]
+        if rates and not math.isclose(rates[1], rates[0] * self._lr_factor, rel_tol=1e-6):
             problem = "the schedule gives the features the others' learning rate: take one that has no max_lr"
             raise UserError(problem if trainer.is_global_zero else "")
         self.on_train_epoch_start(trainer, pl_module)

@@ -136,12 +136,12 @@ class GracefulStop(Callback):
         self._stop(trainer, signum, f"Stopped by {signal_name(signum)} in {where}. {saved}", path)
 
     def _stop(self, trainer: pl.Trainer, signum: int, message: str, path: Path | None) -> None:
+        self._processes.watch.patience = math.inf  # it has answered
         if signum == self._requeue_signal and path:
             message += f" {_requeue() if trainer.is_global_zero else ''}"
             self._processes.largest(0)  # wait: if one task ends early, srun may kill the others, and with them scontrol
         elif path:
             message += f"\nContinue with: {self._how_to_continue(path)}"
-        self._processes.watch.patience = math.inf  # it has answered
         self._processes.end_with_parent()
         raise Stopped(message if trainer.is_global_zero else "", stopped_code(signum))
 

@@ -19,6 +19,7 @@ from callbacks.confusion import Confusion
 from callbacks.run_folder import RunCheckpoint, RunFolder, RunLogger
 from callbacks.speed import Speed
 from datamodules import PicturesDataModule
+from datamodules.batches import TrainBatches
 from errors import Stopped, UserError, one_line, shown
 from inspection.stages import stages
 from runs.record import commit, machine, pack_right, peak_memory, read, write_json
@@ -106,8 +107,9 @@ class RunRecord(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep what an earlier part of the run recorded; only here is the epoch known at which it continues."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        an_epoch = int(trainer.num_training_batches) * trainer.world_size * data.batch_size
-        self.record["train_images"] = min(len(data.train_set), an_epoch)
+        batches = int(trainer.num_training_batches)
+        if batches < len(TrainBatches(len(data.train_set), data.batch_size, 0, trainer.world_size)):
+            self.record["train_images"] = batches * trainer.world_size * data.batch_size
         self.record["val_images"] = images_measured(trainer, data.val_set, trainer.num_val_batches)
         self._continue_record(trainer)
         self._begun = True

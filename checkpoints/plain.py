@@ -65,10 +65,10 @@ def read_settings(text: Any, path: str) -> dict[str, Any]:
         if not isinstance(text, str) or len(text) > LONGEST:
             raise TypeError
         depth = 0
-        for event in yaml.parse(text, Loader=LOADER):
+        for number, event in enumerate(yaml.parse(text, Loader=LOADER)):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             long = isinstance(event, yaml.ScalarEvent) and len(event.value) > LONGEST_WORD
-            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST or long:
+            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST or long or number > MOST:
                 raise TypeError
         config = yaml.load(text, Loader=LOADER)
         if not all(isinstance(config[section], dict) for section in ("model", "data")):

@@ -236,10 +236,12 @@ def _check_predict_flags(command: Command) -> None:
 def _check_configs(command: Command) -> None:
     given = {token.partition("=")[0] for token in command.arguments}
     for path in (*command.outer_configs, *command.configs):
-        content = load_yaml(path)
-        content = (content.get(command.subcommand) or {}) if path in command.outer_configs else content
-        if content.get("ckpt_path") and "--ckpt_path" not in given:
-            command.ckpt_path = str(content["ckpt_path"])
+        content: Any = load_yaml(path)
+        content = content.get(command.subcommand) if path in command.outer_configs else content
+        if not isinstance(content, dict):
+            continue
+        if "ckpt_path" in content and "--ckpt_path" not in given:
+            command.ckpt_path = content["ckpt_path"] and str(content["ckpt_path"])
         if content.get("log_dir") and "--log_dir" not in given:
             command.log_dir = str(content["log_dir"])
     names_a_net = any(token.startswith("--model.net") for token in command.overrides)

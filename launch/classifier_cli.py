@@ -71,8 +71,10 @@ class SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save it; called on the first process only."""
         target = self.folder.claim() / self.config_filename
+        config = self.config.clone()
+        config.ckpt_path = None  # of a continued run: whoever takes its settings trains anew
         # The parser's own `save` would write in the locale's encoding.
-        target.write_text(self.parser.dump(self.config, skip_none=False), encoding="utf-8")
+        target.write_text(self.parser.dump(config, skip_none=False), encoding="utf-8")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store in the checkpoint how it was trained."""

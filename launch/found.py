@@ -13,7 +13,7 @@ from errors import UserError, is_first_process, one_line
 from launch.checks import check_input
 from launch.learning_rate import HIGHEST, LOWEST, STEPS, find_learning_rate, from_first_process
 from launch.lightning_flags import try_optimizer, unfuse
-from launch.memory import largest_batch_size
+from launch.memory import is_out_of_memory, largest_batch_size
 from weights.imagenet import start_from_imagenet
 
 STEPS_AN_EPOCH = 100  # what fits in memory need not train well: fewer steps learn less in the same epochs
@@ -67,7 +67,9 @@ class Trials:
         try:
             with torch.random.fork_rng():
                 own = self._parser.instantiate_classes(config)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             raise UserError(one_line(str(error))) from None
         check_input(own.model.net, own.data.input_shape, own.model.hparams["num_classes"])
         return own

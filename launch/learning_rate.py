@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from callbacks.lr_curve import Curve
+from datamodules.batches import TrainBatches
 from errors import UserError
 
 STEPS = 100
@@ -85,7 +86,7 @@ def find_learning_rate(
     """
     data.prepare_data()
     data.setup("fit")
-    batches = math.ceil(len(data.train_set) / data.batch_size)
+    batches = len(TrainBatches(len(data.train_set), data.batch_size))
     batches -= batches % accumulate_grad_batches  # whole steps: Lightning ends an epoch with a smaller one
     if not batches:
         raise UserError("--lr auto: an epoch is shorter than one optimiser step; lower --batch_size, or give --lr")

@@ -34,6 +34,7 @@ from callbacks.divergence_guard import is_overflow
 from cli.messages import MADE_OF_SCHEDULES
 from cli.recipes import did_you_mean
 from datamodules import FashionMNISTDataModule
+from datamodules.batches import EvalBatches, TrainBatches
 from errors import UserError, count, one_line
 from lit_modules import LitClassifier
 from lit_modules.schedules import of_length, open_lengths
@@ -203,7 +204,8 @@ def check_length(trainer: Trainer, model: LitClassifier, data: FashionMNISTDataM
 
 def _limited(trainer: Trainer, name: str, images: Sized, batch_size: int) -> int:
     """Batches of an epoch, or of an evaluation, on each process."""
-    batches = math.ceil(len(images) / (batch_size * trainer.world_size))
+    kind = TrainBatches if name == "train" else EvalBatches
+    batches = len(kind(len(images), batch_size, 0, trainer.world_size))
     limit = getattr(trainer, f"limit_{name}_batches")
     limited = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     if limit and batches and not limited:

@@ -40,7 +40,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     pattern = (
-        r"can't allocate memory|not enough memory|out of memory|CU\w+_STATUS_(ALLOC_FAILED|NOT_SUPPORTED)"
+        r"can't allocate memory|not enough memory|out of memory|CU\w+_STATUS_ALLOC_FAILED|CUDNN_STATUS_NOT_SUPPORTED"
         "|[Uu]nable to find (an engine|a valid cuDNN algorithm)"  # none that fits into what is free
     )
     return isinstance(error, RuntimeError) and re.search(pattern, str(error)) is not None

@@ -90,7 +90,8 @@ def _one_line_errors(cli: ClassifierCLI) -> Iterator[None]:
         if is_overflow(error):
             why = f"the optimiser's step is too large for the weights; {ADVICE}"
             raise Diverged(why if is_first_process() else "") from None
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        compiling = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+        if compiling and not is_out_of_memory(error):
             reason = one_line(str(error)).partition(" Set TORCH")[0]
             raise RunError(f"the network can't be compiled here, leave --compile out: {reason}") from None
         _check_folder(cli)

@@ -137,11 +137,11 @@ def how_to_continue(command: Command, config: Any, path: Path) -> str:
 
 def _requeued(command: Command) -> bool:
     """Whether SLURM starts a job again; it then continues its own run, if that has left a checkpoint."""
-    job, log_dir = os.environ.get("SLURM_JOB_ID"), Path(command.log_dir) / (command.recipe or "unnamed")
+    job, log_dir = os.environ.get("SLURM_JOB_ID"), Path(command.log_dir) / (command.recipe or "")
     if command.subcommand != "fit" or os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
         return False
     own = None  # before a checkpoint on the command line, from which it first started
-    for marker in log_dir.glob(f"version_*/{SLURM_JOB}"):
+    for marker in log_dir.glob(f"{'' if command.recipe else '**/'}version_*/{SLURM_JOB}"):  # else a checkpoint knows it
         checkpoint = marker.parent / "checkpoints" / "last.ckpt"
         if marker.read_text(encoding="utf-8") == json.dumps([job, command.arguments]) and checkpoint.is_file():
             own = command.ckpt_path = str(checkpoint)

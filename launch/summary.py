@@ -41,7 +41,7 @@ def summary(record: dict[str, Any], trainer: Trainer, checkpoint: Path | None) -
         source = shown(data["folder"]) if data.get("folder") else data.get("dataset")
         of_own = ["--data", source] if source else []
         if source and data["data_dir"] != "data":  # which no checkpoint of one's own pictures keeps
-            of_own += ["--data_dir", data["data_dir"]]
+            of_own += ["--data_dir", shown(data["data_dir"])]
         lines.append(f"      {typed(['python', 'train.py', 'predict', '--ckpt_path', shown(checkpoint), *of_own])}")
     return "\n".join(lines)
 

@@ -8,7 +8,7 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.device_parser import _parse_gpu_ids
-from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ProgressBar
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 
@@ -21,6 +21,7 @@ from callbacks.lr_curve import Curve, LearningRateCurve
 from callbacks.model_table import ModelTable
 from callbacks.no_profiler import NoProfiler
 from callbacks.out_of_distribution import FitOutOfDistribution
+from callbacks.patience import Patience
 from callbacks.prediction_writer import PredictionWriter
 from callbacks.processes import Processes
 from callbacks.progress import EpochProgress
@@ -135,10 +136,8 @@ class RunCallbacks:
         if config.patience:
             if not validates(config):
                 raise UserError("--patience needs validation images: set --val_size above 0")
-            every = config.trainer.check_val_every_n_epoch
-            settings: Any = {"patience": math.ceil(config.patience / (every or 1)), "mode": "max", "strict": False}
-            # After an epoch, also where it is validated several times.
-            callbacks.append(EarlyStopping("val/accuracy", **settings, check_on_train_epoch_end=every == 1 or None))
+            every = config.trainer.check_val_every_n_epoch or 1
+            callbacks.append(Patience(math.ceil(config.patience / every), self.speed))
         return callbacks
 
     def best_checkpoint(self) -> Path | None:
@@ -187,7 +186,12 @@ def precision(trainer: Namespace, asked_for: bool, saved: str | None) -> tuple[s
 
 def _gpus_have_bfloat16(devices: Any) -> bool:
     """Whether all GPUs that will train compute in bfloat16; `torch.cuda.is_bf16_supported` asks the first alone."""
-    chosen = _parse_gpu_ids(-1 if devices == "auto" else devices, include_cuda=True) or []
+    try:
+        chosen = _parse_gpu_ids(-1 if devices == "auto" else devices, include_cuda=True) or []
+    except ValueError:
+        raise UserError(
+            f"trainer.devices={devices} is not valid: a number of devices was expected, or a list"
+        ) from None
     return bool(torch.version.hip) or all(torch.cuda.get_device_properties(gpu).major >= 8 for gpu in chosen)
 
 

@@ -213,7 +213,7 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
         schedule = of_length(self.scheduler, optimizer, cast("int", total))
         monitor = getattr(schedule, "monitor", "val/loss")
         settings = {"scheduler": schedule, "interval": interval, "monitor": monitor}
-        plateau = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau) and monitor.startswith("val/")
+        plateau = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau) and not monitor.startswith("train/")
         settings["frequency"] = (plateau and self.trainer.check_val_every_n_epoch) or 1
         return {"optimizer": optimizer, "lr_scheduler": settings}
 

@@ -133,22 +133,22 @@ def notes(groups: Sequence[Group], most: int | None = None) -> list[str]:
     if any(group.deviation is not None for group in groups):
         lines[0] += " ±: standard deviation between seeds."
     lines.append(f"Speed and memory on {'; '.join(machines)}; precision {', '.join(precisions)}.")
-    if any("gpu" not in run.record["machine"] for run in runs):
-        lines[-1] += " Without a GPU, memory is that of the whole process."
+    if any("cuda" not in run.record["machine"] for run in runs):
+        lines[-1] += " Without an NVIDIA GPU, memory is that of the whole process."
     lines += marks(groups)
     found = differences(groups)
     lines += [str(difference) for difference in found[:most]]
     if found:
-        lines.append(_what_is_compared(found))
+        lines.append(_what_is_compared(found, len(groups)))
     return lines
 
 
-def _what_is_compared(found: Sequence[Difference]) -> str:
+def _what_is_compared(found: Sequence[Difference], groups: int) -> str:
     """How the differences were judged, and how many seeds would show more."""
     text = "Compared image by image on the test images"
     if not all(difference.paired for difference in found):
         text += "; unpaired where an older record does not say which images were right"
-    text += "; corrected for the number of comparisons and for picking the best." if len(found) > 1 else "."
+    text += "; corrected for the number of comparisons and for picking the best." if groups > 2 else "."
     if any(difference.single for difference in found):
         text += " Single runs compare the networks; comparing the recipes takes 2 seeds or more of each."
     several = [difference.seeds for difference in found if difference.paired and not difference.single]

@@ -133,8 +133,9 @@ def _run_trial(study: "optuna.Study", trial: Trial, request: SweepRequest, folde
     if code == 0 and epochs:
         seconds = record["fit_seconds"]
         trial.set_user_attr("seconds", seconds)
-        study.tell(trial, _accuracy(epochs))
-        return f"validation accuracy {_accuracy(epochs):.4f} in {seconds:.1f} s"
+        accuracy = record.get("best_val_accuracy", _accuracy(epochs))  # of its best.ckpt, which may be within an epoch
+        study.tell(trial, accuracy)
+        return f"validation accuracy {accuracy:.4f} in {seconds:.1f} s"
     study.tell(trial, state=TrialState.FAIL)
     return f"failed: {_last_line(folder / own / 'output.txt') or f'exit code {code}'}"
 

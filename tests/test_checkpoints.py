@@ -801,7 +801,7 @@ def test_name_of_the_recipe_in_a_checkpoint(stored: Any, expected: str) -> None:
         torch.zeros(2, dtype=torch.complex64),
         torch.eye(2).to_sparse(),
         2**70,
-        "x" * 10**6,
+        "x" * 3_000_000,
         [1, 2, 3, {4}],
         [[] for _ in range(300_000)],
     ],

@@ -44,9 +44,9 @@ def test_what_is_to_be_typed_suits_the_systems_shells(monkeypatch, capsys) -> No
     assert typed(words) == "python train.py --model lenet --log_dir 'my runs'"
     with monkeypatch.context() as windows, pytest.raises(SystemExit), importing("train.py"):
         windows.setattr("os.name", "nt")
-        assert typed(words) == 'python train.py --model lenet --log_dir "my runs"'
+        assert typed([*words, "D:/R&D(1)"]) == 'python train.py --model lenet --log_dir "my runs" "D:/R&D(1)"'
         raise ModuleNotFoundError(name="torch")
-    assert r"use .venv\Scripts\python, or make it: py -m venv .venv; .venv\Scripts\pip" in capsys.readouterr().err
+    assert r"use .venv\Scripts\python, or make it: py -m venv .venv, then .venv\Scripts\pip" in capsys.readouterr().err
 
 
 def test_counts_agree_with_their_nouns():

@@ -800,9 +800,10 @@ def test_dead_mirror_and_unknown_host_are_passed_over(tmp_path, server):
     check_sample(tmp_path)
 
 
-def test_sample_from_a_mirror_is_not_taken_for_the_full_set(tmp_path, server):
-    with pytest.raises(DatasetError, match="belongs to the sample data set, not to the full one"):
+def test_sample_from_a_mirror_is_not_taken_for_the_full_set(tmp_path, server, caplog):
+    with pytest.raises(DatasetError, match="could not be fetched"):
         prepare(tmp_path, system_dir=SAMPLE, mirrors=[server.mirror("healthy")], timeout=5)
+    assert "belongs to the sample data set, not to the full one" in caplog.text
     assert names_in(tmp_path) == []
 
 
@@ -1531,7 +1532,7 @@ def test_a_folder_is_trained_on_tested_and_looked_at(tmp_path):
     assert answer.code == 0, answer.err
     run = tmp_path / "logs" / "fast" / "1min" / "version_0"
     best = "logs/fast/1min/version_0/checkpoints/best.ckpt"
-    assert f"  python train.py predict --ckpt_path {best} --data {folder}\n" in answer.out
+    assert f"  python train.py predict --ckpt_path {best} --data {folder} --data_dir .\n" in answer.out
     record = json.loads((run / "record.json").read_text())
     assert (record["train_images"], record["val_images"], record["test"]["images"]) == (40, 16, 16)
     assert list(record["test"]["class_accuracy"]) == CLASSES
@@ -1569,7 +1570,7 @@ def test_a_run_knows_the_pictures_it_was_trained_on(tmp_path):
     common = ["--accelerator=cpu", f"--data={folder}", f"--data_dir={tmp_path}", f"--log_dir={tmp_path / 'logs'}"]
     recipe = ["--model=lenet", "--max_epochs=2", "--batch_size=8"]
     trained = run_forked(*recipe, *common, folder=tmp_path)
-    assert trained.out.rstrip().endswith(f"version_0/checkpoints/best.ckpt --data {folder} --data_dir {tmp_path}")
+    assert trained.out.rstrip().endswith("version_0/checkpoints/best.ckpt --data mine --data_dir .")
     checkpoint = f"--ckpt_path={tmp_path / 'logs' / 'lenet' / 'version_0' / 'checkpoints' / 'last.ckpt'}"
     assert run_forked("fit", *recipe, *common, checkpoint, folder=tmp_path).code == 0
     assert run_forked("predict", *common, checkpoint, folder=tmp_path).code == 0

@@ -12,6 +12,7 @@ import pty
 import re
 import select
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -312,7 +313,12 @@ def test_print_config_round_trip(tmp_path):
 
 
 def test_the_saved_configuration_trains_again(trained, tmp_path):
-    good(run_forked("fit", "--config", str(trained.folder / "config.yaml"), "--log_dir=logs", folder=tmp_path))
+    """Also the one that a continued run leaves, which began at a checkpoint."""
+    shutil.copytree(trained.folder, tmp_path / "runs/lenet/version_0")
+    saved = tmp_path / "runs/lenet/version_0/checkpoints/last.ckpt"
+    good(run_forked("fit", f"--ckpt_path={saved}", f"--data_dir={DATA}", "--log_dir=runs", folder=tmp_path))
+    written = saved.parents[1] / "config.yaml"
+    good(run_forked("fit", "--config", str(written), "--log_dir=logs", folder=tmp_path))
     (folder,) = (tmp_path / "logs").glob("*/version_0")
     for again, first in zip(record(folder)["epochs"], record(trained.folder)["epochs"], strict=True):
         assert again["train/loss"] == first["train/loss"]
@@ -2019,12 +2025,19 @@ def test_the_command_to_continue_names_this_run_not_the_newest(tmp_path: Path) -
     assert len(record(folder / SAVED.parent)["epochs"]) == 3
 
 
-@pytest.mark.parametrize("often", ["val_check_interval=0.34", "check_val_every_n_epoch=2"])
-def test_patience_counts_epochs_however_often_one_validates(often: str, folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("often", "expected"),
+    [
+        ("--trainer.val_check_interval=0.34", 3),
+        ("--trainer.check_val_every_n_epoch=2", 4),
+        ("--trainer.check_val_every_n_epoch=null --trainer.val_check_interval=2", 3),
+    ],
+)
+def test_patience_counts_epochs_however_often_one_validates(often: str, expected: int, folder: Path) -> None:
     standing = ["--val_size=200", "--model.scheduler=null", "--model.optimizer=torch.optim.SGD", "--lr=1e-9"]
-    works("fit", *standing, "--max_epochs=9", "--patience=2", f"--trainer.{often}", folder=folder)
+    works("fit", *standing, "--max_epochs=9", "--patience=2", *often.split(), folder=folder)
     epochs = record(folder / "logs/lenet/version_0")["epochs"]
-    assert len(epochs) == (3 if "interval" in often else 4)
+    assert len(epochs) == expected
     assert epochs[-1]["train/loss"] != epochs[-2]["train/loss"]
 
 

@@ -658,7 +658,7 @@ def test_cuda_graphs_serve_full_batches_alone():
 
     torch._dynamo.reset()
     model.net.compile(backend=backend, dynamic=False)
-    batches = [torch.rand(size, 1, 28, 28) for size in (8, 8, 5)]
+    batches = [torch.rand(size, 1, 28, 28) for size in (8, 8, 5, 9, 8)]
     for images in batches:
         torch.testing.assert_close(model(images), plain(images))
     trained = list(shapes)

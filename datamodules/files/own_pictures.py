@@ -147,9 +147,10 @@ class PicturesDataModule(FashionMNISTDataModule):
         )
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         if self.hparams["dataset_on_device"] is None and device.type == "cuda":
-            size = sum(part.images.nbytes for part in (self.train_set, self.val_set, self.test_set))
-            if size > ON_DEVICE * torch.cuda.mem_get_info(device)[0]:
-                self.hparams["dataset_on_device"] = False
+            parts = [part.images for part in (self.train_set, self.val_set, self.test_set)]
+            size = sum({images.data_ptr(): images.nbytes for images in parts}.values())
+            fits = size <= ON_DEVICE * torch.cuda.mem_get_info(device)[0]
+            self.hparams["dataset_on_device"] = fits and not self.num_workers  # once: the run takes memory too
         if stage == "fit" and not len(self.train_set):
             hint = "add a train folder beside it, or give --data that part itself"
             raise DatasetError(f"{self.source} holds one part alone, to measure a network on; {hint}")

@@ -1,0 +1,33 @@
+"""Early stopping that counts epochs, however often one is validated."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import EarlyStopping
+
+from callbacks.speed import Speed
+
+
+class Patience(EarlyStopping):
+    """Ends training after some validated epochs without a better validation accuracy.
+
+    Lightning's own counts validations where an epoch has several, and then ends within one.
+
+    Args:
+        epochs: How many.
+        speed: The callback that knows whether an epoch was validated; it must come before this one.
+    """
+
+    def __init__(self, epochs: int, speed: Speed) -> None:
+        super().__init__("val/accuracy", patience=epochs, mode="max", strict=False, check_on_train_epoch_end=True)
+        self._speed = speed
+
+    @property
+    def _legacy_state_key(self) -> Any:
+        """The name of this callback in checkpoints of earlier versions."""
+        return self.state_key.replace(type(self).__qualname__, EarlyStopping.__qualname__, 1)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look at the accuracy of the epoch's last validation."""
+        if self._speed.validated:
+            super().on_train_epoch_end(trainer, pl_module)
