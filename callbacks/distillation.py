@@ -25,8 +25,10 @@ class Distillation(Callback):
 
     Before the first epoch the teacher sees each training image once, and its mirror if it was trained with mirrors; its
     logits are kept in `data_dir`/cache for the next run.
-    The targets are softmax(mean logits / temperature), however an image is augmented. Training accuracy then counts how
-    often both networks prefer the same class; validation and test count the labels as always.
+    The targets are softmax(mean logits / temperature), however an image is augmented. With `consistent` the teacher is
+    asked in each step instead, about the images as they are augmented in it: more work, and the more to learn from the
+    longer one trains (Beyer et al. 2021, arXiv:2106.05237). Training accuracy counts how often both networks prefer the
+    same class; validation and test count the labels as always.
 
     A teacher that was trained on the validation images passes on what it knows of them, and makes validation accuracy
     too high: leave out the same ones (`data.split_seed`, `data.val_size`).
@@ -35,6 +37,7 @@ class Distillation(Callback):
         teacher: A network in `weights/`, such as "vgg11_quarter", or the path of a checkpoint; to continue a run that
             names a path takes --trust_checkpoint.
         temperature: Above 1 the targets say more about how alike the other classes are.
+        consistent: Ask the teacher about the augmented images, in each step.
 
     Raises:
         ValueError: If the temperature is not above 0.
@@ -42,11 +45,13 @@ class Distillation(Callback):
             needs labels: mixup, cutmix, `data.photographed`.
     """
 
-    def __init__(self, teacher: str, temperature: float = 4.0) -> None:
+    def __init__(self, teacher: str, temperature: float = 4.0, consistent: bool = False) -> None:
         if not 0 < temperature < float("inf"):
             raise ValueError(f"Distillation: temperature={temperature} must be a positive number")
         self.teacher = teacher
         self.temperature = temperature
+        self.consistent = consistent
+        self._asked: tuple[LitClassifier, FashionMNISTDataModule] | None = None  # in each step
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Replace the labels of the training images; later hooks come after Lightning has made the loader."""
@@ -70,6 +75,11 @@ class Distillation(Callback):
         if problem:
             raise UserError(problem if trainer.is_global_zero else "")
         images = data.train_set.images
+        if self.consistent:
+            self._asked = teacher.to(trainer.strategy.root_device), its_data
+            unknown = torch.full((len(images), len(data.class_names)), torch.nan)  # until `on_train_batch_start`
+            data.train_set = ImageTensors(images, data.train_set.labels, unknown)
+            return
         digest = hashlib.sha256(path.read_bytes())
         digest.update(images.numpy())
         kept = data.data_dir / "cache" / f"teacher-{digest.hexdigest()[:32]}.pt"
@@ -86,6 +96,22 @@ class Distillation(Callback):
             logits = self._ask(teacher.to(trainer.strategy.root_device), its_data, images)
         targets = logits.div(self.temperature).softmax(dim=1)
         data.train_set = ImageTensors(images, data.train_set.labels, targets)
+
+    @torch.no_grad()
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Write the teacher's probabilities into the batch's targets."""
+        if self._asked is None:
+            return
+        (teacher, its_data), (images, targets) = self._asked, batch
+        own = trainer.datamodule.hparams  # type: ignore[attr-defined]
+        pixels = images.float() * own["std"] + own["mean"]
+        if type(its_data) is FashionMNISTDataModule:
+            pixels = pixels[:, :1]  # all channels are the same
+        with trainer.precision_plugin.forward_context():
+            logits = teacher(its_data.as_seen(pixels))
+        targets.copy_(logits.float().div(self.temperature).softmax(dim=1))
 
     def _ask(self, teacher: LitClassifier, its_data: FashionMNISTDataModule, images: torch.Tensor) -> torch.Tensor:
         """The logits (N, classes) of uint8 images (N, C, H, W)."""

@@ -150,7 +150,7 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
         images = shift_and_flip(images, settings["crop_padding"], settings["horizontal_flip"])
         images = photographed(images, labels, settings["photographed"])
         pixels = erase(images, settings["random_erasing"]).float().div_(255)
-        return self._as_seen(jitter(pixels, settings["brightness"], settings["contrast"])), labels
+        return self.as_seen(jitter(pixels, settings["brightness"], settings["contrast"])), labels
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Images as the network sees them outside training: scaled, resized and normalised.
@@ -160,14 +160,13 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
         """
         if images.dtype != torch.uint8:
             raise ValueError(f"the images are {images.dtype}; torch.uint8, from 0 to 255, was expected")
-        return self._as_seen((images if images.dim() == 4 else images.reshape(-1, 1, *images.shape[-2:])).float() / 255)
+        return self.as_seen((images if images.dim() == 4 else images.reshape(-1, 1, *images.shape[-2:])).float() / 255)
 
-    def _as_seen(self, pixels: Tensor) -> Tensor:
-        if self.image_size != pixels.shape[-1]:
+    def as_seen(self, pixels: Tensor) -> Tensor:
+        """Pixels (N, C, H, W) in 0..1, which may be overwritten: resized and normalised."""
+        if (size := self.image_size) != pixels.shape[-1]:
             # Antialiasing, as PIL does when it shrinks an image; enlarging one needs none.
-            pixels = F.interpolate(
-                pixels, self.image_size, mode="bilinear", antialias=self.image_size < pixels.shape[-1]
-            )
+            pixels = F.interpolate(pixels, size, mode="bilinear", antialias=size < pixels.shape[-1])
         mean, std = self.hparams["mean"], self.hparams["std"]
         if mean != 0 or std != 1:
             pixels = pixels.sub_(mean).div_(std)

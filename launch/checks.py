@@ -17,7 +17,7 @@ from inspection.stages import run_without_data, stages
 from launch.lightning_flags import check_trainer_settings
 from lit_modules import LitClassifier
 from lit_modules.execution.cuda_graphs import MODES
-from runs.settings import is_kept
+from runs.settings import is_kept, without_off
 
 # Must equal the checkpoint's even when it is only measured: the network, and the meaning of its outputs.
 LEARNED = ("model.net", "data.class_names")
@@ -160,7 +160,7 @@ def check_settings(stored: dict[str, Any], wanted: dict[str, Any], *, resume: bo
     scheduled = bool(wanted["model"]["scheduler"])
     for name, (then, now) in _differences(stored, wanted).items():
         if resume and name == "trainer.callbacks":
-            then, now = _own_callbacks(then), _own_callbacks(now)
+            then, now = without_off(_own_callbacks(then)), without_off(_own_callbacks(now))
         elif not (is_kept(name, scheduled) if resume else name.startswith(LEARNED)):
             continue
         if then != now:

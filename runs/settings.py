@@ -114,11 +114,20 @@ PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64
 def shaping(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a resolved configuration that tells runs apart, without the seed, under dotted names.
 
-    What is off (null, false, 0) is left out, so that older runs still match when a setting is added.
+    What is off is left out, so that older runs still match when a setting is added.
     """
-    found = {name: value for name, value in flat(config).items() if kind(name).parts and value not in (None, False)}
+    found = without_off({name: value for name, value in flat(config).items() if kind(name).parts})
     precision = found.get("trainer.precision")
     return found | ({"trainer.precision": PRECISIONS.get(str(precision), precision)} if precision else {})
+
+
+def without_off(value: Any) -> Any:
+    """The value without what is off (null, false, 0) in mappings, those in lists of callbacks too."""
+    if isinstance(value, list):
+        return [without_off(one) for one in value]
+    if isinstance(value, dict):
+        return {name: without_off(one) for name, one in value.items() if one not in (None, False)}
+    return value
 
 
 def flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:

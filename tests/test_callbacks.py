@@ -23,6 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
@@ -422,12 +423,41 @@ def test_the_recipe_trains_on_what_the_teacher_says(tmp_path, images):
     assert torch.cdist(seen, expected, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1).values.max() < 1e-4
 
 
+def test_a_consistent_teacher_sees_what_the_student_sees(tmp_path, images):
+    seen = []
+
+    class Spy(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append([part.clone() for part in batch])
+
+    augmented = {"crop_padding": 1, "horizontal_flip": True, "random_erasing": 0.5}
+    data = FashionMNISTDataModule(
+        str(images), val_size=297, batch_size=100, image_size=28, mean=0.286, std=0.353, **augmented
+    )
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    limits = {"max_steps": 2, "limit_val_batches": 0, "enable_model_summary": False}
+    teacher = Distillation(str(BETTER), 3, consistent=True)
+    pl.Trainer(accelerator="cpu", devices=1, callbacks=[teacher, Spy()], **quiet, **limits).fit(
+        LitClassifier(LeNet()), data
+    )
+    whole = FashionMNISTDataModule.load_from_checkpoint(BETTER)
+    better = LitClassifier.load_from_checkpoint(BETTER).eval()
+    for pixels, targets in seen:
+        bytes_seen = (pixels * 0.353 + 0.286).mul(255).round().to(torch.uint8)
+        with torch.no_grad():
+            expected = (better(whole.preprocess(bytes_seen)) / 3).softmax(dim=1)
+        assert torch.allclose(targets, expected, atol=1e-4)
+    assert len(seen) == 2 and not torch.equal(seen[0][1], seen[1][1])
+
+
 @pytest.mark.slow
-def test_a_taught_network_continues_bit_equal_and_keeps_no_teacher(tmp_path, images):
+@pytest.mark.parametrize("consistent", [False, True])
+def test_a_taught_network_continues_bit_equal_and_keeps_no_teacher(consistent, tmp_path, images):
     write(tmp_path / "run")
     recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     recipe["model"] |= {"mixup": 0, "cutmix": 0}
     teacher = {"class_path": "callbacks.distillation.Distillation", "init_args": {"teacher": "lenet"}}
+    teacher["init_args"]["consistent"] = consistent
     recipe["trainer"]["callbacks"].append(teacher)
     folder, data = tmp_path / "run", ("--data_dir", str(images))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))

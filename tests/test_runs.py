@@ -404,6 +404,14 @@ def test_a_run_in_the_precision_of_the_machine_or_of_a_short_name_is_recognised(
 
 
 @pytest.mark.slow
+def test_a_setting_that_is_off_makes_no_difference_to_older_runs() -> None:
+    def shape(**settings: object) -> dict:
+        callback = {"class_path": "callbacks.distillation.Distillation", "init_args": {"temperature": 2.0, **settings}}
+        return shaping({"model": {"label_smoothing": 0.0}, "trainer": {"callbacks": [callback]}})
+
+    assert shape() == shape(consistent=False) != shape(consistent=True)
+
+
 def test_a_killed_run_goes_on_in_its_own_folder(tmp_path: Path) -> None:
     arguments = (*TRAIN, "--batch_size", "8", "--max_epochs", "3")
     command = [sys.executable, str(REPO / "compare.py"), *arguments]

@@ -199,10 +199,11 @@ class PicturesDataModule(FashionMNISTDataModule):
             images = saturate(images, self.hparams["saturation"])
         return super().on_after_batch_transfer((images, labels), dataloader_idx)
 
-    def _as_seen(self, pixels: Tensor) -> Tensor:
+    def as_seen(self, pixels: Tensor) -> Tensor:
+        """Also made grey, where the network sees one channel."""
         if self.hparams["channels"] == 1 and pixels.shape[1] == 3:
             pixels = torch.einsum("nchw,c->nhw", pixels, pixels.new_tensor(LUMA))[:, None]
-        return super()._as_seen(pixels)
+        return super().as_seen(pixels)
 
     def fit_picture(self, picture: Image.Image, invert: Literal["auto", "always", "never"] = "auto") -> np.ndarray:
         """A picture of mode RGB or RGBA as those trained on are stored: (S, S) or (S, S, 3) uint8.
