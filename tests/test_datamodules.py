@@ -1398,7 +1398,7 @@ def test_a_fashion_mnist_checkpoint_is_not_tested_on_a_folder(tmp_path):
         assert "lenet.ckpt was trained on Fashion-MNIST; leave --data out" in answer.err
 
 
-@pytest.mark.parametrize(("memory", "kept"), [(16_000_000_000, None), (80_000, False)])
+@pytest.mark.parametrize(("memory", "kept"), [(16_000_000_000, True), (80_000, False)])
 def test_pictures_stay_off_a_gpu_whose_memory_they_would_fill(tmp_path, monkeypatch, memory, kept):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory, 80_000_000_000))
     folder = put_classes(tmp_path / "own", cat=20, dog=20)  # 40 of 16 x 16 x 3 bytes
@@ -1406,6 +1406,9 @@ def test_pictures_stay_off_a_gpu_whose_memory_they_would_fill(tmp_path, monkeypa
     trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda", 0)))
     data.trainer = trainer
     data.setup("fit")
+    assert data.hparams["dataset_on_device"] is kept
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80_000, 80_000_000_000))  # taken by the run
+    data.setup("test")
     assert data.hparams["dataset_on_device"] is kept
 
 
