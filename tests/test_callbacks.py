@@ -430,12 +430,12 @@ def test_a_consistent_teacher_sees_what_the_student_sees(tmp_path, images):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             seen.append([part.clone() for part in batch])
 
-    augmented = {"crop_padding": 1, "horizontal_flip": True, "random_erasing": 0.5}
+    augmented: Any = {"crop_padding": 1, "horizontal_flip": True, "random_erasing": 0.5}
     data = FashionMNISTDataModule(
         str(images), val_size=297, batch_size=100, image_size=28, mean=0.286, std=0.353, **augmented
     )
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    limits = {"max_steps": 2, "limit_val_batches": 0, "enable_model_summary": False}
+    quiet: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    limits: Any = {"max_steps": 2, "limit_val_batches": 0, "enable_model_summary": False}
     teacher = Distillation(str(BETTER), 3, consistent=True)
     pl.Trainer(accelerator="cpu", devices=1, callbacks=[teacher, Spy()], **quiet, **limits).fit(
         LitClassifier(LeNet()), data
@@ -456,8 +456,8 @@ def test_a_taught_network_continues_bit_equal_and_keeps_no_teacher(consistent, t
     write(tmp_path / "run")
     recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     recipe["model"] |= {"mixup": 0, "cutmix": 0}
-    teacher = {"class_path": "callbacks.distillation.Distillation", "init_args": {"teacher": "lenet"}}
-    teacher["init_args"]["consistent"] = consistent
+    settings = {"teacher": "lenet", "consistent": consistent}
+    teacher = {"class_path": "callbacks.distillation.Distillation", "init_args": settings}
     recipe["trainer"]["callbacks"].append(teacher)
     folder, data = tmp_path / "run", ("--data_dir", str(images))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
