@@ -43,7 +43,7 @@ class WarmupDecay(LambdaLR):
             # The first step already moves: (step + 1) keeps its rate above zero.
             if step + 1 <= warmup_steps:
                 return (step + 1) / warmup_steps
-            progress = min(1.0, max(0.0, step - warmup_steps) / max(1.0, total_steps - warmup_steps))
+            progress = min(1.0, (step - warmup_steps) / max(1.0, total_steps - warmup_steps))
             left = 1 - progress if shape == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
             return final + (1 - final) * left
 

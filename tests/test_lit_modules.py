@@ -177,9 +177,6 @@ def test_warmup_decay(shape, warmup):
     assert max(found) == pytest.approx(2.0)
     assert found[:peak] == pytest.approx([2.0 * (step + 1) / peak for step in range(peak)])
     assert found[peak:] == sorted(found[peak:], reverse=True)
-    if warmup < 1 and peak:
-        short = WarmupDecay(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0), 2, warmup, shape)
-        assert short.get_last_lr()[0] <= 2.0  # 0.6 steps of warm-up
     if warmup < 1:
         half = (peak + 20) / 2  # half way down both shapes are half way between peak and end
         assert found[int(half)] == pytest.approx(2.0 * 0.55, abs=0.25)
