@@ -237,11 +237,12 @@ def _list(jobs: list[Job], options: argparse.Namespace) -> None:
 
 
 def estimate(entry: Entry, results: Results, accelerator: str) -> float | None:
-    """Seconds of training, from runs of the same recipe on the same kind of device; None if there are none."""
+    """Seconds of training, from runs of the same network by this recipe on the same kind of device, or None."""
+    net = entry.config["model"]["net"]
     rates = [
         run.record["fit_seconds"] / (len(run.record["epochs"]) * run.record["train_images"])
         for (other, device), runs in results.runs.items()
-        if other.recipe == entry.recipe and device == accelerator
+        if (other.recipe, other.config["model"]["net"], device) == (entry.recipe, net, accelerator)
         for run in runs
         if "background" not in run.record
     ]

@@ -2043,8 +2043,11 @@ def test_patience_counts_epochs_however_often_one_validates(often: str, expected
 
 def test_the_best_accuracy_is_that_of_the_best_checkpoint(folder: Path) -> None:
     """Also where an epoch's best validation isn't its last."""
-    often = "--trainer.val_check_interval=0.34 --trainer.limit_val_batches=1.0 --trainer.limit_train_batches=12"
-    works("fit", *often.split(), "--lr=0.02", "--batch_size=8", "--val_size=200", "--max_epochs=4", folder=folder)
+    often = "--trainer.val_check_interval=40 --trainer.limit_val_batches=1.0 --trainer.limit_train_batches=120"
+    # The last third of the epoch spoils the network.
+    spoiled = "--model.scheduler=StepLR --model.scheduler.step_size=80 --model.scheduler.gamma=1000"
+    flags = (*often.split(), *spoiled.split(), "--model.scheduler_interval=step", "--lr=0.002")
+    works("fit", *flags, "--batch_size=32", "--val_size=200", "--max_epochs=1", folder=folder)
     run = folder / "logs/lenet/version_0"
     callbacks = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["callbacks"].values()
     (best,) = (state["best_model_score"] for state in callbacks if state.get("monitor") == "val/accuracy")

@@ -1,6 +1,7 @@
 """The plot of test accuracy against training time, from the records of `python -m benchmarks.results`."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from benchmarks.harness.side_by_side import PROJECT
-from benchmarks.readme.entries import Results
+from benchmarks.readme.entries import Results, machines
 from benchmarks.readme.rounding import accuracies
 from errors import MissingPackage
 from runs.plots import COLOURS, tidy
@@ -20,6 +21,7 @@ DIGEST = "points-sha256"  # a text in the PNG: the digest of what it was drawn f
 FAMILIES = {"reproduction": "tutorial's recipe", "best": "most accuracy", "fast": "most accuracy in little time"}
 UNITS = {"s": 1, "min": 60, "h": 3600}
 TIMES = {count * size: f"{count} {unit}" for unit, size in UNITS.items() for count in (1, 2, 5, 10, 30)}
+MARKERS = "osD^v<>"  # one for each machine, as times on two of them are not compared
 ACCURACIES = (0.1, 0.5, 0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97)
 
 
@@ -29,6 +31,7 @@ class Point(NamedTuple):
     name: str
     family: str
     device: str
+    machine: str
     accuracy: tuple[float, float, float]
     seconds: tuple[float, float, float]
 
@@ -41,7 +44,8 @@ def points(results: Results) -> list[Point]:
         if entry.family in FAMILIES and runs:
             seconds = [run.record["fit_seconds"] for run in runs]
             shares = [float(value) for value in accuracies(runs)]
-            found.append(Point(entry.recipe + entry.suffix, entry.family, device, _spread(shares), _spread(seconds)))
+            name, machine = entry.recipe + entry.suffix, machines(runs)
+            found.append(Point(name, entry.family, device, machine, _spread(shares), _spread(seconds)))
     return sorted(found, key=lambda point: (point.device, point.name))
 
 
@@ -61,11 +65,14 @@ def draw(found: Sequence[Point], path: Path) -> None:
     FigureCanvasAgg(figure)  # needed to measure how wide a text is
     axes: Any = figure.subplots()
     colours = dict(zip(FAMILIES, COLOURS, strict=False))
+    places = sorted({(point.device, point.machine) for point in found})
+    markers = dict(zip(places, itertools.cycle(MARKERS), strict=False))
     for point in found:
         (y, low, high), (x, least, most) = point.accuracy, point.seconds
         # As errors, on a logarithmic axis: from 95 to 96 % is further than from 75 to 76 %.
         fill = colours[point.family] if point.device == "gpu" else "white"
-        style: Any = {"color": colours[point.family], "markerfacecolor": fill, "marker": "o", "capsize": 2}
+        marker = markers[point.device, point.machine]
+        style: Any = {"color": colours[point.family], "markerfacecolor": fill, "marker": marker, "capsize": 2}
         axes.errorbar(x, 1 - y, [[high - y], [y - low]], [[x - least], [most - x]], markersize=7, linewidth=1, **style)
     axes.set(xscale="log", yscale="log", xlabel="training time", ylabel="test accuracy")
     axes.margins(y=0.15)
@@ -80,10 +87,10 @@ def draw(found: Sequence[Point], path: Path) -> None:
     tidy(axes)
     shown = {point.family for point in found}
     handles = [Line2D([], [], color=colours[name], marker="o", ls="", label=FAMILIES[name]) for name in sorted(shown)]
-    for device, fill in (("cpu", "white"), ("gpu", "#555555")):
-        if any(point.device == device for point in found):
-            circle: Any = {"color": "#555555", "markerfacecolor": fill, "marker": "o", "ls": ""}
-            handles.append(Line2D([], [], label=f"on a {device.upper()}", **circle))
+    for (device, machine), marker in markers.items():
+        fill = "#555555" if device == "gpu" else "white"
+        symbol: Any = {"color": "#555555", "markerfacecolor": fill, "marker": marker, "ls": ""}
+        handles.append(Line2D([], [], label=f"on {machine}", **symbol))
     axes.legend(handles=handles, loc="lower right", frameon=False, fontsize=9)
     _label(figure, axes, found)
     path.parent.mkdir(parents=True, exist_ok=True)

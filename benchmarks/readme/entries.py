@@ -146,6 +146,12 @@ def read_results(folder: Path, more: tuple[str, ...] = ()) -> Results:
     return results
 
 
+def machines(runs: Iterable[Run]) -> str:
+    """Their GPUs or CPUs; of a GPU without maker and memory."""
+    left_out = r"\bNVIDIA |[ -](SXM\d-)?\d+GB.*|\(R\)| Processor"
+    return " / ".join(dict.fromkeys(re.sub(left_out, "", run.machine) for run in runs))
+
+
 @cache
 def resolve(recipe: str, flags: tuple[str, ...]) -> dict[str, Any]:
     """The configuration that train.py makes of a recipe and flags.

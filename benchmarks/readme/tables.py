@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from benchmarks.harness.side_by_side import PROJECT
-from benchmarks.readme.entries import RECORD, Entry, Results, resolve
+from benchmarks.readme.entries import RECORD, Entry, Results, machines, resolve
 from benchmarks.readme.rounding import accuracies, counted, down, duration, mean_and_range, share, span, up
 from cli.recipes import load_yaml
 from errors import UserError
@@ -231,7 +231,7 @@ def _command(entry: Entry, language: Language) -> tuple[str, str]:
 def _place(runs: Sequence[Run], device: str, language: Language) -> str:
     """The machines, and of CPUs the number of cores."""
     cores = {run.record["machine"].get("cores") for run in runs} if device == "cpu" else set()
-    return _machines(runs) + "".join(TEXTS["cores"][language.number].format(count) for count in cores if count)
+    return machines(runs) + "".join(TEXTS["cores"][language.number].format(count) for count in cores if count)
 
 
 def throughput_table(record: dict[str, Any] | None, language: Language) -> str:
@@ -330,7 +330,7 @@ def _score(runs: Sequence[Run], language: Language) -> tuple[str, str]:
 def _time(runs: Sequence[Run], device: str, results: Results) -> str:
     """Mean time of training, and where."""
     time, timed = _timed(runs, device, results)
-    return f"{time}, {_machines(timed) if device == 'gpu' else 'CPU'}" if time else ""
+    return f"{time}, {machines(timed)}" if time else ""
 
 
 def _timed(runs: Sequence[Run], device: str, results: Results) -> tuple[str, Sequence[Run]]:
@@ -347,11 +347,6 @@ def _timed(runs: Sequence[Run], device: str, results: Results) -> tuple[str, Seq
         seconds = [run.record["max_epochs"] * run.record["train_images"] / rate for run, rate in rates]
         return f"≈ {duration(fmean(seconds))}", [run for run, _ in rates]
     return f"≤ {duration(max(run.record['fit_seconds'] for run in runs))}", runs
-
-
-def _machines(runs: Sequence[Run]) -> str:
-    """Their GPUs or CPUs; of a GPU without maker and memory."""
-    return " / ".join(dict.fromkeys(re.sub(r"\bNVIDIA |[ -](SXM\d-)?\d+GB.*", "", run.machine) for run in runs))
 
 
 def _rate_of(run: Run, device: str, results: Results) -> float | None:
