@@ -350,9 +350,9 @@ def test_scores_are_those_of_the_records(results: Results) -> None:
             assert -1e-12 <= spread[0] - statistics.stdev(shares) < 1e-4
             assert spread[1:] == [min(shares), max(shares)]
         assert row[8] == f"{len(runs)} ({sum(share < 0.15 for share in shares)})"
-        if device == "cpu" and row[9].endswith(" s, CPU"):
+        if device == "cpu" and (time := re.match(r"(\d+) s, ", row[9])):
             seconds = statistics.mean(run.record["fit_seconds"] for run in runs)
-            assert 0 <= float(row[9].removesuffix(" s, CPU")) - seconds < 1
+            assert 0 <= float(time[1]) - seconds < 1
         checked += 1
     assert checked >= 3
 
@@ -486,10 +486,10 @@ def test_scores_are_never_rounded_up() -> None:
     ]
 
 
-def test_the_speedruns_board_has_the_shortest_first_and_leaves_out_what_ran_beside_other_work(results: Results) -> None:
+def test_the_speedruns_board_has_the_shortest_first_and_leaves_out_what_ran_beside_others(results: Results) -> None:
     whole = rows(table("speedrun", results))[2:]
-    times = [float(row[2].replace(",", "")) for row in whole]
-    assert times == sorted(times) and len(times) >= 4
+    order = [(row[5], float(row[2].replace(",", ""))) for row in whole]  # times on different machines are not compared
+    assert order == sorted(order) and len(order) >= 4
     (entry, device), runs = next(item for item in results.runs.items() if item[0][0].name == "fast-1min")
     beside = [Run(run.folder, run.record | {"background": True}) for run in runs[1:]]
     some = Results(results.entries, {(entry, device): [runs[0], *beside]})

@@ -153,7 +153,7 @@ def _first(results: Results, language: Language) -> str:
 
 
 def _speedrun(results: Results, language: Language) -> str:
-    """The entries of the family fast, the shortest training first; runs beside other work don't count."""
+    """The entries of the family fast by machine, the shortest training first; runs beside other work don't count."""
     board = []
     for (entry, device), every in results.runs.items():
         runs = [run for run in every if "background" not in run.record]
@@ -161,9 +161,9 @@ def _speedrun(results: Results, language: Language) -> str:
             seconds = fmean(run.record["fit_seconds"] for run in runs)
             seeds = TEXTS["seeds"][language.number].format(len(runs), SPEEDRUN_SEEDS)
             score = mean_and_range(accuracies(runs), language.to)
-            row = (*_command(entry, language), up(seconds, 1), score, seeds, _place(runs, device, language))
-            board.append((seconds, row))
-    return _markdown([_header("speedrun", language), *(row for _, row in sorted(board))], left=2)
+            place = _place(runs, device, language)
+            board.append((place, seconds, (*_command(entry, language), up(seconds, 1), score, seeds, place)))
+    return _markdown([_header("speedrun", language), *(row for *_, row in sorted(board))], left=2)
 
 
 def _photographs(folder: Path, language: Language) -> str:
