@@ -80,9 +80,7 @@ def _run(arguments: list[str]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, so that the folder is removed
     # Ctrl-C is how the page is closed.
     with suppress(KeyboardInterrupt), tempfile.TemporaryDirectory() as folder:
-        for name in ("http_proxy", "https_proxy", "all_proxy"):  # through which Gradio would look for its own page
-            os.environ.pop(name, None)
-            os.environ.pop(name.upper(), None)
+        os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"  # of the system too: Gradio looks for its own page
         os.environ["GRADIO_TEMP_DIR"] = folder  # for what is uploaded; read when Gradio is imported
         from pictures.page import serve  # here, not above: torch and Gradio take seconds to import
 

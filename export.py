@@ -49,6 +49,8 @@ def main(arguments: list[str]) -> int:
 def _run(arguments: list[str]) -> None:
     refuse_pasted_dashes(arguments)
     options: Any = parser().parse_args(arguments)
+    if not options.ckpt_path.name:
+        raise UserError("--ckpt_path needs the path of a checkpoint")
     suffix = SUFFIXES[options.format]
     output = options.output or options.ckpt_path.with_suffix(suffix)
     if output.suffix != suffix:

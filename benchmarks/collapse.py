@@ -32,6 +32,7 @@ from benchmarks.harness.side_by_side import print_table
 from benchmarks.peers.plain_loops import build
 from cli.recipes import read_recipe
 from datamodules import FashionMNISTDataModule
+from errors import run_program
 from lit_modules import LitClassifier
 
 CHANCE = 0.15  # validation accuracy up to which ten classes count as guessed
@@ -277,4 +278,4 @@ def _tell(name: str, variant: str, one: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("benchmarks.collapse", main))

@@ -7,6 +7,7 @@ Command: python -m benchmarks.data_path --data_dir DIR
 """
 
 import argparse
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from benchmarks.harness.our_turns import StepTurns, command
 from benchmarks.harness.side_by_side import Contestant, Turns, contest, median, print_table, ratios, spread
 from benchmarks.peers.plain_loops import WORKERS, PictureDataset, endless
 from datamodules import FashionMNISTDataModule
+from errors import run_program
 
 SIZES = (28, 96, 224)
 PADDING = 2
@@ -97,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("benchmarks.data_path", main))

@@ -8,6 +8,7 @@ Command: python -m benchmarks.folder --folder path/to/photos --data_dir DIR
 """
 
 import argparse
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from benchmarks.harness.our_turns import StepTurns, command
 from benchmarks.harness.side_by_side import Contestant, Turns, contest, median, print_table, ratios, spread
 from benchmarks.peers.plain_loops import WORKERS, endless
 from cli.recipes import read_recipe
+from errors import run_program
 from models import VGG
 
 RECIPE = "fast/1min"
@@ -88,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("benchmarks.folder", main))

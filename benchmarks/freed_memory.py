@@ -7,6 +7,7 @@ Networks without such tensors show only noise.
 Command: python -m benchmarks.freed_memory --data_dir DIR
 """
 
+import sys
 from functools import partial
 
 from benchmarks.harness.our_turns import StepTurns, command
@@ -20,6 +21,7 @@ from benchmarks.harness.side_by_side import (
     spread,
     write_record,
 )
+from errors import run_program
 from launch.memory import keep_freed_memory
 
 RECIPES = ("lenet", "fast/1min", "vgg11_small", "alexnet", "nin", "googlenet")
@@ -52,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("benchmarks.freed_memory", main))

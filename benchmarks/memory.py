@@ -8,6 +8,7 @@ Command: python -m benchmarks.memory
 """
 
 import argparse
+import sys
 import time
 import weakref
 from contextlib import nullcontext
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.harness import side_by_side
 from benchmarks.harness.side_by_side import print_table, trained
 from benchmarks.peers.plain_loops import ours
+from errors import run_program
 from lit_modules.execution.activation_checkpointing import apply_activation_checkpointing
 
 NETWORKS = ("lenet", "alexnet", "vgg11", "vgg19", "nin", "googlenet")
@@ -150,4 +152,4 @@ def _cell(entry: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("benchmarks.memory", main))

@@ -6,6 +6,7 @@ test images. The others are noise, and the pictures of each --folder, read and c
 Command: python -m benchmarks.not_sure --folder path/to/digits --folder path/to/hats --data_dir DIR
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torchmetrics.functional.classification import binary_auroc
 
 from benchmarks.harness.side_by_side import Parser, print_table, write_record
 from datamodules import CLASS_NAMES, FashionMNISTDataModule
+from errors import run_program
 from lit_modules import LitClassifier
 from pictures.predict import as_batch, read_pictures
 from weights import WEIGHTS
@@ -60,4 +62,4 @@ def _share(scores: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("benchmarks.not_sure", main))

@@ -9,6 +9,7 @@ Command: python -m benchmarks.precision --data_dir DIR
 
 import math
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from itertools import product
@@ -16,6 +17,7 @@ from typing import Any
 
 from benchmarks.harness import side_by_side
 from benchmarks.harness.side_by_side import print_table, ratios, spread, train_in_background, trained
+from errors import run_program
 
 PRECISIONS = ("32", "bf16-mixed")
 # Six times 50 batches of 32; half of the test images, which take as long.
@@ -112,4 +114,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("benchmarks.precision", main))

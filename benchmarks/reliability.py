@@ -31,7 +31,7 @@ import torch
 import launch.run  # noqa: F401  # before forking, so that the children need not import it
 from checkpoints.reading import read_checkpoint
 from checkpoints.writing import AtomicCheckpointIO
-from errors import UserError
+from errors import UserError, run_program
 from runs.record import write_json
 
 PROJECT = Path(__file__).parents[1]
@@ -196,4 +196,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("benchmarks.reliability", main))

@@ -10,6 +10,7 @@ Command: python -m benchmarks.scaling --data_dir DIR
 """
 
 import os
+import sys
 import time
 from statistics import median
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from benchmarks.harness import side_by_side
 from benchmarks.harness.side_by_side import print_table, trained
 from benchmarks.peers.plain_loops import build
+from errors import run_program
 
 # Bytes a second that each GPU sends and receives at once: NVLink 4 of H100 and H200 (900 GB/s both ways), as NVIDIA's
 # data sheets state, and one 400 Gbit/s network port a GPU between nodes.
@@ -98,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("benchmarks.scaling", main))

@@ -10,6 +10,7 @@ Command: python -m benchmarks.speedrun --data_dir DIR
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +19,7 @@ from typing import Any
 
 from benchmarks.harness import side_by_side
 from benchmarks.harness.side_by_side import checked, print_table, trained
+from errors import run_program
 
 ENTRIES = [(90.0, "lenet"), (92.0, "fast/1min")]  # mean test accuracy wanted, in percent, and a recipe
 # Issue: seconds to an accuracy; the GPU is an H200.
@@ -87,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("benchmarks.speedrun", main))

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Callback
 
 from benchmarks.harness import side_by_side
 from benchmarks.harness.side_by_side import PROJECT, print_table, python_path
+from errors import run_program
 
 IMPORT = "import lightning.pytorch.cli"
 ANSWER_LIMIT = 0.5  # issue: seconds for help and mistakes
@@ -75,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("benchmarks.startup", main))

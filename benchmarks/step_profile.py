@@ -7,6 +7,7 @@ Command: python -m benchmarks.step_profile
 """
 
 import multiprocessing
+import sys
 import time
 import timeit
 from collections import defaultdict
@@ -22,6 +23,7 @@ from benchmarks.harness.side_by_side import print_table, synchronize
 from benchmarks.peers.plain_loops import matrix_product, ours
 from benchmarks.throughput import NETWORKS, training_flops_by_operation
 from cli.recipes import read_recipe
+from errors import run_program
 from launch.memory import keep_freed_memory
 
 WARM_UP = 6  # steps, until VGG has collected the memory that is kept
@@ -129,4 +131,4 @@ def _peak(device: str) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("benchmarks.step_profile", main))

@@ -38,6 +38,7 @@ from benchmarks.memory import training_bytes
 from benchmarks.peers.plain_loops import build
 from cli.recipes import read_recipe
 from datamodules.files.finding import load, prepare
+from errors import run_program
 from launch.trainer import cpu_has_bfloat16
 
 NETWORKS = ("lenet", "alexnet", "vgg11", "nin", "googlenet")
@@ -262,4 +263,4 @@ def _in_bf16(ours: list[str], device: str) -> Contestant:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("benchmarks.throughput", main))

@@ -8,6 +8,7 @@ Command: python -m benchmarks.trainer_overhead --data_dir DIR
 """
 
 import argparse
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from benchmarks.harness.our_turns import EPOCHS, EpochTurns, command, float32
 from benchmarks.harness.side_by_side import Contestant, Turns, contest, median, print_table, ratios, spread
 from datamodules.batches import TrainBatches
 from datamodules.files.finding import load, prepare
+from errors import run_program
 from launch.memory import keep_freed_memory
 from lit_modules.schedules import WarmupDecay
 from models import LeNet
@@ -109,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("benchmarks.trainer_overhead", main))

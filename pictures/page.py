@@ -205,7 +205,8 @@ def serve(checkpoints: Sequence[Path], host: str, port: int, folder: Path, trust
     except OSError as error:
         raise RunError(f"{host}:{port} can't be used: {str(error).partition('.')[0]}; give another --port") from None
     try:
-        print(f"Open http://{host}:{port} in a browser; Ctrl-C stops it.", flush=True)
+        here = "127.0.0.1" if host == "0.0.0.0" else host  # Windows opens no 0.0.0.0
+        print(f"Open http://{here}:{port} in a browser; Ctrl-C stops it.", flush=True)
         while True:
             time.sleep(1)  # Windows lets no Ctrl-C end a longer wait
     finally:

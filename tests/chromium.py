@@ -72,7 +72,7 @@ class Page:
         """The value of a JavaScript expression."""
         return self.send("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
 
-    def wait(self, expression: str, seconds: float = 60) -> Any:
+    def wait(self, expression: str, seconds: float = 300) -> Any:
         """The first value of the expression that is true; fails when none is for so long."""
         end = time.monotonic() + seconds
         while not (value := self.evaluate(expression)):

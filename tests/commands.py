@@ -26,7 +26,7 @@ class Answer(NamedTuple):
     err: str
 
 
-def run(*arguments: str, folder: Path, timeout: float = 120) -> Answer:
+def run(*arguments: str, folder: Path, timeout: float = 600) -> Answer:
     """`python train.py ARGUMENTS` in a folder."""
     command = [sys.executable, str(REPO / "train.py"), *arguments]
     done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
@@ -34,7 +34,7 @@ def run(*arguments: str, folder: Path, timeout: float = 120) -> Answer:
 
 
 def run_forked(
-    *arguments: str, folder: Path, timeout: float = 120, prepare: Callable[[], None] | None = None
+    *arguments: str, folder: Path, timeout: float = 600, prepare: Callable[[], None] | None = None
 ) -> Answer:
     """The same, in a process that is forked from one that has imported torch and Lightning: seconds less.
 

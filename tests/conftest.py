@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; idle OpenMP threads spin
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; idle OpenMP threads spin
+os.environ["no_proxy"] = "127.0.0.1,localhost"  # the tests' own servers
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # As under nohup in the background. The processes of the tests would inherit it, and some are sent a Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -150,7 +150,7 @@ def start(folder: Path, *more: str, environment: dict[str, str] | None = None) -
         text=True,
         start_new_session=True,
     )
-    end = time.monotonic() + 90
+    end = time.monotonic() + 300
     while not (folder / "pid-0").exists():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < end, "training did not begin"

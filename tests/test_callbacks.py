@@ -165,6 +165,7 @@ def test_spoilt_weights_are_never_saved_where_the_loss_is_not_looked_at(spoilt: 
 
 def optimum(logits, labels):
     """By brute force."""
+    logits = logits.double()
     temperatures = torch.linspace(math.log(0.2), math.log(20), 20_001).exp()
     losses = [F.cross_entropy(logits / temperature, labels) for temperature in temperatures[::20]]
     near = int(torch.stack(losses).argmin()) * 20
@@ -268,6 +269,7 @@ def drawn(images: int, classes: int = 10, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize(("images", "classes", "gaussians"), [(2000, 10, 10), (150, 10, 0), (2000, 100, 0)])
 def test_what_is_unlike_the_validation_images_scores_above_1(images, classes, gaussians):
+    torch.manual_seed(0)
     fitted = fitted_to(drawn(images, classes))
     assert len(fitted.means) == gaussians
     assert (fitted.score(drawn(images, classes)) > 1).float().mean() == pytest.approx(0.05, abs=0.01)
@@ -996,7 +998,9 @@ def test_features_of_a_grey_image_are_torchvisions(cache, batch_norm, channels, 
         found = net.features(((grey - mean) / std).expand(-1, channels, -1, -1))
         expected = theirs((grey.expand(-1, 3, -1, -1) - imagenet[0]) / imagenet[1])
     assert expected[..., 2:5, 2:5].std() > 0.01
-    torch.testing.assert_close(found[..., 2:5, 2:5], expected[..., 2:5, 2:5], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        found[..., 2:5, 2:5], expected[..., 2:5, 2:5], rtol=1e-4, atol=1e-4 * expected.abs().max().item()
+    )
     for key in ("classifier.0", "classifier.3"):
         for kind in ("weight", "bias"):
             assert torch.equal(net.state_dict()[f"{key}.{kind}"], cache[name][f"{key}.{kind}"])

@@ -70,7 +70,7 @@ def test_kills_while_writing_leave_a_valid_checkpoint(tmp_path: Path) -> None:
         writer = multiprocessing.get_context("forkserver").Process(target=keep_writing, args=(path,))
         writer.start()
         deadline = time.monotonic() + 60
-        while not done.exists() and time.monotonic() < deadline:
+        while not (done.exists() and "\n" in done.read_text()) and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(random.uniform(0, 0.1))
         writer.kill()

@@ -240,7 +240,16 @@ def test_loss_and_accuracy_are_those_of_all_images(smoothing, tmp_path):
         assert watch.metrics[0][f"{stage}/accuracy"] == pytest.approx(accuracy.item(), rel=1e-6)
 
 
+def test_losses_in_half_precision_are_summed_in_float64():
+    metrics = StageMetrics("train", num_classes=10)
+    metrics["loss"].set_dtype(torch.float64)
+    logits, labels = torch.zeros(100, 10), torch.zeros(100, dtype=torch.long)
+    metrics.add_trained([(torch.tensor(loss, dtype=torch.bfloat16), logits, labels) for loss in (1.0, 1.0078125)])
+    assert metrics.compute()["train/loss"] == 1.00390625
+
+
 def test_mixup_blends_pairs_of_images_and_labels():
+    torch.manual_seed(0)
     mix = LitClassifier(linear(), mixup=0.4).mix
     assert mix is not None
     images, labels = torch.rand(10, 1, 28, 28), torch.arange(10)
@@ -253,6 +262,7 @@ def test_mixup_blends_pairs_of_images_and_labels():
 
 
 def test_cutmix_pastes_as_much_as_the_target_says():
+    torch.manual_seed(0)
     mix = LitClassifier(linear(), cutmix=1.0).mix
     assert mix is not None
     images, labels = torch.rand(10, 1, 28, 28), torch.arange(10)

@@ -41,7 +41,9 @@ CORE_LINES, FILE_LINES, CLASS_LINES, FUNCTION_LINES, CLI_LINES = 1300, 350, 215,
 @cache
 def product() -> tuple[Path, ...]:
     """Every Python file of the project, tests and benchmarks aside."""
-    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=REPO, capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["git", "-c", "safe.directory=*", "ls-files", "*.py"], cwd=REPO, capture_output=True, text=True, check=True
+    )
     paths = [Path(name) for name in listed.stdout.split()]
     return tuple(path for path in paths if path.parts[0] not in ("tests", "benchmarks") and (REPO / path).exists())
 

@@ -84,6 +84,8 @@ def pack(ckpt_path: Path, output: Path | None, record_path: Path | None, data_di
         _listed_record(known) if known else _read_record(record_path or ckpt_path.resolve().parents[1] / "record.json")
     )
     classifier, data, checkpoint = load_trained(ckpt_path)
+    if type(data) is not FashionMNISTDataModule:
+        raise UserError(f"{ckpt_path} was trained on other data; weights/ holds networks for Fashion-MNIST alone")
     recipe = str(checkpoint.get("recipe") or "unnamed")
     if recipe != record["recipe"]:
         raise UserError(f"the record is of a run of {record['recipe']}, the checkpoint of {recipe}; give --record FILE")
