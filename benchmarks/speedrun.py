@@ -54,7 +54,10 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true", help="with the airbench-style loop")
     parser.add_argument("--peer_flags", default="", help="its flags, in quotes: --width, --epochs")
     options = parser.parse_args()
-    entries = [(float(accuracy), recipe) for accuracy, recipe in options.entry or ENTRIES]
+    try:
+        entries = [(float(accuracy), recipe) for accuracy, recipe in options.entry or ENTRIES]
+    except ValueError as error:
+        parser.error(f"--entry takes a test accuracy in percent, then a recipe: {error}")
     begun = time.monotonic()
     contenders: list[Callable[[int], dict[str, Any]]] = [partial(run, recipe, options) for _, recipe in entries]
     contenders += [partial(run_peer, options)] if options.peer else []

@@ -8,6 +8,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from errors import UserError
+
 
 class EMA(WeightAveraging):
     """Averages weights and batch norm statistics after each optimiser step (Polyak and Juditsky 1992,
@@ -25,6 +27,7 @@ class EMA(WeightAveraging):
 
     Raises:
         ValueError: If the decay is not in [0, 1).
+        UserError: When training begins, if the weights are numbers of 16 bits.
     """
 
     def __init__(self, decay: float = 0.999) -> None:
@@ -35,6 +38,10 @@ class EMA(WeightAveraging):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Copy the network to the device that it will be trained on."""
+        if stage == TrainerFn.FITTING and trainer.precision in ("bf16-true", "16-true"):
+            given = trainer.precision
+            problem = f"--precision {given} would round away the steps of averaged weights; take {given[:-4]}mixed"
+            raise UserError(problem if trainer.is_global_zero else "")
         self._device = trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
         if stage == TrainerFn.FITTING:

@@ -98,7 +98,7 @@ class EvalBatches(_DealtOut):
 
     def __init__(self, count: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         super().__init__(count, rank, world_size)
-        self.batches = torch.arange(count).split(batch_size)
+        self.batches = torch.arange(count).split(batch_size) if count else ()
 
     def __len__(self) -> int:
         return -(-len(self.batches) // self.num_replicas)
@@ -111,6 +111,6 @@ class EvalBatches(_DealtOut):
 
 def leave_signals_to_main(worker: int) -> None:
     """Signals go to the whole process group; the main process ends the workers when it has saved a checkpoint."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

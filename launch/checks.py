@@ -125,7 +125,7 @@ def check_input(net: nn.Module, shape: tuple[int, int, int], num_classes: int) -
             _, total = stages(net, shape)
     except NotImplementedError:
         return  # it needs data: training will show
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
         size = "x".join(map(str, shape))
         raise UserError(
             f"{name} can't take images of {size} (channels x height x width): {one_line(str(error))}"

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, Literal
 
 from torch.optim import Optimizer
@@ -52,8 +53,10 @@ class WarmupDecay(LambdaLR):
 
 def open_lengths(scheduler: Callable) -> list[str]:
     """The arguments of a schedule that stand for the length of the run: those left at None or -1."""
-    given, names = getattr(scheduler, "keywords", {}), ("total_steps", "T_max", "total_iters")
-    return [name for name in names if given.get(name, 0) in (None, -1)]
+    given = {name: it.default for name, it in signature(scheduler).parameters.items()} | getattr(
+        scheduler, "keywords", {}
+    )
+    return [name for name in ("total_steps", "T_max", "total_iters") if given.get(name, 0) in (None, -1)]
 
 
 def of_length(scheduler: Callable, optimizer: Optimizer, total: int | float) -> Any:

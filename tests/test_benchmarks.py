@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import DATA, REPO, whole_set
+from commands import DATA, ENVIRONMENT, REPO, whole_set
 from torch import nn
 from torch.nn import functional as F
 
@@ -251,6 +251,18 @@ def test_benchmark_writes_a_record(name, tmp_path):
     assert all(math.isfinite(number) and number >= 0 for number in numbers)
     assert "|" in done.stdout  # the table
     assert "Record:" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mistake", ["throughput --networks lenett", "speedrun --entry 94 best/vgg61", "speedrun --entry x lenet"]
+)
+def test_a_mistake_is_one_line(mistake: str, tmp_path: Path) -> None:
+    name, *arguments = mistake.split()
+    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments, "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=PROJECT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "error: " in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

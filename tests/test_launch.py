@@ -623,18 +623,25 @@ def test_a_run_goes_on_in_the_precision_that_it_began_in(tmp_path, recipe):
     assert "precision 32-true" in out
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
-def test_weights_may_have_another_precision_than_float32(tmp_path, precision):
-    """With an average of them, and with class weights; losses are summed in float64 all the same."""
-    more = ["--model", "best/lenet", "--precision", precision, "--class_weights"]
+@pytest.mark.parametrize(("precision", "recipe"), [("bf16-true", "lenet"), ("64-true", "best/lenet")])
+def test_weights_may_have_another_precision_than_float32(tmp_path, precision, recipe):
+    """With class weights, and with averages where these can move; losses are summed in float64 all the same."""
+    more = ["--model", recipe, "--precision", precision, "--class_weights"]
     fit = good(run_forked("fit", *LENET[2:], *FAST, *more, folder=tmp_path))
-    saved = torch.load(tmp_path / "logs/best/lenet/version_0/checkpoints/last.ckpt", weights_only=True)
+    saved = torch.load(tmp_path / f"logs/{recipe}/version_0/checkpoints/last.ckpt", weights_only=True)
     weights = saved["state_dict"]["net.classifier.5.weight"]
     assert weights.dtype == {"bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
-    assert "61,750" in fit
-    (epoch,) = record(tmp_path / "logs/best/lenet/version_0")["epochs"]
+    assert ("61,706" if recipe == "lenet" else "61,750") in fit
+    (epoch,) = record(tmp_path / f"logs/{recipe}/version_0")["epochs"]
     loss = torch.tensor(epoch["val/loss"], dtype=torch.float64)
     assert loss != loss.bfloat16()
+
+
+def test_numbers_of_16_bits_hold_no_average(tmp_path):
+    more = ["--model", "best/lenet", "--precision", "bf16-true"]
+    answer = run_forked("fit", *LENET[2:], *FAST, *more, folder=tmp_path)
+    assert answer.code == 2 and answer.err.count("\n") == 1
+    assert "averaged weights; take bf16-mixed" in answer.err
 
 
 # ---- Every mistake ends with one line on standard error and exit code 2; nothing is written. All processes are real.

@@ -21,6 +21,7 @@ from filelock import BaseFileLock, FileLock
 from torch import Tensor
 
 from datamodules.files.download import MIRRORS, TIMEOUT, fetch
+from errors import replace_file
 
 # Data set -> name of the uncompressed file -> its length in bytes and the SHA-256 of its content.
 KNOWN = {
@@ -268,6 +269,6 @@ def _install(folder: Path, name: str, data: bytes, data_set: str) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(target)
+        replace_file(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ from datamodules.files.decoding import VERSION, Cache, Fit, decode, fit_square
 from datamodules.files.download import TIMEOUT
 from datamodules.files.finding import DatasetError
 from datamodules.files.listing import File, Listing, hold_out, printable
-from errors import one_line
+from errors import one_line, replace_file
 
 # Sets in which each picture has one class. The name is the class's in lower case; of EMNIST also with a split.
 EMNIST = {"emnist": "balanced", "emnist_letters": "letters", "emnist_digits": "digits", "emnist_byclass": "byclass"}
@@ -219,7 +219,7 @@ def _move_into(folder: Path, place: Path) -> None:
         if path.is_dir() and (place / path.name).is_dir():  # of another archive of the set
             _move_into(path, place / path.name)
         else:
-            path.replace(place / path.name)
+            replace_file(path, place / path.name)
 
 
 def _decompress_whole(
@@ -227,7 +227,7 @@ def _decompress_whole(
 ) -> None:
     to_path = to_path or str(Path(from_path).with_suffix(""))
     decompress(from_path, f"{to_path}.partial", remove_finished)
-    Path(f"{to_path}.partial").replace(to_path)
+    replace_file(Path(f"{to_path}.partial"), Path(to_path))
 
 
 def _labels(name: str, one: Any) -> tuple[list[int], list[Image.Image]]:

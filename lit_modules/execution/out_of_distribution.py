@@ -83,6 +83,6 @@ def _parts(logits: Tensor, fitted: OutOfDistribution) -> Tensor:
     energy = -logits.logsumexp(dim=1)
     if not len(fitted.means):
         return torch.stack([torch.zeros_like(energy), energy], dim=1)
-    apart = logits[:, None] - fitted.means.to(logits)
-    squares = torch.einsum("nkc,kcd->nkd", apart, fitted.whitening.to(logits)).square().sum(dim=2)
+    gaussians = zip(fitted.means.to(logits), fitted.whitening.to(logits), strict=True)  # at once they'd fill the memory
+    squares = torch.stack([((logits - mean) @ factor).square().sum(dim=1) for mean, factor in gaussians], dim=1)
     return torch.stack([(squares + fitted.log_volumes.to(logits)).amin(dim=1), energy], dim=1)
