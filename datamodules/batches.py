@@ -111,6 +111,5 @@ class EvalBatches(_DealtOut):
 
 def leave_signals_to_main(worker: int) -> None:
     """Signals go to the whole process group; the main process ends the workers when it has saved a checkpoint."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for name in {"SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"} & set(dir(signal)):  # Windows has two of them
+        signal.signal(getattr(signal, name), signal.SIG_IGN)

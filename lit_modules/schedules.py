@@ -53,9 +53,8 @@ class WarmupDecay(LambdaLR):
 
 def open_lengths(scheduler: Callable) -> list[str]:
     """The arguments of a schedule that stand for the length of the run: those left at None or -1."""
-    given = {name: it.default for name, it in signature(scheduler).parameters.items()} | getattr(
-        scheduler, "keywords", {}
-    )
+    parameters, given = signature(scheduler).parameters, getattr(scheduler, "keywords", {})
+    given = {name: parameter.default for name, parameter in parameters.items()} | given
     return [name for name in ("total_steps", "T_max", "total_iters") if given.get(name, 0) in (None, -1)]
 
 
