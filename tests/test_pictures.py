@@ -309,18 +309,13 @@ def test_garments_are_cut_out_of_a_patterned_ground():
 # Accuracy
 
 
-def train(folder, *flags):
-    answer = run_forked(
-        "fit", "--model=lenet", "--accelerator=cpu", "--log_dir=logs", *flags, folder=folder, timeout=600
-    )
-    assert answer.code == 0, answer.err
-    return folder / "logs" / "lenet" / "version_0" / "checkpoints" / "best.ckpt"
+LENET, VGG11 = REPO / "weights" / "lenet.ckpt", REPO / "weights" / "vgg11_quarter.ckpt"
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    flags = f"--data_dir={DATA} --val_size=300 --batch_size=32 --max_epochs=12"
-    return train(tmp_path_factory.mktemp("sample"), *flags.split())
+def checkpoint():
+    """The same on every machine, as what is measured with a network that was trained here would not be."""
+    return LENET
 
 
 @pytest.fixture(scope="module")
@@ -633,7 +628,6 @@ def test_long_names_lose_their_middle():
 # ---- The page of demo.py: its answers, and the whole of it in a browser.
 
 CHROMIUM = find_chromium()
-LENET, VGG11 = REPO / "weights" / "lenet.ckpt", REPO / "weights" / "vgg11_quarter.ckpt"
 needs_gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="the package gradio is missing")
 
 
