@@ -53,7 +53,7 @@ class StageMetrics(MetricCollection):
     def add_trained(self, batches: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
         """Count training batches (mean loss, logits, labels) at once; returns the mean of their losses."""
         losses, logits, labels = zip(*batches, strict=True)
-        counts = torch.tensor([float(len(batch)) for batch in labels], dtype=torch.float32, device=losses[0].device)
+        counts = torch.tensor([len(batch) for batch in labels], dtype=torch.float32, device=losses[0].device)
         self["loss"].update(torch.stack(losses) * counts, counts)
         self["accuracy"].update(torch.cat(logits).float(), torch.cat(labels))
         return torch.stack(losses).mean()

@@ -1010,8 +1010,10 @@ def test_signal_to_the_whole_group_with_workers(
     folder = write(tmp_path / "run", num_workers=2)
     process = start(folder, "--devices", str(devices), "--batch_size", str(250 // devices))
     os.killpg(process.pid, signum)
+    began = time.monotonic()
     answer = finish(process, timeout=HANGS)
     assert answer.code == code, answer.err
+    assert time.monotonic() - began < 30
     assert "Traceback" not in answer.err
     assert answer.err.count("Stopped by") == 1
     assert checkpoint(folder)["global_step"] > 5
@@ -1053,6 +1055,7 @@ def test_stop_while_processes_start_leaves_none(signum: signal.Signals, tmp_path
         assert process.poll() is None
         time.sleep(0.05)
     while "libtorch" not in Path(f"/proc/{children[0]}/maps").read_text():  # earlier, Python itself would report SIGINT
+        assert process.poll() is None
         time.sleep(0.05)
     if signum == signal.SIGINT:
         os.killpg(process.pid, signum)
@@ -1096,7 +1099,7 @@ def test_killing_one_process_ends_the_others(victim: int, tmp_path: Path) -> Non
     began = time.monotonic()
     os.kill(other if victim else process.pid, signal.SIGKILL)
     answer = finish(process, timeout=HANGS)  # reads until the last process has closed its output
-    assert time.monotonic() - began < HANGS
+    assert time.monotonic() - began < 60
     assert answer.code == (1 if victim else -signal.SIGKILL)
     lines = [line for line in answer.err.splitlines() if "error" in line]
     assert len(lines) == 1, answer.err
