@@ -73,8 +73,17 @@ class Stopped(BaseException):
         self.exit_code = exit_code
 
 
+def expanded(text: str) -> str:
+    """The path with the home folder for a ~, which not every shell replaces; as it is if there is no such user."""
+    return os.path.expanduser(text)  # noqa: PTH111  # pathlib's raises then, and turns every / on Windows
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose errors are one line, and which replaces the ~ in a path."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register("type", Path, lambda text: Path(expanded(text)))
 
     def error(self, message: str) -> NoReturn:
         """Raise `UserError` instead of printing the usage."""

@@ -103,6 +103,12 @@ class GracefulStop(Callback):
                     callback.on_validation_epoch_end(trainer, pl_module)
             self._save_and_stop(trainer, signum, f"the validation of epoch {trainer.current_epoch + 1}")
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let writing a checkpoint take as long as it does; after the next batch the wait is limited again."""
+        self._processes.watch.patience = math.inf
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop if a signal came after the last check."""
         if signum := self._processes.largest(self._signal):

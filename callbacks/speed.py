@@ -9,7 +9,8 @@ from lightning.pytorch.callbacks import Callback
 
 
 class Speed(Callback):
-    """Logs `speed/images_per_second` and `speed/epoch_seconds` after each epoch.
+    """Logs `speed/images_per_second` and `speed/epoch_seconds` after each epoch; what was trained of it before the run
+    was stopped and continued counts.
 
     Attributes:
         images_per_second: Over the last epoch's training batches, loading included, validation not; all processes.
@@ -35,7 +36,19 @@ class Speed(Callback):
         self.validated = False
         self._start = time.perf_counter()
 
-    on_train_start = on_train_epoch_start  # a continued epoch has no start of its own
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on in a continued epoch, which has no start of its own."""
+        self._start = time.perf_counter() - self.epoch_seconds
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured of the epoch so far."""
+        return {"images": self._images, "seconds": self.epoch_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        images, seconds = state_dict.get("images"), state_dict.get("seconds")
+        if type(images) is int and type(seconds) is float:
+            self._images, self.epoch_seconds = images, seconds
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

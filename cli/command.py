@@ -24,7 +24,7 @@ from cli.flags import (
     refuse_pasted_dashes,
 )
 from cli.recipes import did_you_mean, load_yaml, recipe_path, recipes
-from errors import UserError, is_first_process
+from errors import UserError, expanded, is_first_process
 
 LAST = "CLASSIC_CNNS_LAST"  # where the first process leaves what `last` was, for the processes that it starts
 
@@ -157,7 +157,7 @@ def _take_flag(command: Command, name: str, flag: Flag, value: str | None, token
         values.append(tokens.pop(0))
     for value in values:
         try:
-            flag.check(value)
+            value = flag.check(value)
         except ValueError as expected:
             raise UserError(f"{name} must be {expected}, got {value!r}") from None
         _apply(command, name, flag, value)
@@ -206,7 +206,7 @@ def _recipe_name(path: Path) -> str:
 
 def _data(value: str) -> list[str]:
     """The settings that `--data` stands for: a folder, a data set's name, or the path of a class."""
-    folder = Path(value).expanduser()
+    folder = Path(expanded(value))
     if folder.is_dir():
         return [f"--data.folder={folder.absolute()}", "--data.dataset="]
     if value in DATA_SETS or re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", value):
@@ -241,9 +241,9 @@ def _check_configs(command: Command) -> None:
         if not isinstance(content, dict):
             continue
         if "ckpt_path" in content and "--ckpt_path" not in given:
-            command.ckpt_path = content["ckpt_path"] and str(content["ckpt_path"])
+            command.ckpt_path = content["ckpt_path"] and expanded(str(content["ckpt_path"]))
         if content.get("log_dir") and "--log_dir" not in given:
-            command.log_dir = str(content["log_dir"])
+            command.log_dir = expanded(str(content["log_dir"]))
     names_a_net = any(token.startswith("--model.net") for token in command.overrides)
     from_checkpoint = command.ckpt_path not in (None, "last")
     named = command.configs or command.outer_configs or names_a_net or from_checkpoint

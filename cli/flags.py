@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from cli.recipes import recipes
-from errors import UserError
+from errors import UserError, expanded
 
 SUBCOMMANDS = {
     "fit": "train only",
@@ -87,14 +87,13 @@ def _text(text: str) -> str:
 def _path(text: str) -> str:
     if re.match(r"[A-Za-z][\w+.-]+://", text):
         raise ValueError("a path on this machine (download it first)")
-    return _text(text)
+    return expanded(_text(text))
 
 
 def _output(text: str) -> str:
-    _path(text)
     if not text.endswith((".csv", ".json", ".png")):
         raise ValueError("a file name that ends in .csv, .json or .png")
-    return text
+    return _path(text)
 
 
 class Flag(NamedTuple):

@@ -83,7 +83,7 @@ class RunCallbacks:
         logger: Any = False
         if command.subcommand == "fit":
             logger = built.trainer.logger
-            self.folder.log_dir = Path(config.log_dir)
+            self.folder.log_dir = Path(command.log_dir)
             if logger in (None, True):
                 logger = RunLogger(self.folder, self.start.recipe)
             callbacks = [self.folder, *callbacks, *self._of_fit(config, text, model, data, logger)]
@@ -135,7 +135,8 @@ class RunCallbacks:
         callbacks.append(DivergenceGuard(self.processes, classes, stop_at_chance=config.stop_at_chance))
         if config.patience:
             if not validates(config):
-                raise UserError("--patience needs validation images: set --val_size above 0")
+                off = "val_size" if config.data.val_size == 0 else "trainer.limit_val_batches"
+                raise UserError(f"--patience needs validation images: set --{off} above 0")
             every = config.trainer.check_val_every_n_epoch or 1
             callbacks.append(Patience(math.ceil(config.patience / every), self.speed))
         return callbacks

@@ -1,5 +1,6 @@
 """What fit, validate, test and predict do once network, data and Trainer are built."""
 
+import math
 from collections.abc import Sequence, Sized
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from callbacks.run_folder import OUTPUTS, next_folder
 from callbacks.run_record import RunRecord, images_measured
 from datamodules import PicturesDataModule
-from errors import UserError, count, print_warning
+from errors import RunError, UserError, count, print_warning, shown
 from launch.classifier_cli import ClassifierCLI
 from launch.lightning_flags import check_length
 from launch.summary import by_class, scores, summary
@@ -35,7 +36,7 @@ def fit(cli: ClassifierCLI) -> None:
     data.setup("fit")  # before anything is written
     check_length(trainer, model, data, cli.command.then_test)
     try:
-        Path(config.log_dir).mkdir(parents=True, exist_ok=True)
+        Path(cli.command.log_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"runs can't be written to {error.filename}: {error.strerror}; set --log_dir") from None
     if trainer.is_global_zero:
@@ -47,8 +48,14 @@ def fit(cli: ClassifierCLI) -> None:
 
     trainer.fit(model, data, ckpt_path=cli.command.ckpt_path, weights_only=True)
 
-    best = cli.callbacks.best_checkpoint()
+    best = trainer.strategy.broadcast(cli.callbacks.best_checkpoint())
     if cli.command.then_test:
+        if best and cli.processes.largest(not best.exists()):  # so that all stop together
+            problem = (
+                f"trained, not tested: {shown(best)} is not on every machine; test it where it is with python train.py "
+                "test --ckpt_path, or give a --log_dir that all machines share"
+            )
+            raise RunError(problem if trainer.is_global_zero else "")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightAveraging):
                 callback._average_model = None  # or loading would put the plain weights back in place of the averaged
@@ -62,7 +69,14 @@ def validate(cli: ClassifierCLI) -> None:
     """Measure on the validation images; print one line."""
     cli.datamodule.setup("validate")
     if not len(cli.datamodule.val_set):
-        raise UserError("data.val_size=0 leaves no images to validate on; set --val_size above 0")
+        raise UserError(
+            "data.val_size=0: the run trained on all images, so none is left to validate on; test measures on others"
+        )
+    now = cli.datamodule.hparams
+    then = dict(now) | cli.start.settings.get("data", {})
+    size, earlier = (math.inf if of["val_size"] is None else of["val_size"] for of in (now, then))
+    if (size > earlier or now["split_seed"] != then["split_seed"]) and cli.trainer.is_global_zero:
+        print_warning("the network may have been trained on some of these: val_size or split_seed is not its run's")
     cli.trainer.validate(cli.model, cli.datamodule, cli.command.ckpt_path, verbose=False, weights_only=True)
     _print_scores(cli, "validate", "val", cli.datamodule.val_set, cli.trainer.num_val_batches)
 

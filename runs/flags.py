@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from cli.flags import refuse_pasted_dashes, take_flag
-from errors import OneLineParser, UserError
+from errors import OneLineParser, UserError, expanded
 
 
 class Parser(OneLineParser):
@@ -72,7 +72,7 @@ def path(text: str) -> Path:
     """The path in a flag's value."""
     if not text:
         raise argparse.ArgumentTypeError("needs a value, got ''")
-    return Path(text)
+    return Path(expanded(text))
 
 
 def yaml_file(text: str) -> Path:

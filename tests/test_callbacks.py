@@ -29,6 +29,8 @@ import torch
 import yaml
 from commands import DATA, ENVIRONMENT, REPO, Answer, run, run_forked
 from conftest import Run
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from PIL import Image
 from stoppable import COMPUTED, SAVED, checkpoint, differences, train, write
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -42,10 +44,12 @@ from torchvision.models import get_model, get_model_weights
 from callbacks.class_weights import ClassWeights
 from callbacks.distillation import Distillation
 from callbacks.divergence_guard import DivergenceGuard
+from callbacks.graceful_stop import GracefulStop
 from callbacks.processes import Processes
 from callbacks.temperature import GRID, best_temperature
 from callbacks.tensorboard import drawing
 from callbacks.tensorboard.pictures import is_drawn
+from checkpoints.writing import AtomicCheckpointIO
 from datamodules import CLASS_NAMES, FashionMNISTDataModule
 from errors import Diverged, UserError
 from inspection.graph import network_graph
@@ -76,6 +80,34 @@ def test_loss_that_is_not_finite_stops_before_the_optimiser_step(tmp_path: Path)
     assert not [d for name in now for d in differences(before[name], now[name].detach(), name)]
     assert checkpoint(bad)["epoch"] == 0  # of the last good epoch
     assert all(value.isfinite().all() for value in checkpoint(bad)["state_dict"].values())
+
+
+def test_a_stop_waits_for_a_checkpoint_that_is_written_slowly(tmp_path: Path) -> None:
+    processes, waits, after = Processes(), [], []
+
+    class Slow(AtomicCheckpointIO):
+        def save_checkpoint(self, *arguments: Any, **named: Any) -> None:
+            waits.append(processes.watch.patience)
+            super().save_checkpoint(*arguments, **named)
+
+    trainer = Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        max_steps=4,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[
+            ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1),
+            processes,
+            GracefulStop(processes, None, str),
+            LambdaCallback(on_train_batch_end=lambda *_: after.append(processes.watch.patience)),
+        ],
+        plugins=[Slow()],
+    )
+    trainer.fit(LitClassifier(LeNet()), FashionMNISTDataModule(DATA, val_size=100, image_size=28, batch_size=32))
+    assert waits[:2] == 2 * [math.inf]
+    assert len(after) == 4 and max(after) < 3600
 
 
 def test_one_process_is_enough_to_stop_all(tmp_path: Path) -> None:

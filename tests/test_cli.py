@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import export
 from cli.command import parse_command_line
 from cli.flags import FLAGS, SUBCOMMANDS, help_text
 from cli.recipes import load_yaml, recipes
@@ -136,6 +137,19 @@ def test_a_file_by_subcommand_is_kept_apart(tmp_path, monkeypatch):
     Path("all.yaml").write_text("fit: {data: {batch_size: 3}}")
     command = parse("--config all.yaml fit")
     assert (command.outer_configs, command.configs) == ([Path("all.yaml")], [])
+
+
+def test_the_home_folder_is_known_where_the_shell_leaves_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # Windows'
+    command = parse("--model lenet --log_dir=~/runs --data_dir=~/data --ckpt_path=~/a.ckpt")
+    assert [command.log_dir, command.ckpt_path] == [f"{tmp_path}/runs", f"{tmp_path}/a.ckpt"]
+    assert f"--data.data_dir={tmp_path}/data" in command.overrides
+    (tmp_path / "own.yaml").write_text("{log_dir: ~/runs, ckpt_path: ~/b.ckpt}")
+    command = parse("--config=~/own.yaml test")
+    assert [command.log_dir, command.ckpt_path] == [f"{tmp_path}/runs", f"{tmp_path}/b.ckpt"]
+    assert parse("--model lenet --log_dir=~nobody_of_this_name/runs").log_dir == "~nobody_of_this_name/runs"
+    assert export.parser().parse_args(["--ckpt_path=~/a.ckpt", "--format=onnx"]).ckpt_path == tmp_path / "a.ckpt"
 
 
 def test_checkpoint_and_folder_may_stand_in_a_file(tmp_path, monkeypatch):

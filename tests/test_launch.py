@@ -15,6 +15,7 @@ import select
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -186,7 +187,13 @@ def test_validate_measures_the_images_held_out(trained, tmp_path):
     out = good(run_forked("validate", f"--ckpt_path={trained.best}", folder=tmp_path))
     assert out == f"validate on 297 images: accuracy {best['val/accuracy']:.4f}, loss {best['val/loss']:.4f}\n"
     answer = run_forked("validate", f"--ckpt_path={trained.best}", "--val_size=0", folder=tmp_path)
-    assert (answer.code, "set --val_size above 0" in answer.err) == (2, True)
+    assert (answer.code, "trained on all images, so none is left to validate on" in answer.err) == (2, True)
+    assert "validate on 100 images" in good(
+        run_forked("validate", f"--ckpt_path={trained.best}", "--val_size=100", folder=tmp_path)
+    )
+    for other in ("--val_size=298", "--data.split_seed=1"):
+        answer = run_forked("validate", f"--ckpt_path={trained.best}", other, folder=tmp_path)
+        assert (answer.code, "may have been trained on some of these" in answer.err) == (0, True)
 
 
 def test_predict_writes_one_line_an_image(trained, tmp_path):
@@ -759,7 +766,9 @@ HEAVY = {
         "Conv2d can't take images of 1x28x28",
     ),
     "val size too large": ("--val_size 1500", "data.val_size=1500 leaves none of the 1500 training images"),
-    "patience without validation": ("--val_size 0 --patience 2", "--patience needs validation images"),
+    "patience without validation": ("--val_size 0 --patience 2", "validation images: set --val_size above 0"),
+    "patience with no batch of it": ("--trainer.limit_val_batches 0 --patience 2", "set --trainer.limit_val_batches"),
+    "two data sets": ("--config {files}/mnist.yaml --data fashion_mnist", "mnist.yaml, which names other pictures"),
     "setting of other pictures": ("--data.balanced true", "is for pictures other than Fashion-MNIST's: add --data"),
     "file for a data folder": ("--data_dir {files}/empty.yaml", "empty.yaml is a file, but a folder is expected"),
     "file for a log folder": ("--log_dir {files}/empty.yaml/logs", "runs can't be written to"),
@@ -813,6 +822,7 @@ def files(tmp_path_factory, trained):
         "group": "traner: {max_epochs: 2}",
         "argument": "model: {net: {class_path: models.lenet.LeNet, init_args: {pading: 2}}}",
         "word": "trainer: {max_epochs: two}",
+        "mnist": "data: {dataset: mnist}",
     }.items():
         (folder / f"{name}.yaml").write_text(text)
     (folder / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
@@ -1159,6 +1169,34 @@ def test_torchrun_without_devices(tmp_path: Path) -> None:
     assert json.loads(record.read_text())["devices"] == 2
 
 
+def _has_own_disk() -> bool:
+    """Whether a process may hide a folder from the others."""
+    return bool(shutil.which("unshare")) and subprocess.run(["unshare", "-rm", "true"], check=False).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _has_own_disk(), reason="needs Linux's mount namespaces (unshare -rm)")
+def test_machines_without_a_shared_disk_do_not_test_other_weights(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = ["--master_addr=127.0.0.1", f"--master_port={free.getsockname()[1]}"]
+    more = [str(REPO / "train.py"), *LENET, *FAST, "--accelerator=cpu", "--num_nodes=2"]
+    alone = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs none {tmp_path}/logs && exec "$@"', "-"]
+    machines = []
+    for number, before in enumerate(([], alone)):
+        command = [*before, sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={number}"]
+        machines.append(
+            subprocess.Popen(
+                [*command, *address, *more], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+            )
+        )
+    first, second = (machine.communicate(timeout=600)[1] for machine in machines)
+    assert [machine.returncode for machine in machines] == [1, 1]
+    assert "trained, not tested: logs/lenet/version_0/checkpoints/best.ckpt is not on every machine" in first
+    assert "trained, not tested" not in second
+
+
 def test_slurm_job_is_saved_and_requeued(tmp_path: Path) -> None:
     """With a stand-in for `scontrol`; Lightning's SLURM environment is the real one."""
     folder = write(tmp_path / "run")
@@ -1343,6 +1381,10 @@ def test_continued_run_is_bit_equal(settings: dict, flags: tuple[str, ...], poin
     uninterrupted, continued = (record(run / SAVED.parent)["epochs"] for run in runs)
     for name in ("train/loss", "train/accuracy", "val/loss"):
         assert [epoch.get(name) for epoch in uninterrupted] == [epoch.get(name) for epoch in continued]
+    images = [
+        [round(epoch["images_per_second"] * epoch["seconds"]) for epoch in run] for run in (uninterrupted, continued)
+    ]
+    assert images[0] == images[1]
 
 
 def test_each_image_is_seen_once_an_epoch(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from filelock import BaseFileLock, FileLock
 from torch import Tensor
 
 from datamodules.files.download import MIRRORS, TIMEOUT, fetch
-from errors import replace_file
+from errors import expanded, replace_file
 
 # Data set -> name of the uncompressed file -> its length in bytes and the SHA-256 of its content.
 KNOWN = {
@@ -74,7 +74,7 @@ def prepare(
     Raises:
         DatasetError: Nothing worked, or `data_dir` mixes data sets, or it can't be read or written.
     """
-    data_dir = Path(data_dir).expanduser()
+    data_dir = Path(expanded(str(data_dir)))
     good = _survey_and_set_aside(data_dir)
     if data_dir.exists() and not data_dir.is_dir():
         raise DatasetError(f"{data_dir} is a file, but a folder is expected: choose another data_dir")
@@ -127,11 +127,11 @@ def whole_below(data_dir: Path) -> Path | None:
     """The folder among `data_dir` and torchvision's below it that holds all four files complete; nothing is changed."""
     for folder in (data_dir, data_dir / "FashionMNIST" / "raw"):
         try:
-            folder = folder.expanduser()
+            folder = Path(expanded(str(folder)))
             files = [path for name in NAMES for path in (folder / name, folder / f"{name}.gz") if path.exists()]
             if all(path.is_file() for path in files) and len(good := _survey(folder)[0]) == len(NAMES):
                 return folder if len(set(good.values())) == 1 else None
-        except (OSError, ValueError, RuntimeError):  # the last for ~ of a user that there is not
+        except (OSError, ValueError):
             continue
     return None
 

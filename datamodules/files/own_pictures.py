@@ -20,6 +20,7 @@ from datamodules.files.finding import DatasetError
 from datamodules.files.listing import printable
 from datamodules.files.photographs import saturate, warp
 from datamodules.files.torchvision_sets import read_data_set
+from errors import expanded
 
 ON_DEVICE = 0.25  # of a GPU's free memory, at most, that a set takes unasked
 DARK = 0.3  # mean of pictures that are light on a dark ground
@@ -122,7 +123,7 @@ class PicturesDataModule(FashionMNISTDataModule):
             raise DatasetError("the network is for other pictures than Fashion-MNIST's; say which: --data FOLDER")
         rest = [settings[name] for name in ("bad_files", "val_size", "test_size", "split_seed")]
         if settings["folder"]:
-            folder = Path(source).expanduser()
+            folder = Path(expanded(str(source)))
             found = read_folder(folder, self.stored_size, settings["fit"], self.data_dir / "cache", *rest)
         else:
             sizes = self.image_size, settings["stored_size"]
