@@ -160,19 +160,12 @@ class RunRecord(Callback):
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add the test results."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        measured = {  # accuracy and loss; with --model.flip_test also accuracy_flip and loss_flip
-            name.removeprefix("test/"): value.item()
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith("test/")
-        }
-        balanced = self._confusion.balanced_accuracy if isinstance(data, PicturesDataModule) else None
         self.record["test"] = {
-            **measured,
+            **evaluated(trainer, "test", self._confusion),
             "images": int(self._confusion.matrix.sum()),  # fewer than there are, with limit_test_batches
             "test_set": len(data.test_set),
             **({"test_pictures": _known_by(data.test_names)} if isinstance(data, PicturesDataModule) else {}),
             "class_accuracy": self._confusion.class_accuracy,
-            **({} if balanced is None else {"balanced_accuracy": balanced}),
             "right": pack_right(self._confusion.right),
         }
         self._write(trainer)
@@ -220,6 +213,21 @@ class RunRecord(Callback):
         begun = self.record["epochs"] or "stopped_after_seconds" in self.record
         if trainer.is_global_zero and self._folder.path and begun:
             write_json(self._folder.path / "record.json", self.record)
+
+
+def evaluated(trainer: pl.Trainer, stage: str, confusion: Confusion) -> dict[str, float]:
+    """Accuracy and loss of an evaluation; `accuracy_flip` and `loss_flip` with `--model.flip_test`, and the balanced
+    accuracy of the user's own pictures, with them.
+
+    Args:
+        trainer: The run's Trainer.
+        stage: "val" or "test".
+        confusion: The callback that counted what was taken for what.
+    """
+    own = isinstance(trainer.datamodule, PicturesDataModule)  # type: ignore[attr-defined]
+    balanced = {"balanced_accuracy": value} if own and (value := confusion.balanced_accuracy) is not None else {}
+    metrics = {name.partition("/"): value.item() for name, value in trainer.callback_metrics.items()}
+    return {name: value for (of, _, name), value in metrics.items() if of == stage} | balanced
 
 
 def images_measured(trainer: pl.Trainer, images: Sized, batches: Sequence[int | float]) -> int:

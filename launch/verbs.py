@@ -8,7 +8,7 @@ from pathlib import Path
 from lightning.pytorch.callbacks import WeightAveraging
 
 from callbacks.run_folder import OUTPUTS, next_folder
-from callbacks.run_record import RunRecord, images_measured
+from callbacks.run_record import RunRecord, evaluated, images_measured
 from datamodules import PicturesDataModule
 from errors import RunError, UserError, count, print_warning, shown
 from launch.classifier_cli import ClassifierCLI
@@ -113,12 +113,7 @@ def predict(cli: ClassifierCLI) -> None:
 
 def _print_scores(cli: ClassifierCLI, function: str, stage: str, images: Sized, batches: Sequence[int | float]) -> None:
     if cli.trainer.is_global_zero:
-        found = cli.trainer.callback_metrics
-        measured = {name.removeprefix(f"{stage}/"): value.item() for name, value in found.items()}
-        confusion = cli.callbacks.confusion
-        own = isinstance(cli.datamodule, PicturesDataModule)
-        if own and confusion.balanced_accuracy is not None:
-            measured["balanced_accuracy"] = confusion.balanced_accuracy
+        measured = evaluated(cli.trainer, stage, cli.callbacks.confusion)
         print(f"{function} on {count(images_measured(cli.trainer, images, batches), 'image')}: {scores(measured)}")
-        if own:
-            print(by_class(confusion.class_accuracy))
+        if isinstance(cli.datamodule, PicturesDataModule):
+            print(by_class(cli.callbacks.confusion.class_accuracy))

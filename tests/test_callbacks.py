@@ -105,7 +105,7 @@ def test_a_stop_waits_for_a_checkpoint_that_is_written_slowly(tmp_path: Path) ->
         ],
         plugins=[Slow()],
     )
-    trainer.fit(LitClassifier(LeNet()), FashionMNISTDataModule(DATA, val_size=100, image_size=28, batch_size=32))
+    trainer.fit(LitClassifier(LeNet()), FashionMNISTDataModule(str(DATA), val_size=100, image_size=28, batch_size=32))
     assert waits[:2] == 2 * [math.inf]
     assert len(after) == 4 and max(after) < 3600
 
