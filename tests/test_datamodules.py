@@ -1308,6 +1308,24 @@ def test_pictures_are_decoded_once_and_anew_when_they_change(tmp_path, monkeypat
         PicturesDataModule(str(folder), data_dir=str(read_only), image_size=16).setup("fit")
 
 
+def test_a_decoding_that_was_killed_leaves_nothing_once_it_is_repeated(tmp_path):
+    folder = put_classes(tmp_path / "own", cat=6, dog=6)
+    killed = f"""
+import os
+from datamodules import PicturesDataModule
+from datamodules.files import decoding
+decoding.read_picture = lambda path, edge: os.kill(os.getpid(), 9)
+PicturesDataModule({str(folder)!r}, data_dir={str(tmp_path / "made")!r}, image_size=16).setup("fit")
+"""
+    done = subprocess.run([sys.executable, "-c", killed], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    left = [path for path in (tmp_path / "made" / "cache").iterdir() if path.suffix != ".lock"]
+    assert len(left) == 1
+    of_folder(folder, tmp_path)
+    assert {path.suffix for path in left[0].parent.iterdir()} == {".npy", ".json", ".lock"}
+    assert not left[0].exists()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc, to see which files are open")
 def test_no_open_file_is_renamed(like_windows, tmp_path, monkeypatch):
     folder = put_classes(tmp_path / "own", cat=6, dog=6)

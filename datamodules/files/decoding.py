@@ -7,7 +7,6 @@ files' names, sizes and times.
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -171,7 +170,7 @@ def _fill(
 ) -> None:
     """Decode into temporary files, which are renamed when they are whole."""
     rows = _rows(listing)
-    temporary = images.with_name(f".{uuid.uuid4().hex}.npy")
+    temporary = images.with_name(f".{images.name}")  # what a killed process has left is written over
 
     try:
         pixels: Any = _mapped(temporary, (len(rows), 3, size, size))
