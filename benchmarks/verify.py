@@ -1,6 +1,7 @@
 """Trains a row of the READMEs' tables again, and says whether the result agrees with the records: PASS or FAIL.
 
-    python -m benchmarks.verify lenet                 # a recipe, or an entry of entries.yaml: lenet_classic-all-max
+    python -m benchmarks.verify fast/30min            # a recipe's own row, or all of its rows if it has none
+    python -m benchmarks.verify fast/30min-all-36     # a row with flags: recipe and suffix, as entries.yaml has them
     python -m benchmarks.verify --all --minutes 60    # the cheapest first, as many as fit in the time
 
 A row passes if its new test accuracy lies in the band of its records: their mean, give or take three standard
@@ -56,7 +57,8 @@ def usual_deviation(rows: Sequence[Sequence[float]]) -> float:
 
 def _run(arguments: list[str]) -> int:
     options, results = _parse(arguments), read_results(RESULTS)
-    chosen = [entry for entry in read_entries(wanted=options.names) if results.of(entry, options.accelerator)]
+    entries = [entry for name in options.names for entry in _named(name)] if options.names else read_entries()
+    chosen = [entry for entry in dict.fromkeys(entries) if results.of(entry, options.accelerator)]
     if not chosen:
         raise UserError(f"there are no records of {', '.join(options.names)} on a {options.accelerator} to verify")
     seconds = {entry: _seconds(entry, results, options.accelerator) for entry in chosen}
@@ -87,7 +89,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("names", nargs="*", metavar="RECIPE", help="recipes or entries; patterns such as best/* too")
+    parser.add_argument("names", nargs="*", metavar="RECIPE", help="recipes or rows; patterns such as best/* too")
     parser.add_argument("--all", action="store_true", help="every row that has records")
     parser.add_argument("--minutes", type=float, default=math.inf, help="time budget (default: none)")
     parser.add_argument("--seed", type=int, help="seed to train (default: the first one without a record)")
@@ -99,6 +101,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     if not options.minutes > 0:
         raise UserError(f"--minutes must be above 0, got {options.minutes:g}")
     return options
+
+
+def _named(name: str) -> list[Entry]:
+    """The rows of that name: a recipe's own, without those of the recipe with flags, if it has one."""
+    entries = read_entries(wanted=[name])
+    return [entry for entry in entries if entry.recipe == name and not entry.suffix] or entries
 
 
 def _verify(entry: Entry, results: Results, options: argparse.Namespace) -> tuple[tuple[str, ...], dict[str, Any]]:

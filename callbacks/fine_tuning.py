@@ -5,13 +5,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.optim import Optimizer
 
-from errors import UserError
+from errors import UserError, one_line
 
 
 class FreezeFeatures(Callback):
@@ -30,8 +31,9 @@ class FreezeFeatures(Callback):
 
     Raises:
         ValueError: If an argument is out of range.
-        UserError: When training begins, if the network has no part called `features`, the processes share the network
-            in some way other than DDP, or the schedule sets both rates itself (OneCycleLR, CyclicLR).
+        UserError: When training begins, if the network has no part called `features`, or nothing to train beside it;
+            if the processes share the network in some way other than DDP; if the optimiser takes a single rate (LBFGS),
+            or the schedule sets both itself (OneCycleLR, CyclicLR).
 
     Source: the layer-wise rates of Yosinski et al. 2014 (arXiv:1411.1792) and Howard & Ruder 2018 (arXiv:1801.06146).
     """
@@ -51,17 +53,18 @@ class FreezeFeatures(Callback):
         if stage != "fit":
             return
         self._features = getattr(pl_module.net, "features", None)  # type: ignore[assignment]
-        problem = ""
         if not isinstance(self._features, nn.Module):
             problem = f"{type(pl_module.net).__name__} has no part called features to freeze"
         elif trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
             problem = f"frozen features need --trainer.strategy ddp, not {type(trainer.strategy).__name__}"
+        else:
+            classifier: Any = pl_module
+            classifier.optimizer = _two_rates(classifier.optimizer, self._features, self._lr_factor)
+            self._frozen = self._epochs > 0
+            self._features.requires_grad_(not self._frozen)
+            problem = _problem(classifier)
         if problem:
             raise UserError(problem if trainer.is_global_zero else "")
-        classifier: Any = pl_module
-        classifier.optimizer = _two_rates(classifier.optimizer, self._features, self._lr_factor)
-        self._frozen = self._epochs > 0
-        self._features.requires_grad_(not self._frozen)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a schedule that sets both rates itself; a continued run may begin within an epoch of either phase."""
@@ -84,6 +87,18 @@ class FreezeFeatures(Callback):
         if isinstance(strategy, DDPStrategy):
             strategy.model = pl_module
             strategy.configure_ddp()
+
+
+def _problem(classifier: Any) -> str:
+    """Why a classifier can't train in this way; empty if it can."""
+    if not any(weight.requires_grad for weight in classifier.parameters()):
+        net = type(classifier.net).__name__
+        return f"{net} has no weights but its features, so none is left to train: leave FreezeFeatures out"
+    try:
+        classifier.optimizer([nn.Parameter(torch.zeros(1, 1))])
+    except Exception as error:  # of a class from anywhere
+        return f"FreezeFeatures sets two rates: {one_line(str(error))}; take another optimizer, such as AdamW"
+    return ""
 
 
 def _two_rates(optimizer: OptimizerCallable, features: nn.Module, factor: float) -> OptimizerCallable:

@@ -197,7 +197,8 @@ class Trusted:
                 )
                 most = max(os.cpu_count() or 1, torch.accelerator.device_count())
                 if not given or (given[0] != "auto" and max(map(int, given[0].strip(",").split(","))) > most):
-                    raise UserError(f"{self.path} asks for the devices {str(value)[:40]}; give --devices yourself")
+                    asked = f"asks for the devices {str(value)[:40]}, which this machine does not have"
+                    raise UserError(f"{self.path} {asked}; give --devices")
             elif name == "strategy" and value not in STRATEGIES:
                 self.refuse(value, "strategy")
             elif name not in ("max_time", "val_check_interval") or not TIME.fullmatch(str(value)):

@@ -2,7 +2,8 @@
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pkgutil import resolve_name
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cli.command import Command
+from cli.messages import own_words
 from errors import UserError, one_line
 from inspection.stages import run_without_data, stages
 from launch.lightning_flags import check_trainer_settings
+from launch.memory import is_out_of_memory
 from lit_modules import LitClassifier
 from lit_modules.execution.cuda_graphs import MODES
 from runs.settings import is_kept, without_off
@@ -95,6 +98,31 @@ def check_accumulation(compile: Any, batches: Any) -> None:
             f"--model.compile {compile} can't go with accumulate_grad_batches={batches}: its CUDA graphs overwrite the "
             "gradients at each batch; use --compile"
         )
+
+
+@contextmanager
+def explained(net: str) -> Iterator[None]:
+    """For the building of network, data module and Trainer: what one of them refuses is said in one line.
+
+    Args:
+        net: The network's class, as the user wrote it.
+
+    Raises:
+        UserError: In place of their own errors, except for those of memory.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, AssertionError) as error:  # raised by the network itself
+        if "uninitialized parameter" in str(error):  # when weights are drawn, or the optimiser is made
+            raise UserError(
+                f"{net} has lazy layers, which get their sizes when it is first used; "
+                "use it once at the end of its __init__: self(torch.zeros(1, CHANNELS, HEIGHT, WIDTH))"
+            ) from None
+        raise UserError(own_words(str(error) or type(error).__name__)) from None
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(one_line(str(error))) from None
 
 
 def check_network(net: nn.Module, name: str, optimised: bool) -> None:

@@ -17,7 +17,7 @@ from callbacks.processes import Processes
 from callbacks.run_folder import RunFolder
 from cli.command import Command
 from cli.flags import FLAGS
-from cli.messages import explain, own_words
+from cli.messages import explain
 from datamodules import FashionMNISTDataModule, PicturesDataModule, class_of
 from errors import UserError, one_line
 from inspection.table import table
@@ -27,12 +27,12 @@ from launch.checks import (
     check_network,
     check_settings,
     check_weights,
+    explained,
     named,
 )
 from launch.found import Trials
 from launch.launchers import take_over_processes
 from launch.lightning_flags import check_trainer, check_training
-from launch.memory import is_out_of_memory
 from launch.own_pictures import follow_pictures
 from launch.start import Start
 from launch.trainer import RunCallbacks, precision, validates
@@ -192,19 +192,8 @@ class ClassifierCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build network, data module and Trainer; try the network on the shape of one image."""
-        try:
+        with explained(self.config.model.net.class_path):
             super().instantiate_classes()
-        except (ValueError, TypeError, AttributeError, AssertionError) as error:  # raised by the network itself
-            if "uninitialized parameter" in str(error):  # when weights are drawn, or the optimiser is made
-                raise UserError(
-                    f"{self.config.model.net.class_path} has lazy layers, which get their sizes when it is first used; "
-                    "use it once at the end of its __init__: self(torch.zeros(1, CHANNELS, HEIGHT, WIDTH))"
-                ) from None
-            raise UserError(own_words(str(error) or type(error).__name__)) from None
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            raise UserError(one_line(str(error))) from None
         check_network(self.model.net, self.config.model.net.class_path, self.command.subcommand == "fit")
         shape = self.datamodule.input_shape
         check_input(self.model.net, shape, self.model.hparams["num_classes"])

@@ -10,10 +10,10 @@ from lightning.pytorch import Trainer
 
 from callbacks.lr_curve import Curve
 from errors import UserError, is_first_process, one_line
-from launch.checks import check_input
+from launch.checks import check_input, check_network, explained
 from launch.learning_rate import HIGHEST, LOWEST, STEPS, find_learning_rate, from_first_process
 from launch.lightning_flags import try_optimizer, unfuse
-from launch.memory import is_out_of_memory, largest_batch_size
+from launch.memory import largest_batch_size
 from weights.imagenet import start_from_imagenet
 
 STEPS_AN_EPOCH = 100  # what fits in memory need not train well: fewer steps learn less in the same epochs
@@ -59,18 +59,15 @@ class Trials:
             settings["strategy"] = self._throwaway(config).trainer.strategy
         try:
             return Trainer(**settings, logger=False, enable_checkpointing=False, enable_model_summary=False)
-        except (TypeError, ImportError) as error:
+        except (ValueError, TypeError, ImportError) as error:
             raise UserError(one_line(str(error))) from None
 
     def _throwaway(self, config: Namespace) -> Namespace:
         """A network and data for a trial, so that the run's own are initialised as if there had been none."""
-        try:
-            with torch.random.fork_rng():
-                own = self._parser.instantiate_classes(config)
-        except (ValueError, RuntimeError) as error:
-            if is_out_of_memory(error):
-                raise
-            raise UserError(one_line(str(error))) from None
+        net = config.model.net.class_path
+        with torch.random.fork_rng(), explained(net):
+            own = self._parser.instantiate_classes(config)
+        check_network(own.model.net, net, optimised=True)
         check_input(own.model.net, own.data.input_shape, own.model.hparams["num_classes"])
         return own
 
@@ -88,7 +85,8 @@ class Trials:
         most = 1 << max(each, given, 1).bit_length() - 1  # the recipe's own is never too large
         with torch.random.fork_rng():
             net = own.model.net.to(WEIGHTS.get(str(config.trainer.precision), torch.float32))
-            size = largest_batch_size(net, own.model.optimizer, shape, device, dtype, most)
+            own.model.scheduler = None  # the optimiser alone is made
+            size = largest_batch_size(net, own.model.configure_optimizers, shape, device, dtype, most)
         steps = f"leaves {STEPS_AN_EPOCH} steps an epoch" if each >= given else f"is not above the recipe's {given}"
         print(f"Batch size {size}: the largest power of two that {'fits' if size < most else steps}", flush=True)
         if size != given and not self._lr:
@@ -104,8 +102,9 @@ class Trials:
         trainer = self._bare_trainer(config)
         accumulated = config.trainer.accumulate_grad_batches * trainer.world_size
         own = self._throwaway(config)
+        optimizer = try_optimizer(own.model, config.model, trainer.strategy.root_device)
         if settings["gradient_clip_val"] and str(settings["precision"]) in AUTOCAST:
-            unfuse(own.model, try_optimizer(own.model, config.model, trainer.strategy.root_device))
+            unfuse(own.model, optimizer)
         if config.pretrained:
             start_from_imagenet(own.model.net, config.data.mean, config.data.std)
         print(f"Trying {STEPS} learning rates from {LOWEST:g} to {HIGHEST:g}", flush=True)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -59,7 +60,7 @@ def advice(batch_size: int, image_size: int, flag: str = "--batch_size") -> str:
 
 def largest_batch_size(
     net: nn.Module,
-    make_optimizer: Callable,
+    make_optimizer: Callable[[], Any],
     input_shape: tuple[int, int, int],
     device: torch.device,
     dtype: torch.dtype | None,
@@ -72,7 +73,7 @@ def largest_batch_size(
 
     Args:
         net: A network that is not needed afterwards: it is trained on noise, in the type of its weights.
-        make_optimizer: From its parameters to the optimiser.
+        make_optimizer: Makes the optimiser of its parameters, once they are where they are trained.
         input_shape: Shape (C, H, W) of one image.
         device: Where to try.
         dtype: Type of autocast, or None.
@@ -82,19 +83,21 @@ def largest_batch_size(
         RuntimeError: If not even two images fit.
     """
     net = net.to(device).train()
-    optimizer = make_optimizer(net.parameters())
+    optimizer = make_optimizer()
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        with torch.autocast(device.type, dtype) if dtype else nullcontext():
+            logits = net(torch.rand(size, *input_shape, device=device, dtype=next(net.parameters()).dtype))
+            loss = F.cross_entropy(logits, torch.zeros(size, dtype=torch.long, device=device))
+        loss.backward()
+        return loss
+
     fits, size = 0, 2  # two: batch normalisation can't use one
     while True:
         before = peak_memory(device) or 0
         try:
-            cast = torch.autocast(device.type, dtype) if dtype else nullcontext()
-            with cast:
-                logits = net(torch.rand(size, *input_shape, device=device, dtype=next(net.parameters()).dtype))
-                loss = F.cross_entropy(logits, torch.zeros(size, dtype=torch.long, device=device))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            del logits, loss
+            optimizer.step(closure)  # which LBFGS calls several times
         except RuntimeError as error:
             if not fits or not is_out_of_memory(error):
                 raise

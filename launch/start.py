@@ -62,6 +62,8 @@ class Start:
         if settings:
             _check_pictures("class_names" in settings["data"], command)
         if settings and not command.configs:  # which say what to build
+            if "trainer.devices" in command.given():  # then those of the file don't matter
+                (settings.get("trainer") or {}).pop("devices", None)
             how = "add --trust_checkpoint"
             rules = Trusted(path, command.trust_checkpoint, how, checkpoint["state_dict"], whole_below)
             settings = rules.to_train(settings) if command.subcommand == "fit" else rules.to_use(settings)

@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from errors import count, shown, typed
+from runs.settings import of_own_pictures
 
 SHOWN_CLASSES = 12
 
@@ -37,11 +38,7 @@ def summary(record: dict[str, Any], trainer: Trainer, checkpoint: Path | None) -
         lines.append(f"Logs: {shown(trainer.logger.log_dir)}")
         lines.append(f"Next: {typed(['tensorboard', '--logdir', shown(trainer.logger.root_dir)])}")
     if checkpoint:
-        data = record["config"]["data"]
-        source = shown(data["folder"]) if data.get("folder") else data.get("dataset")
-        of_own = ["--data", source] if source else []
-        if source and data["data_dir"] != "data":  # which no checkpoint of one's own pictures keeps
-            of_own += ["--data_dir", shown(data["data_dir"])]
+        of_own = of_own_pictures(record["config"]["data"])
         lines.append(f"      {typed(['python', 'train.py', 'predict', '--ckpt_path', shown(checkpoint), *of_own])}")
     return "\n".join(lines)
 

@@ -23,19 +23,28 @@ WIDE = 40  # characters of a name beside a plot, before the line is broken
 _STAGES: tuple[tuple[Literal["-", "--"], str], ...] = (("-", "validation"), ("--", "training"))
 
 
+def check_matplotlib(what: str = "the plots need") -> None:
+    """Refuse to begin what ends in a plot.
+
+    Raises:
+        MissingPackage: If Matplotlib is not installed; `what` needs it.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise MissingPackage(what, "matplotlib") from None
+
+
 def draw(groups: Sequence[Group], folder: Path) -> dict[str, str]:
     """Draw what there is data for into a folder; returns title to file name.
 
     Raises:
         MissingPackage: If Matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingPackage("the plots need", "matplotlib") from None
+    check_matplotlib()
     plots = {}
 
-    def save(figure: Figure, title: str, name: str) -> None:
+    def save(figure: Any, title: str, name: str) -> None:
         width = int(13 * figure.get_size_inches()[0])  # characters of this size in a line
         few = found if len(found := marks(groups)) <= 4 else [*found[:3], "* others: see the table"]
         lines = [line for mark in few for line in _drawable(mark, width).split("\n")]
@@ -73,11 +82,10 @@ def draw_trials(space: Space, tried: Sequence[tuple[Mapping[str, Any], float]], 
     Raises:
         MissingPackage: If Matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import PercentFormatter
-    except ImportError:
-        raise MissingPackage("the picture needs", "matplotlib") from None
+    check_matplotlib("the picture needs")
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
     columns = min(4, len(space))
     rows = -(-len(space) // columns)
     figure = Figure(figsize=(1.6 + 2.8 * columns, 3.4 * rows), layout="constrained")

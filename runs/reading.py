@@ -10,11 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, count, plain
+from errors import UserError, count, plain, shown, typed
 from runs.names import recipe_settings
 from runs.record import read, unpack_right
-from runs.settings import FOLLOWING, kind, shaping
+from runs.settings import FOLLOWING, SAMPLE, kind, of_own_pictures, shaping
 
+LARGEST_SAMPLE = 1_500  # images in the larger part of tests/data; the whole parts hold 60,000 and 10,000
 SWEEPS = "sweeps"  # where sweep.py keeps its trials, within the folder of the runs
 
 
@@ -39,7 +40,30 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether it was trained to the end and tested."""
-        return "test" in self.record and "fit_seconds" in self.record
+        return "test" in self.record and self.trained
+
+    @property
+    def trained(self) -> bool:
+        """Whether it was trained to the end; `train.py fit` tests nothing."""
+        return "fit_seconds" in self.record
+
+    @property
+    def test_command(self) -> str:
+        """What tests it where it was only trained, and notes that in its record; "" if it can't be done from here."""
+        parent, checkpoint = self.folder.absolute().parent.as_posix(), self.folder / "checkpoints" / "last.ckpt"
+        log_dir = parent.removesuffix(f"/{self.recipe}")
+        if log_dir == parent or not checkpoint.is_file() or SWEEPS in self.folder.absolute().parts:
+            return ""  # it was moved, has no checkpoint, or is a trial, whose sweep compares without the test images
+        flags = [] if shown(log_dir) == "logs" else ["--log_dir", shown(log_dir)]
+        flags += of_own_pictures(self._setting("data"))
+        return typed(["python", "train.py", "--ckpt_path", shown(checkpoint), *flags])
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether the Fashion-MNIST that it was trained on was tests/data's sample."""
+        test = self.record.get("test") or {}
+        known = [test.get("test_set") or test.get("images"), *map(self.record.get, ("train_images", "val_images"))]
+        return any(known) and max(number or 0 for number in known) <= LARGEST_SAMPLE
 
     @property
     def accuracy(self) -> float:
@@ -117,6 +141,8 @@ class Run:
 def matches(run: Run, wanted: dict[str, Any]) -> bool:
     """Whether a run computed what the settings say; settings left to machine or pictures match anything."""
     own = run.settings | ({"trainer.precision": run.record["precision"]} if "precision" in run.record else {})
+    if SAMPLE in wanted:
+        own[SAMPLE] = run.is_sample
     names = own.keys() | wanted.keys()
     if wanted.get("data.folder") or wanted.get("data.dataset"):
         names = {name for name in names if name.replace(".init_args", "") not in FOLLOWING}

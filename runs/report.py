@@ -1,15 +1,16 @@
 """What compare.py does: the comparison of runs as a table on the terminal, and as Markdown and CSV."""
 
 import csv
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, count, plain, print_error
+from errors import UserError, count, plain, print_error, shown
 from runs.differences import POINTS, Difference, differences
 from runs.groups import Group, by_data, marks, ranges, wilson
-from runs.plots import draw
+from runs.plots import check_matplotlib, draw
 from runs.reading import Run, find_runs
 from runs.training import Request, train_missing
 
@@ -26,6 +27,9 @@ def compare(request: Request) -> int:
         UserError: If there is nothing to compare, or the configuration of a run to train is not valid.
     """
     failed: list[str] = []
+    if request.output:  # before anything is trained
+        check_matplotlib()
+        _check_folder(request.output)
     if request.recipes:
         runs, failed = train_missing(request)
     else:
@@ -35,14 +39,17 @@ def compare(request: Request) -> int:
     finished = [run for run in runs if run.finished]
     if not finished and not failed:
         where = ", ".join(map(str, request.paths or [request.log_dir]))
-        raise UserError(f"there is no finished run in {where}; start with: python train.py --model lenet")
+        hint = _untested(runs) or "start with: python train.py --model lenet"
+        raise UserError(f"there is no finished run in {where}; {hint}")
     tables = by_data(finished)
     for data, groups in tables.items():
         if len(tables) > 1:
             print(f"{data}:")
         print_table(groups)
-    if left_out := len(runs) - len(finished):
+    if left_out := sum(not run.trained for run in runs):
         print(f"{count(left_out, 'unfinished run')} left out")
+    if untested := _untested(runs):
+        print(plain(f"left out: {untested}"))
     if older := len(finished) - sum(len(group.runs) for groups in tables.values() for group in groups):
         print(f"{count(older, 'older run')} of the same seed left out")
     if request.output:
@@ -53,6 +60,26 @@ def compare(request: Request) -> int:
     for failure in failed:
         print_error("compare.py", failure)
     return 1 if failed else 0
+
+
+def _untested(runs: Sequence[Run]) -> str:
+    """How many runs were trained, but never tested, and the command that tests the first of them; "" if none was."""
+    found = [run for run in runs if run.trained and not run.finished]
+    commands = [run.test_command for run in found if run.test_command]
+    what = f"{count(len(found), 'run')} trained but not tested" if found else ""
+    return f"{what}; {'to test it' if len(found) == 1 else 'to test one'}: {commands[0]}" if commands else what
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that can't be made, or be written to.
+
+    Raises:
+        UserError: If so.
+    """
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        reason = "can't be written to" if nearest.is_dir() else "is a file"
+        raise UserError(f"the report can't be written to {folder}: {shown(nearest)} {reason}; give another --output")
 
 
 def print_table(groups: Sequence[Group]) -> None:

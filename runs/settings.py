@@ -5,6 +5,8 @@ Imports nothing heavy.
 
 from typing import Any, NamedTuple
 
+from errors import shown
+
 
 class Kind(NamedTuple):
     """What a setting means when runs are compared, continued or searched.
@@ -78,6 +80,10 @@ SETTINGS = {
     "trainer.gradient_clip_val": FREE,
     "trainer.gradient_clip_algorithm": FREE,
     "trainer.limit_train_batches": FREE,
+    # The validation chooses the checkpoint that is tested.
+    "trainer.limit_val_batches": Kind(kept=False, fixed=SAME_IMAGES),
+    "trainer.val_check_interval": FREE,
+    "trainer.check_val_every_n_epoch": Kind(kept=False, default=1),
     "trainer.limit_test_batches": FREE,
     "trainer.overfit_batches": FREE,
     "trainer.callbacks": FREE,  # those of recipes are compared separately
@@ -86,6 +92,7 @@ SETTINGS = {
 DECIDED = ("class_names", "channels", "mean", "std", "stored_size")
 FOLLOWING = {*(f"data.{name}" for name in DECIDED), "model.num_classes", "model.net.num_classes"}
 FOLLOWING.add("model.net.in_channels")
+SAMPLE = "data.sample"  # no setting, but what data_dir held: tests/data's sample of Fashion-MNIST
 GROUPS = {"model": SHAPING, "data": SHAPING, "trainer": EXECUTION}
 
 
@@ -119,6 +126,16 @@ def shaping(config: dict[str, Any]) -> dict[str, Any]:
     found = without_off({name: value for name, value in flat(config).items() if kind(name).parts})
     precision = found.get("trainer.precision")
     return found | ({"trainer.precision": PRECISIONS.get(str(precision), precision)} if precision else {})
+
+
+def of_own_pictures(data: Any) -> list[str]:
+    """The flags that name a configuration's own pictures again, as no checkpoint does; none for Fashion-MNIST."""
+    data = data if isinstance(data, dict) else {}
+    source = shown(str(data["folder"])) if data.get("folder") else data.get("dataset")
+    flags = ["--data", str(source)] if source else []
+    if source and data.get("data_dir", "data") != "data":
+        flags += ["--data_dir", shown(str(data["data_dir"]))]
+    return flags
 
 
 def without_off(value: Any) -> Any:

@@ -16,9 +16,9 @@ from filelock import FileLock, Timeout
 
 from cli.command import parse_command_line
 from cli.recipes import PROJECT, resolved
-from errors import Stopped, UserError, plain, signal_name, stopped_code
+from errors import Stopped, UserError, expanded, plain, signal_name, stopped_code
 from runs.reading import Run, find_runs, matches
-from runs.settings import shaping
+from runs.settings import SAMPLE, shaping
 
 try:
     import fcntl
@@ -66,7 +66,7 @@ def train_missing(request: Request) -> tuple[list[Run], list[str]]:
     for config in configs.values():
         if config["trainer"]["fast_dev_run"] or config["trainer"]["limit_test_batches"] == 0:
             raise UserError("--train compares tested runs: leave out fast_dev_run and limit_test_batches=0")
-    wanted = {recipe: shaping(config) for recipe, config in configs.items()}
+    wanted = {recipe: shaping(config) | _sample(config["data"]) for recipe, config in configs.items()}
     if not any(flag.startswith(("--precision", "--trainer.precision")) for flag in request.flags):
         for settings in wanted.values():
             if settings.get("trainer.precision") == "bf16-mixed":  # of a recipe, which train.py may not follow
@@ -134,7 +134,8 @@ def train_one(request: Request, recipe: str, seed: int, wanted: dict[str, Any], 
     """
     mine = [run for run in runs_of(request, recipe, wanted) if run.seed == seed]
     if done := [run for run in mine if run.finished]:
-        print(f"{recipe}, seed {seed}: finished ({plain(str(done[-1].folder))})", flush=True)
+        instead = wanted.get("trainer.precision") == WITHOUT_BFLOAT16 and done[-1].record["precision"] == "32-true"
+        print(f"{recipe}, seed {seed}: finished{' in float32' * instead} ({plain(str(done[-1].folder))})", flush=True)
         return 0
     command = ["--model", recipe, "--seed", str(seed), "--log_dir", str(request.log_dir), *request.flags]
     stopped = [path for run in mine if (path := run.folder / "checkpoints" / "last.ckpt").exists()]
@@ -209,6 +210,15 @@ def runs_of(request: Request, recipe: str, wanted: dict[str, Any]) -> list[Run]:
     if wanted.get("trainer.precision") == WITHOUT_BFLOAT16:  # the recipe's own first
         return [run for run in found if run.record["precision"] == WITHOUT_BFLOAT16[0]] or found
     return found
+
+
+def _sample(data: dict[str, Any]) -> dict[str, bool]:
+    """Whether Fashion-MNIST will be tests/data's sample, told by the labels, 508 bytes; nothing for other pictures."""
+    if data.get("folder") or data.get("dataset"):
+        return {}
+    labels = Path(expanded(data["data_dir"]), "t10k-labels-idx1-ubyte")  # elsewhere the set is whole
+    found = next((file for file in (labels, labels.with_name(f"{labels.name}.gz")) if file.is_file()), None)
+    return {SAMPLE: found is not None and found.stat().st_size < 1_000}
 
 
 def _resolved(recipe: str, flags: list[str]) -> dict[str, Any]:

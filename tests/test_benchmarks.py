@@ -624,6 +624,21 @@ def test_mistakes_in_verify_are_one_line(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("names", "rows"),
+    [
+        (["fast/30min"], ["fast-30min"]),  # not those with flags
+        (["fast/30min-all-36", "fast-30min-all-20"], ["fast-30min-all-20", "fast-30min-all-36"]),
+        (["fast/30min", "fast-30min"], ["fast-30min"]),
+        (["fast/30*"], ["fast-30s", "fast-30s-all-5", "fast-30min-all-20", "fast-30min-all-36", "fast-30min"]),
+        (["vgg11_small"], ["vgg11_small-all"]),
+    ],
+)
+def test_rows_are_verified_by_name(names: list[str], rows: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify.main([*names, "--minutes", "0.001"]) == 2
+    assert sorted(re.findall("(.+): left out", capsys.readouterr().out)) == sorted(rows)
+
+
 @pytest.mark.slow
 @pytest.mark.long
 def test_a_row_is_verified(capsys: pytest.CaptureFixture[str]) -> None:

@@ -326,7 +326,7 @@ def spoilt(trained: Run, **changes: Any) -> dict[str, Any]:
     content = torch.load(trained.best, weights_only=True)
     config = yaml.safe_load(content["config"])
     for name, value in changes.items():
-        section = {"net": "model", "optimizer": "model", "batch_size": "data", "callbacks": "trainer"}[name]
+        section = {"batch_size": "data", "callbacks": "trainer", "devices": "trainer"}.get(name, "model")
         config[section][name] = value
         key = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}.get(section)
         if key:
@@ -701,6 +701,16 @@ def test_times_and_a_device_by_its_number_are_taken_over(name: str, value: str, 
     config["trainer"][name] = value
     rules = Trusted("a.ckpt", False, "", content["state_dict"], lambda folder: None)
     assert rules.to_train(config)["trainer"][name] == value
+
+
+def test_devices_given_count_in_place_of_those_of_a_file(trained: Run, folder: Path) -> None:
+    torch.save(spoilt(trained, devices=[4999]), "spoilt.ckpt")
+    command = ("fit", "--ckpt_path=spoilt.ckpt", f"--data_dir={DATA}", "--val_size=297", "--accelerator=cpu")
+    answer = run_forked(*command, folder=folder)
+    assert answer.code == 2
+    check(folder, answer.err, "asks for the devices [4999], which this machine does not have; give --devices")
+    answer = run_forked(*command, "--devices=1", folder=folder)
+    assert (answer.code, answer.err) == (0, "")
 
 
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed", "64-true", "bf16-mixed", "32", 16, None])

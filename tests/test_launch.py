@@ -1550,14 +1550,16 @@ def test_errors_are_told_apart() -> None:
 
 def test_largest_batch_size_is_bounded_by_most() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
-    size = largest_batch_size(net, torch.optim.Adam, (1, 28, 28), torch.device("cpu"), None, most=100)
+    optimizer = torch.optim.Adam(net.parameters())
+    size = largest_batch_size(net, lambda: optimizer, (1, 28, 28), torch.device("cpu"), None, most=100)
     assert size == 64
 
 
 def test_largest_batch_size_shrinks_with_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.memory._free", lambda device: 1 << 20)
     net = nn.Sequential(nn.Flatten(), nn.Linear(784, 4096), nn.ReLU(), nn.Linear(4096, 10))
-    size = largest_batch_size(net.double(), torch.optim.Adam, (1, 28, 28), torch.device("cpu"), None, most=8192)
+    optimizer = torch.optim.Adam(net.double().parameters())
+    size = largest_batch_size(net, lambda: optimizer, (1, 28, 28), torch.device("cpu"), None, most=8192)
     assert size < 8192
 
 
@@ -1581,6 +1583,13 @@ def test_batch_size_auto_leaves_steps_enough(given: int, size: int, reason: str,
     assert yaml.safe_load((runs[0] / "config.yaml").read_text(encoding="utf-8"))["data"]["batch_size"] == size
     first, second = (torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in runs)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_batch_size_auto_tries_an_optimizer_that_needs_the_loss_several_times(tmp_path: Path) -> None:
+    flags = ("--model.optimizer=LBFGS", "--model.scheduler=null", "--trainer.limit_train_batches=1")
+    answer = run_forked("fit", "--model=lenet", *FIND_BATCH_SIZE, *flags, "--batch_size=auto", folder=tmp_path)
+    assert (answer.code, answer.err) == (0, "")
+    assert "Batch size 128: the largest power of two" in answer.out
 
 
 def test_batch_size_auto_is_for_new_runs(tmp_path: Path) -> None:
@@ -1688,6 +1697,10 @@ def test_two_processes_train_with_one_rate(tmp_path: Path) -> None:
         (("--trainer.accumulate_grad_batches", "99"), "an epoch is shorter than one optimiser step"),
         (("--trainer.gradient_clip_val", "1e-12", "--model.optimizer", "torch.optim.SGD"), "made the loss fall"),
         (("--image_size", "3"), "LeNet"),
+        (("--model.net", "torch.nn.Flatten"), "torch.nn.Flatten, which has nothing to train"),
+        (("--model.net", "torch.nn.LazyLinear", "--model.net.out_features", "10"), "LazyLinear has lazy layers"),
+        (("--model.optimizer", "torch.optim.SparseAdam"), "SparseAdam can't be used with these settings"),
+        (("--trainer.strategy", "mine"), "invalid strategy name"),
     ],
 )
 def test_mistakes_are_one_line(flags: tuple[str, ...], message: str, tmp_path: Path) -> None:

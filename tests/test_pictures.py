@@ -649,7 +649,7 @@ def page():
 def test_networks_answer_beside_each_other(page, trained):
     networks = page.load_networks([LENET, trained.best, VGG11])
     titles = [network.title for network in networks]
-    assert titles == [f"LeNet ({LENET})", f"LeNet ({trained.best})", "VGG · fast/5min"]
+    assert titles == [f"LeNet ({LENET})", f"LeNet ({trained.best})", "VGG · vgg11_quarter"]
     assert "61,706 parameters" in networks[0].facts
     assert "test accuracy" in networks[0].facts
     assert "test accuracy" not in networks[1].facts  # no list tells

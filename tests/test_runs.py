@@ -10,6 +10,7 @@ import math
 import os
 import random
 import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -23,7 +24,7 @@ import optuna
 import pytest
 import torch
 import yaml
-from commands import DATA, ENVIRONMENT, REPO, Answer
+from commands import DATA, ENVIRONMENT, REPO, Answer, run_forked
 from conftest import Run
 from PIL import Image
 
@@ -40,7 +41,7 @@ from runs.groups import Group, fold, wilson
 from runs.names import class_defaults, name_all, recipe_settings
 from runs.plots import _class_accuracy
 from runs.reading import Run as Record
-from runs.reading import find_runs
+from runs.reading import find_runs, matches
 from runs.record import SCHEMA, machine, pack_right, unpack_right
 from runs.search_space import Choice, Range, add_setting, every_combination
 from runs.settings import GROUPS, MACHINE, SETTINGS, is_kept, kind, leaves, shaping
@@ -217,11 +218,36 @@ def test_records_may_lie_anywhere_under_any_name(
 
 
 def test_unfinished_runs_are_left_out_and_counted(logs: Path, trained: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    write(logs / "stopped", json.loads((trained.folder / "record.json").read_text(encoding="utf-8")), seed=9)
+    record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
+    del record["fit_seconds"]
+    write(logs / "stopped", record, seed=9)
     assert compare.main([str(logs)]) == 0
     out = capsys.readouterr().out
     assert "1 unfinished run left out" in out
     assert "0.8300 ± 0.0361" in out
+
+
+def test_a_run_that_was_only_trained_is_said_with_the_command_that_tests_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = f"--model lenet --data {DATA / 'photos'} --max_epochs 1 --accelerator cpu --log_dir".split()
+    assert run_forked("fit", *flags, "my runs", folder=tmp_path).code == 0
+    assert compare.main(["my runs"]) == 2
+    error = capsys.readouterr().err
+    assert "no finished run in my runs; 1 run trained but not tested; to test it: python train.py" in error
+    answer = run_forked(*shlex.split(error.partition("to test it: python train.py")[2]), folder=tmp_path)
+    assert (answer.code, "epoch 1/" in answer.out) == (0, False), answer.err
+    assert compare.main(["my runs"]) == 0
+    out = capsys.readouterr().out
+    assert "lenet" in out and "left out" not in out
+    (run,) = find_runs([tmp_path])
+    assert run.finished and run.tested > 0
+
+    record = json.loads((run.folder / "record.json").read_text(encoding="utf-8"))
+    write(tmp_path / "my runs" / "elsewhere", record)  # without its checkpoint
+    assert compare.main(["my runs"]) == 0
+    assert "left out: 1 run trained but not tested\n" in capsys.readouterr().out
 
 
 def test_table_of_a_real_run(trained: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -303,6 +329,20 @@ def test_missing_package_is_named_in_one_line(
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("output", "message"), [("out", "the plots need the package"), ("file/out", "file is a file")])
+def test_what_the_report_lacks_is_said_before_anything_is_trained(
+    output: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    if output == "out":
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert compare.main([*TRAIN, "--max_epochs", "1", "--output", output]) == 2
+    out, err = capsys.readouterr()
+    assert (out, message in err, err.count("\n")) == ("", True, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(
@@ -401,7 +441,29 @@ def test_a_run_in_the_precision_of_the_machine_or_of_a_short_name_is_recognised(
         for said in ("starting", "finished") if flags != ("--precision", "32") else ("finished",):
             done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
             assert (done.returncode, f"seed 0: {said}" in done.stdout) == (0, True), done
+            assert ("finished in float32" in done.stdout) == (said == "finished" and not flags)  # not as it says
     assert [run.record["precision"] for run in find_runs([tmp_path / "logs"])] == ["32-true", "bf16-mixed"]
+
+
+def test_a_run_on_a_part_of_the_data_is_not_the_recipes_own(trained: Run, tmp_path: Path) -> None:
+    record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
+    whole = copy.deepcopy(record) | {"train_images": 55_000, "val_images": 5000}
+    whole["test"] |= {"images": 10_000, "test_set": 10_000}
+    whole["config"]["data"]["data_dir"] = "elsewhere"
+
+    def taken(record: dict[str, Any], data_dir: Path) -> bool:
+        config = copy.deepcopy(whole["config"])
+        config["data"]["data_dir"] = str(data_dir)
+        wanted = shaping(config) | training._sample(config["data"])
+        return matches(Record(tmp_path, record), wanted)
+
+    unfinished = {name: value for name, value in record.items() if name not in ("test", "fit_seconds")}
+    assert taken(record, DATA) and taken(unfinished, DATA) and not taken(whole, DATA)
+    assert taken(whole, tmp_path) and not taken(record, tmp_path) and not taken(unfinished, tmp_path)
+    for name, value in (("limit_train_batches", 0.5), ("limit_val_batches", 1), ("check_val_every_n_epoch", 3)):
+        part = copy.deepcopy(whole)
+        part["config"]["trainer"][name] = value
+        assert not taken(part, tmp_path), name
 
 
 @pytest.mark.slow

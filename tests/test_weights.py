@@ -13,7 +13,8 @@ import torch
 from commands import DATA, ENVIRONMENT, REPO, run_forked, whole_set
 
 import export
-from checkpoints.reading import LISTING, read_checkpoint
+from checkpoints.reading import LISTING, read_checkpoint, stored_config
+from cli.recipes import load_yaml, recipes
 from datamodules import CLASS_NAMES, FashionMNISTDataModule
 from datamodules.files.finding import load
 from errors import RunError, UserError
@@ -43,6 +44,12 @@ def test_every_file_is_listed_and_intact():
     for name in LISTED:
         classifier, data, checkpoint = load_trained(WEIGHTS / name)  # which checks the hash
         assert checkpoint["recipe"] == LISTED[name]["recipe"]
+        if (recipe := recipes().get(checkpoint["recipe"])) is None:
+            assert checkpoint["recipe"] == "photographs"  # see docs/weights.md
+        else:
+            net, stored = (config["model"]["net"] for config in (load_yaml(recipe), stored_config(checkpoint, name)))
+            assert stored["class_path"] == net["class_path"]
+            assert net.get("init_args", {}).items() <= stored["init_args"].items()
         assert classifier.out_of_distribution is not None
         right = classifier.probabilities(data.preprocess(IMAGES[:100])).argmax(dim=1) == LABELS[:100]
         assert right.float().mean() > 0.75

@@ -196,9 +196,7 @@ def correct(
     classifier: LitClassifier, data: FashionMNISTDataModule, images: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
     """Which of the uint8 images (N, 1, 28, 28) get their label (N,) as prediction: (N,) bool."""
-    batches = (data.preprocess(batch.to(classifier.device)) for batch in images.split(data.eval_batch_size))
-    classes = [classifier.probabilities(batch).argmax(dim=1).cpu() for batch in batches]
-    return torch.cat([*classes, labels[:0]]) == labels
+    return logits_of(classifier, data, images).argmax(dim=1) == labels
 
 
 def share(found: torch.Tensor) -> float | None:

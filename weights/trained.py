@@ -9,7 +9,7 @@ from lightning.pytorch.cli import instantiate_module
 from tqdm import tqdm
 
 from checkpoints.plain import recipe_name
-from checkpoints.reading import read_checkpoint, stored_config
+from checkpoints.reading import listed, read_checkpoint, stored_config
 from checkpoints.trust import Trusted
 from datamodules import FashionMNISTDataModule, PicturesDataModule, class_of
 from datamodules.files.finding import whole_below
@@ -49,7 +49,7 @@ def load_trained(path: Path, trust: bool = False) -> tuple[LitClassifier, Fashio
         raise UserError(f"{path} does not fit this version of the project: {one_line(str(error))}") from None
     classifier.on_load_checkpoint(checkpoint)
     if "recipe" in checkpoint:
-        checkpoint["recipe"] = recipe_name(checkpoint)
+        checkpoint["recipe"] = recipe_name(checkpoint | listed(path))  # which knows that a recipe was renamed
     return classifier, data, checkpoint
 
 

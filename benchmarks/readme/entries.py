@@ -203,4 +203,4 @@ def _family(family: str, section: dict[str, Any], more: tuple[str, ...]) -> Iter
 
 
 def _called(entry: Entry, name: str) -> bool:
-    return fnmatch(entry.recipe, name) or fnmatch(entry.name, name)
+    return any(fnmatch(own, name) for own in (entry.recipe, entry.recipe + entry.suffix, entry.name))
