@@ -457,30 +457,31 @@ def test_the_recipe_trains_on_what_the_teacher_says(tmp_path, images):
     assert torch.cdist(seen, expected, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1).values.max() < 1e-4
 
 
-@pytest.mark.parametrize("erasing", [0.0, 0.5])
-def test_a_consistent_teacher_sees_what_the_student_sees(erasing, images, capsys):
-    """In each step; without erasing, which leaves 18 views of an image, all of them before the first."""
+def test_a_consistent_teacher_sees_what_the_student_sees(tmp_path, images):
     seen = []
 
     class Spy(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             seen.append([part.clone() for part in batch])
 
-    augmented: Any = {"crop_padding": 1, "horizontal_flip": True, "random_erasing": erasing}
+    augmented: Any = {"crop_padding": 1, "horizontal_flip": True, "random_erasing": 0.5}
     data = FashionMNISTDataModule(
         str(images), val_size=297, batch_size=100, image_size=28, mean=0.286, std=0.353, **augmented
     )
     quiet: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    limits: Any = {"max_steps": 2, "max_epochs": 18, "limit_val_batches": 0, "enable_model_summary": False}
+    limits: Any = {"max_steps": 2, "limit_val_batches": 0, "enable_model_summary": False}
     teacher = Distillation(str(BETTER), 3, consistent=True)
     pl.Trainer(accelerator="cpu", devices=1, callbacks=[teacher, Spy()], **quiet, **limits).fit(
         LitClassifier(LeNet()), data
     )
+    whole = FashionMNISTDataModule.load_from_checkpoint(BETTER)
+    better = LitClassifier.load_from_checkpoint(BETTER).eval()
     for pixels, targets in seen:
         bytes_seen = (pixels * 0.353 + 0.286).mul(255).round().to(torch.uint8)
-        assert torch.allclose(targets, asked(bytes_seen, 3), atol=1e-4)
+        with torch.no_grad():
+            expected = (better(whole.preprocess(bytes_seen)) / 3).softmax(dim=1)
+        assert torch.allclose(targets, expected, atol=1e-4)
     assert len(seen) == 2 and not torch.equal(seen[0][1], seen[1][1])
-    assert ("images in 9 places" in capsys.readouterr().out) == (not erasing)
 
 
 @pytest.mark.slow
