@@ -334,8 +334,8 @@ def test_any_digit_that_is_changed_is_noticed(page: Path, tmp_path: Path, result
     text = page.read_text(encoding="utf-8")
     copy = tmp_path / page.parent.name / page.name  # by which the language is told
     copy.parent.mkdir()
-    regions = list(re.finditer(r"<!-- (results|throughput|measured) \w+ -->\n(.*?)<!-- /", text, re.DOTALL))
-    assert len(regions) == (1 if page in ONE_TABLE else 8)
+    regions = list(re.finditer(r"<!-- (results|throughput|measured) [\w-]+ -->\n(.*?)<!-- /", text, re.DOTALL))
+    assert len(regions) == (1 if page in ONE_TABLE else 9)
     for place in (0, 0.5, 1):  # the first digit of every table, one in the middle, the last
         wrong = text
         for region in regions:
@@ -429,9 +429,10 @@ def table(family: str, results: Results) -> str:
     return results_table(family, results, ENGLISH)
 
 
-def test_ratios_are_those_of_the_turns() -> None:
-    record = json.loads((RESULTS / "throughput-cpu.json").read_text(encoding="utf-8"))
-    text = PAGES[3].read_text(encoding="utf-8").partition("<!-- throughput cpu -->")[2].partition("<!-- /")[0]
+@pytest.mark.parametrize("place", ["cpu", "amx-cpu"])
+def test_ratios_are_those_of_the_turns(place: str) -> None:
+    record = json.loads((RESULTS / f"throughput-{place}.json").read_text(encoding="utf-8"))
+    text = PAGES[3].read_text(encoding="utf-8").partition(f"<!-- throughput {place} -->")[2].partition("<!-- /")[0]
     header, _, *lines = rows(text)
     column = header.index("times the tutorial's loop")
     for network, row in zip(record["results"], lines, strict=True):

@@ -32,7 +32,7 @@ from runs.reading import Run, find_runs
 README, CHINESE = PROJECT / "README.md", PROJECT / "README.zh-CN.md"
 SPEEDRUN = PROJECT / "benchmarks" / "speedrun.md"
 SPEEDRUN_SEEDS = 5  # that its rules ask for
-REGION = re.compile(r"(<!-- (results|throughput|measured) (\w+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+REGION = re.compile(r"(<!-- (results|throughput|measured) ([\w-]+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- (?:results|throughput|measured) ")
 # A run that ends below this has not learnt: chance is 0.1.
 COLLAPSED = 0.15
