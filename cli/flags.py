@@ -91,9 +91,10 @@ def _path(text: str) -> str:
 
 
 def _output(text: str) -> str:
+    path = _path(text)
     if not text.endswith((".csv", ".json", ".png")):
         raise ValueError("a file name that ends in .csv, .json or .png")
-    return _path(text)
+    return path
 
 
 class Flag(NamedTuple):
