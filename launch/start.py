@@ -43,10 +43,10 @@ class Start:
         Raises:
             UserError: If it can't be used.
         """
-        other = {"data.folder", "data.dataset"} & command.given().keys()
-        if other and command.fashion_mnist:
-            file = command.given()[other.pop()]
-            raise UserError(f"--data fashion_mnist can't go with {file or '--data.folder'}, which names other pictures")
+        given = command.given() if command.fashion_mnist else {}
+        for name in {"data.folder", "data.dataset"} & given.keys():
+            file = given[name] or f"--{name}"
+            raise UserError(f"--data fashion_mnist can't go with {file}, which names other pictures")
         requeued = _requeued(command)
         if not command.ckpt_path:
             return cls(command, command.recipe or "unnamed")

@@ -42,9 +42,11 @@ def draw(groups: Sequence[Group], folder: Path) -> dict[str, str]:
         MissingPackage: If Matplotlib is not installed.
     """
     check_matplotlib()
+    from matplotlib.figure import Figure
+
     plots = {}
 
-    def save(figure: Any, title: str, name: str) -> None:
+    def save(figure: Figure, title: str, name: str) -> None:
         width = int(13 * figure.get_size_inches()[0])  # characters of this size in a line
         few = found if len(found := marks(groups)) <= 4 else [*found[:3], "* others: see the table"]
         lines = [line for mark in few for line in _drawable(mark, width).split("\n")]
