@@ -5,6 +5,7 @@ another signal that asked to stop.
 """
 
 import argparse
+import errno
 import os
 import re
 import shlex
@@ -20,8 +21,12 @@ from typing import Any, NoReturn
 if sys.version_info < (3, 10):  # noqa: UP036  # a system's own Python, where the environment was not activated
     sys.exit(f"error: Python 3.10 or newer is needed, this is {sys.version.split()[0]}: use .venv's")
 
+# Errors caused by the disk, not by the program.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
 # The modules of requirements.txt, and what they bring along.
 REQUIRED = "filelock jsonargparse lightning numpy PIL rich tensorboard torch torchmetrics torchvision yaml"
+# Signals that ask a program to stop; Windows has the first two alone.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 
 
 class UserError(Exception):
@@ -74,8 +79,15 @@ class Stopped(BaseException):
 
 
 def expanded(text: str) -> str:
-    """The path with the home folder for a ~, which not every shell replaces; as it is if there is no such user."""
-    return os.path.expanduser(text)  # noqa: PTH111  # pathlib's raises then, and turns every / on Windows
+    """The path with the home folder for a ~, which not every shell replaces.
+
+    Raises:
+        UserError: If there is no such user, nor anything here of that name: Office's ~$page.png, say.
+    """
+    path = os.path.expanduser(text)  # noqa: PTH111  # pathlib's turns every / on Windows
+    if path.startswith("~") and not os.path.lexists(Path(path).parts[0]):
+        raise UserError(f"{text}: nobody here has that home folder; give the path in full, or ./{text} if it is meant")
+    return path
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -121,13 +133,19 @@ def run_program(name: str, run: Callable[[], int | None], interrupted: str = "St
         return 130
     except ModuleNotFoundError as error:
         return _report_missing(name, error)
-    except PermissionError as error:
-        if error.filename is None:
+    except OSError as error:
+        if error.errno not in UNWRITABLE or (isinstance(error, PermissionError) and error.filename is None):
             raise
-        print_error(name, plain(f"{error.filename} can't be read or written: {error.strerror}"))
-        return 2
+        print_error(name, plain(unwritable(error)))
+        return 2 if isinstance(error, PermissionError) else 1
     finally:
         sys.stdout, sys.stderr = kept
+
+
+def unwritable(error: OSError) -> str:
+    """What to say of an error with an `errno` in `UNWRITABLE`."""
+    how = "read or written" if isinstance(error, PermissionError) else "written"
+    return f"{error.filename or 'a file'} can't be {how}: {error.strerror}"
 
 
 def is_first_process() -> bool:
@@ -143,6 +161,12 @@ def signal_name(signum: int) -> str:
 def stopped_code(signum: int) -> int:
     """The exit code of a process that was asked to stop."""
     return 130 if signum == signal.SIGINT else 143
+
+
+def leave_signals_to_main(worker: int) -> None:
+    """Signals go to the whole process group; the main process ends the workers when it has saved a checkpoint."""
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 @contextmanager
@@ -269,6 +293,18 @@ def replace_file(written: Path, path: Path) -> None:
             return
         time.sleep(0.1)
     written.replace(path)
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """The name of a new file beside the path, which replaces it at the end, and is removed if there is an error."""
+    written = path.with_name(f".{os.urandom(8).hex()}{path.suffix}")
+    try:
+        yield written
+        replace_file(written, path)
+    finally:
+        with suppress(OSError):  # already renamed, or never written
+            written.unlink()
 
 
 def shown(path: str | Path) -> str:

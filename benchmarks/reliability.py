@@ -31,7 +31,7 @@ import torch
 import launch.run  # noqa: F401  # before forking, so that the children need not import it
 from checkpoints.reading import read_checkpoint
 from checkpoints.writing import AtomicCheckpointIO
-from errors import UserError, run_program
+from errors import OneLineParser, UserError, run_program
 from runs.record import write_json
 
 PROJECT = Path(__file__).parents[1]
@@ -166,7 +166,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     """Run all, print the numbers and write the record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write_kills", type=int, default=200)
     parser.add_argument("--interruptions", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=200)

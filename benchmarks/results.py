@@ -25,7 +25,7 @@ from benchmarks.readme import accuracy_time
 from benchmarks.readme.entries import TEST_IMAGES, Entry, Results, read_entries, read_results
 from benchmarks.readme.rounding import duration
 from benchmarks.readme.tables import Language, pages, results_table, written
-from errors import UserError, print_error, run_program
+from errors import OneLineParser, UserError, print_error, run_program
 from runs.reading import Run, find_runs, matches
 from runs.record import write_json
 from runs.settings import kind, shaping
@@ -77,7 +77,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m benchmarks.results",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -16,8 +16,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.processes import Processes
 from callbacks.run_folder import RunCheckpoint
-from callbacks.signal_watch import BEFORE_TRAINING, SIGNALS
-from errors import Stopped, signal_name, stopped_code
+from callbacks.signal_watch import BEFORE_TRAINING
+from errors import SIGNALS, Stopped, signal_name, stopped_code
 
 FIRST_BATCH = 30.0  # seconds to wait for the first batch, as nobody knows yet how long one takes
 

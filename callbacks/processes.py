@@ -17,8 +17,8 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import Callback
 
-from callbacks.signal_watch import SIGNALS, SignalWatch
-from errors import Stopped, is_first_process, print_error, signal_name, stopped_code
+from callbacks.signal_watch import SignalWatch
+from errors import SIGNALS, Stopped, is_first_process, print_error, signal_name, stopped_code
 
 POLL_SECONDS = 0.5
 STARTED_BY = "CLASSIC_CNNS_STARTED_BY"  # where the first process leaves its number for those that it starts

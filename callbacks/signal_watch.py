@@ -8,10 +8,10 @@ import threading
 import time
 from collections.abc import Callable
 
+from errors import SIGNALS
+
 # A second Ctrl-C within this time is the first: `timeout` and terminals may send it to the group and to the process.
 SAME_CTRL_C_SECONDS = 0.5
-NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # the last two are not on Windows
-SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 # Seconds that a process may take to end when there is nothing to save; Lightning kills the first process some 5 s after
 # another one that it started has ended.
 BEFORE_TRAINING = 3.0

@@ -55,6 +55,9 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
         raise UserError(f"{path} is damaged or is not a checkpoint") from None
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"{path} is not a checkpoint of a training run: it holds no state_dict")
+    weights = content["state_dict"]
+    if not weights or not all(isinstance(weight, torch.Tensor) for weight in weights.values()):
+        raise UserError(f"{path} is damaged: its state_dict must hold the weights, and nothing else")
     # States of callbacks may hold whatever can be read; checkpoints/state.py looks at those that are restored.
     check_plain({key: value for key, value in content.items() if key != "callbacks"}, str(path))
     version = content.get("pytorch-lightning_version", lightning.__version__)

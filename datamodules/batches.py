@@ -1,7 +1,6 @@
 """Which images make a batch, on which process, and how a batch is fetched: whole, by one indexing operation."""
 
 import os
-import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -107,9 +106,3 @@ class EvalBatches(_DealtOut):
         for turn in range(0, len(self.batches), self.num_replicas):
             mine = turn + self.rank
             yield self.batches[mine] if mine < len(self.batches) else torch.empty(0, dtype=torch.long)
-
-
-def leave_signals_to_main(worker: int) -> None:
-    """Signals go to the whole process group; the main process ends the workers when it has saved a checkpoint."""
-    for name in {"SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"} & set(dir(signal)):  # Windows has two of them
-        signal.signal(getattr(signal, name), signal.SIG_IGN)

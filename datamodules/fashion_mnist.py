@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader, Sampler, default_convert
 
 from checkpoints.loading import CheckedLoading
 from datamodules.augmentation import erase, jitter, shift_and_flip
-from datamodules.batches import EvalBatches, ImageTensors, TrainBatches, leave_signals_to_main
+from datamodules.batches import EvalBatches, ImageTensors, TrainBatches
 from datamodules.files.finding import DatasetError, load, prepare, whole_below
 from datamodules.files.grounds import photographed
+from errors import expanded, leave_signals_to_main
 
 CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
@@ -86,7 +87,7 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
                 raise ValueError(f"data.{name}={self.hparams[name]} must lie between 0 and 1")
         if dataset_on_device and num_workers:
             raise ValueError("data.dataset_on_device needs data.num_workers=0: workers can't reach the device's memory")
-        self.data_dir = Path(data_dir).expanduser()
+        self.data_dir = Path(expanded(str(data_dir)))
         self._folder: Path | None = None  # where the verified files are
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.image_size, self.num_workers = image_size, num_workers

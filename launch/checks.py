@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pkgutil import resolve_name
 from typing import Any
+from urllib.error import URLError
 
 import torch
 from jsonargparse import Namespace
@@ -84,8 +85,8 @@ def check_nulls(settings: Any, owner: Any, name: str) -> None:
     for key, value in settings.items(branches=True):
         if "." in key or key not in parameters:
             continue
-        needed = parameters[key].default is not None and "None" not in str(parameters[key].annotation)
-        if value is None and needed:
+        optional = re.search(r"None|Optional\[|Any\b|_empty", str(parameters[key].annotation))  # _empty: it has no type
+        if value is None and parameters[key].default is not None and not optional:
             raise UserError(f"{name}.{key} is null; give it a value, or leave it out")
         if hasattr(value, "class_path"):
             check_nulls(value.get("init_args"), named(value.class_path), f"{name}.{key}.init_args")
@@ -123,6 +124,10 @@ def explained(net: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise UserError(one_line(str(error))) from None
+    except URLError as error:
+        raise UserError(f"{net} can't fetch its weights: {error.reason}; get online, or leave them out") from None
+    except (OSError, LookupError, ArithmeticError, ImportError) as error:
+        raise UserError(f"{net} can't be made: {type(error).__name__}: {one_line(str(error))}") from None
 
 
 def check_network(net: nn.Module, name: str, optimised: bool) -> None:
@@ -136,6 +141,8 @@ def check_network(net: nn.Module, name: str, optimised: bool) -> None:
     problem = ""
     if type(net).forward is nn.Module.forward or isinstance(net, nn.ModuleList | nn.ModuleDict | nn.ParameterList):
         problem = "computes nothing"
+    elif not all(isinstance(value, torch.Tensor) for value in net.state_dict().values()):  # of get_extra_state
+        problem = "keeps more in its state_dict than tensors, which are all that a checkpoint may hold"
     elif optimised and not any(parameter.requires_grad for parameter in net.parameters()):
         problem = "has nothing to train"
     if problem:
@@ -153,11 +160,10 @@ def check_input(net: nn.Module, shape: tuple[int, int, int], num_classes: int) -
             _, total = stages(net, shape)
     except NotImplementedError:
         return  # it needs data: training will show
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError) as error:
         size = "x".join(map(str, shape))
-        raise UserError(
-            f"{name} can't take images of {size} (channels x height x width): {one_line(str(error))}"
-        ) from None
+        reason = repr(error) if isinstance(error, KeyError) else one_line(str(error))
+        raise UserError(f"{name} can't take images of {size} (channels x height x width): {reason}") from None
     if not isinstance(output, torch.Tensor):
         hint = "; set --model.net.aux_logits false" if hasattr(net, "aux_logits") else ""
         raise UserError(f"{name} gives a {type(output).__name__} in training; one tensor of logits was expected{hint}")

@@ -19,6 +19,7 @@ from weights.imagenet import start_from_imagenet
 STEPS_AN_EPOCH = 100  # what fits in memory need not train well: fewer steps learn less in the same epochs
 AUTOCAST = dict.fromkeys(("bf16", "bf16-mixed"), torch.bfloat16) | dict.fromkeys(("16", "16-mixed"), torch.float16)
 WEIGHTS = {"64": torch.float64, "64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+OWN_RATE = ("LBFGS", "Rprop")  # what they learned at one rate decides their steps at the next
 FOUND = "CLASSIC_CNNS_FOUND"  # where the first process leaves what it found for the processes that it starts
 
 
@@ -45,6 +46,9 @@ class Trials:
 
     def _find(self, config: Namespace) -> dict[str, float]:
         """The batch size first: the learning rate depends on it."""
+        optimizer = config.model.optimizer.class_path.rpartition(".")[2]
+        if self._lr and optimizer in OWN_RATE:
+            raise UserError(f"--lr auto can't find a rate for {optimizer}, whose steps follow those before; give --lr")
         found: dict[str, float] = {}
         if self._batch_size:
             config.data.batch_size = found["data.batch_size"] = self._find_batch_size(config)

@@ -1,12 +1,12 @@
 """What one command does, from top to bottom; and every way in which it can end, as one line."""
 
-import errno
 import logging
 import multiprocessing
 import os
 import re
 import signal
 import sys
+import threading
 import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator
@@ -20,14 +20,12 @@ from callbacks.divergence_guard import ADVICE, is_overflow
 from callbacks.processes import Processes, end_process
 from cli.command import Command
 from datamodules import DatasetError
-from errors import Diverged, RunError, UserError, is_first_process, one_line, run_program, shown
+from errors import UNWRITABLE, Diverged, RunError, UserError, is_first_process, one_line, run_program, shown, unwritable
 from launch import verbs
 from launch.classifier_cli import ClassifierCLI
 from launch.memory import advice, is_out_of_memory, keep_freed_memory
 from launch.start import Start
 
-# Errors caused by the disk, not by the program.
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
 LOST_CONNECTION = r"(?i)gloo|nccl|connection (closed|reset|refused)|broken pipe"
 
 
@@ -108,8 +106,7 @@ def _one_line_errors(cli: ClassifierCLI) -> Iterator[None]:
         _check_folder(cli)
         if error.errno not in UNWRITABLE:
             raise
-        how = "read or written" if error.errno in (errno.EACCES, errno.EPERM) else "written"
-        raise RunError(f"{error.filename or 'a file of the run'} can't be {how}: {error.strerror}") from None
+        raise RunError(unwritable(error)) from None
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning turns into exit code 1
             raise KeyboardInterrupt from None
@@ -123,8 +120,15 @@ def _check_folder(cli: ClassifierCLI) -> None:
         raise RunError(f"{shown(folder)} was removed while the run wrote to it; start it again") from None
 
 
+def _without_disk_errors(failure: threading.ExceptHookArgs) -> None:
+    """Report what ended a thread. TensorBoard's ends on a full disk, which the run's next write says in one line."""
+    if not isinstance(failure.exc_value, OSError) or failure.exc_value.errno not in UNWRITABLE:
+        threading.__excepthook__(failure)
+
+
 def _quiet() -> None:
     """Keep Lightning's hints and notices out of a normal run."""
+    threading.excepthook = _without_disk_errors
     for name in ("lightning.pytorch", "lightning.fabric", "lightning_fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # which print their reports this way

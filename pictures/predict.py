@@ -111,11 +111,12 @@ def predict_pictures(
         new_folder: Makes the folder for the contact sheet, if `output` names none, and for the overlays.
 
     Raises:
-        UserError: If no picture could be read, or a file can't be written.
+        UserError: If no picture could be read, or a file can't be written, or would take a picture's place.
     """
     if gradcam:
         check_captum()
     pictures = read_pictures(images, invert, data)
+    _check_output(output, pictures)
     batches = DataLoader(_Batches(pictures.images, data), batch_size=None)
     logits: list[Tensor] = []
     hook = model.net.register_forward_hook(lambda module, inputs, output: logits.append(output.float().cpu()))
@@ -138,6 +139,15 @@ def predict_pictures(
     print(f"Wrote {', '.join(printable(path) for path in written)}")
     if len(pictures.paths) > ON_SHEET * PAGES:
         print(f"(The contact sheets show the first {ON_SHEET * PAGES} of {len(pictures.paths):,} pictures.)")
+
+
+def _check_output(output: Sequence[Path], pictures: Pictures) -> None:
+    """Never overwrite one of the user's pictures."""
+    theirs = {path.resolve() for path in (*pictures.paths, *(path for path, _ in pictures.skipped))}
+    for path in output:
+        sheets = [_sheet(path, number) for number in range(1, PAGES + 1)] if path.suffix == ".png" else [path]
+        if taken := next((sheet for sheet in sheets if sheet.resolve() in theirs), None):
+            raise UserError(f"{printable(taken)} is one of the pictures; give another --output")
 
 
 def write_mistakes(
@@ -289,9 +299,13 @@ def _write_sheets(
             tiles.append(Tile(printable(Path(file.name)), small, image, top[place], note))
         png = io.BytesIO()
         contact_sheet(tiles, first + 1).save(png, "PNG", optimize=True)
-        written.append(path if not first else path.with_stem(f"{path.stem}-{first // ON_SHEET + 1}"))
+        written.append(_sheet(path, first // ON_SHEET + 1))
         _write_bytes(written[-1], png.getvalue())
     return written
+
+
+def _sheet(path: Path, number: int) -> Path:
+    return path if number == 1 else path.with_stem(f"{path.stem}-{number}")
 
 
 def _write_overlays(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import yaml
 
 from cli.command import Command, parse_command_line
 from cli.recipes import PROJECT, load_yaml, recipes
-from errors import MissingPackage, RunError, Stopped, UserError, printed_error, shown, stopped_code, typed
+from errors import MissingPackage, RunError, Stopped, UserError, one_line, printed_error, shown, stopped_code, typed
 from runs.plots import draw_trials
 from runs.reading import SWEEPS
 from runs.record import write_json
@@ -25,7 +26,9 @@ from runs.training import STOPPED, start, training_lock
 
 try:
     import optuna
+    from optuna.exceptions import StorageInternalError
     from optuna.trial import FrozenTrial, Trial, TrialState
+    from sqlalchemy.exc import DBAPIError
 except ImportError:
     raise MissingPackage("a sweep needs", "optuna") from None
 
@@ -60,6 +63,9 @@ def sweep(request: SweepRequest) -> int:
     try:
         with training_lock(folder, ".lock"):
             study = _run_trials(request, command, folder, output)
+    except (DBAPIError, StorageInternalError) as error:  # the disk is full, or somebody changed the file
+        reason = error.orig if isinstance(error, DBAPIError) else one_line(str(error.__cause__ or error))
+        raise RunError(f"{folder / 'study.db'} can't be used: {reason}") from None
     finally:
         signal.signal(signal.SIGTERM, before)
     _print_table(study)
@@ -258,9 +264,12 @@ def _remove_checkpoints(folder: Path, keep: str) -> None:
 
 
 def _check_output(output: Path) -> None:
-    """Never overwrite a recipe that a person wrote."""
+    """Never overwrite a recipe that a person wrote, nor search for one that can't be written."""
     if output.is_dir() or (output.exists() and MARK not in output.read_text(encoding="utf-8", errors="replace")):
         raise UserError(f"{output} exists and was not written by a sweep; give another --output")
+    nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not (nearest.is_dir() or nearest == output) or not os.access(nearest, os.W_OK):
+        raise UserError(f"{output} can't be written; give another --output")
 
 
 def _write_recipe(

@@ -16,8 +16,8 @@ from filelock import FileLock, Timeout
 
 from cli.command import parse_command_line
 from cli.recipes import PROJECT, resolved
-from errors import Stopped, UserError, expanded, plain, signal_name, stopped_code
-from runs.reading import Run, find_runs, matches
+from errors import SIGNALS, Stopped, UserError, expanded, plain, signal_name, stopped_code
+from runs.reading import LARGEST_SAMPLE, Run, find_runs, matches
 from runs.settings import SAMPLE, shaping
 
 try:
@@ -25,10 +25,8 @@ try:
 except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
-# Signals that ask to stop.
-PASSED_ON = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 # Exit codes of a training that was asked to stop: before it could save a checkpoint, and after.
-STOPPED = (*(-signum for signum in PASSED_ON), 128 + signal.SIGTERM, 128 + signal.SIGINT)
+STOPPED = (*(-signum for signum in SIGNALS), 128 + signal.SIGTERM, 128 + signal.SIGINT)
 LAST_SECONDS = 10.0  # that a training has to end when it was asked twice
 _HELD: list[int] = []  # file descriptors of the locks, which trainings inherit
 WITHOUT_BFLOAT16 = ("bf16-mixed", "32-true")  # either, as the machine can
@@ -175,7 +173,7 @@ def start(arguments: Sequence[str], **streams: Any) -> Iterator[subprocess.Popen
 
     killing = threading.Timer(LAST_SECONDS, process.kill)
     killing.daemon = True
-    wanted = [signum for signum in PASSED_ON if signal.getsignal(signum) != signal.SIG_IGN]  # as SIGHUP under nohup
+    wanted = [signum for signum in SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]  # as SIGHUP under nohup
     before = {signum: signal.signal(signum, pass_on) for signum in wanted}
     try:
         yield process
@@ -213,12 +211,12 @@ def runs_of(request: Request, recipe: str, wanted: dict[str, Any]) -> list[Run]:
 
 
 def _sample(data: dict[str, Any]) -> dict[str, bool]:
-    """Whether Fashion-MNIST will be tests/data's sample, told by the labels, 508 bytes; nothing for other pictures."""
+    """Whether Fashion-MNIST will be tests/data's sample, told by the test labels' size; nothing for other pictures."""
     if data.get("folder") or data.get("dataset"):
         return {}
     labels = Path(expanded(data["data_dir"]), "t10k-labels-idx1-ubyte")  # elsewhere the set is whole
     found = next((file for file in (labels, labels.with_name(f"{labels.name}.gz")) if file.is_file()), None)
-    return {SAMPLE: found is not None and found.stat().st_size < 1_000}
+    return {SAMPLE: found is not None and found.stat().st_size <= LARGEST_SAMPLE}  # a label takes a byte, or less
 
 
 def _resolved(recipe: str, flags: list[str]) -> dict[str, Any]:

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 
+import compare
+import demo
 import export
+import sweep
+from benchmarks.harness import side_by_side
 from cli.command import parse_command_line
 from cli.flags import FLAGS, SUBCOMMANDS, help_text
 from cli.recipes import load_yaml, recipes
-from errors import UserError, count, importing, typed
+from errors import UserError, count, importing, typed, written_aside
 
 REPO = Path(__file__).parents[1]
 
@@ -148,8 +152,44 @@ def test_the_home_folder_is_known_where_the_shell_leaves_it(tmp_path, monkeypatc
     (tmp_path / "own.yaml").write_text("{log_dir: ~/runs, ckpt_path: ~/b.ckpt}")
     command = parse("--config=~/own.yaml test")
     assert [command.log_dir, command.ckpt_path] == [f"{tmp_path}/runs", f"{tmp_path}/b.ckpt"]
-    assert parse("--model lenet --log_dir=~nobody_of_this_name/runs").log_dir == "~nobody_of_this_name/runs"
     assert export.parser().parse_args(["--ckpt_path=~/a.ckpt", "--format=onnx"]).ckpt_path == tmp_path / "a.ckpt"
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda path: parse(f"--model lenet --log_dir={path}"),
+        lambda path: parse(f"--model lenet --data_dir={path}"),
+        lambda path: parse(f"--model lenet --data {path}"),
+        lambda path: parse(f"predict --ckpt_path=a.ckpt --images {path}"),
+        lambda path: export.parser().parse_args(["--ckpt_path=a.ckpt", "--format=onnx", f"--output={path}"]),
+        lambda path: compare.parse([path]),
+        lambda path: sweep.parse(["lenet", "--space=lr=1,2", f"--log_dir={path}"]),
+        lambda path: demo.parser().parse_args([path]),
+        lambda path: side_by_side.Parser(None, 1.0).parse_args([f"--data_dir={path}"]),
+    ],
+)
+def test_the_home_folder_of_nobody_is_refused_unless_something_bears_that_name(read, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match=r"^~nobody_of_this_name: nobody here has that home folder; give the path in full"
+    ):
+        read("~nobody_of_this_name")
+    (tmp_path / "~nobody_of_this_name").mkdir()
+    assert "~nobody_of_this_name" in str(vars(read("~nobody_of_this_name")))
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.onnx"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), written_aside(path) as written:
+        written.write_text("half")
+        raise KeyboardInterrupt
+    assert (path.read_text(), list(tmp_path.iterdir())) == ("old", [path])
+    with written_aside(path) as written:
+        assert written.suffix == ".onnx"
+        written.write_text("new")
+    assert (path.read_text(), list(tmp_path.iterdir())) == ("new", [path])
 
 
 def test_checkpoint_and_folder_may_stand_in_a_file(tmp_path, monkeypatch):

@@ -1108,6 +1108,8 @@ def test_a_tilde_is_the_users_home(tmp_path, monkeypatch):
     PicturesDataModule(str(folder), data_dir="~/made", image_size=16).setup("fit")
     assert any((home / "made" / "cache").iterdir())
     assert FashionMNISTDataModule("~/data").data_dir == home / "data"
+    with pytest.raises(UserError, match=r"^~no such user/data: nobody here has that home folder"):
+        FashionMNISTDataModule("~no such user/data")
     rules = Trusted("a.ckpt", False, "", {}, fashion_mnist_files.whole_below)
     assert rules.data({"data_dir": "~/data"}) == {"data_dir": str(home / "data")}
     assert rules.data({"data_dir": "~no such user/data"}) == {}

@@ -573,6 +573,10 @@ def _little_memory():
     resource.setrlimit(resource.RLIMIT_AS, (64 << 30, 64 << 30))
 
 
+def _small_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+
 def _bfloat16():
     torch.cpu._is_avx512_bf16_supported = lambda: True
 
@@ -794,6 +798,8 @@ CHECKPOINTS = {
         "names the class os.system, which this project, torch and torchvision do not have",
     ),
     "without its configuration": ("unexplained.ckpt", "does not say how it was trained; add --model RECIPE"),
+    "without weights": ("weightless.ckpt", "its state_dict must hold the weights, and nothing else"),
+    "with null for a weight": ("null.ckpt", "its state_dict must hold the weights, and nothing else"),
     "without a weight": ("incomplete.ckpt", "net.classifier.5.bias is missing there"),
 }
 
@@ -847,6 +853,8 @@ def files(tmp_path_factory, trained):
         "class": content | {"config": content["config"].replace("models.lenet.LeNet", "os.system")},
         "unexplained": {name: value for name, value in content.items() if name != "config"},
         "incomplete": content | {"state_dict": weights},
+        "weightless": content | {"state_dict": {}},
+        "null": content | {"state_dict": weights | {"net.classifier.5.bias": None}},
     }.items():
         torch.save(saved, folder / f"{name}.ckpt")
     return folder
@@ -1699,6 +1707,8 @@ def test_two_processes_train_with_one_rate(tmp_path: Path) -> None:
         (("--image_size", "3"), "LeNet"),
         (("--model.net", "torch.nn.Flatten"), "torch.nn.Flatten, which has nothing to train"),
         (("--model.net", "torch.nn.LazyLinear", "--model.net.out_features", "10"), "LazyLinear has lazy layers"),
+        (("--model.optimizer", "torch.optim.LBFGS"), "--lr auto can't find a rate for LBFGS"),
+        (("--model.optimizer", "Rprop", "--batch_size", "auto"), "--lr auto can't find a rate for Rprop"),
         (("--model.optimizer", "torch.optim.SparseAdam"), "SparseAdam can't be used with these settings"),
         (("--trainer.strategy", "mine"), "invalid strategy name"),
     ],
@@ -2012,6 +2022,9 @@ def test_an_argument_of_the_trainer_that_cannot_work_is_one_line(setting: str, f
 
 
 OTHER_NETWORKS = """
+from typing import Optional
+from urllib.request import urlopen
+
 from torch import nn
 
 class Normed(nn.Sequential):
@@ -2021,6 +2034,29 @@ class Normed(nn.Sequential):
 class Empty(nn.Module):
     def forward(self, images):
         return images.flatten(1)[:, :10]
+
+class Fetching(nn.Linear):  # as torchvision's with weights=DEFAULT, offline
+    def __init__(self):
+        urlopen("http://127.0.0.1:1/weights.pth")
+
+class Failing(nn.Linear):
+    def __init__(self, early=True):
+        super().__init__(784, 10)
+        self.early = early and {}["width"]
+
+    def forward(self, images):
+        return super().forward(images.flatten(1)) * {}["scale"]
+
+class WithMore(nn.Linear):
+    def get_extra_state(self):
+        return {"version": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+class Dropping(nn.Sequential):
+    def __init__(self, dropout: Optional[float] = 0.5, width=None, bias=True):
+        super().__init__(nn.Flatten(), nn.Dropout(dropout or 0), nn.Linear(784, 10, bias=bias is None))
 """
 
 
@@ -2259,9 +2295,34 @@ def test_a_network_with_further_outputs_in_training_is_one_line(name: str, folde
         works("fit", *flags, "--model.net.aux_logits=false", folder=folder)
 
 
-def test_a_network_without_weights_is_one_line(folder: Path) -> None:
+def test_curves_on_a_full_disk_are_one_line(folder: Path) -> None:
+    # A limit on the size of files makes a write fail half-way, just as a full disk does.
+    flags = (*SAMPLE, *SHORT, "--trainer.enable_checkpointing=false", "--max_epochs=2")
+    answer = run_forked("fit", *flags, folder=folder, prepare=_small_files)
+    (line,) = answer.err.splitlines()
+    assert answer.code == 1 and line.endswith("can't be written: File too large")
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    {
+        "Empty": "nothing to train",
+        "Fetching": "mine.Fetching can't fetch its weights: [Errno 111] Connection refused; get online",
+        "Failing": "mine.Failing can't be made: KeyError: 'width'",
+        "Failing --model.net.early=false": "Failing can't take images of 1x28x28 (channels x height x width): KeyError",
+        "WithMore --model.net.in_features=784 --model.net.out_features=10": "keeps more in its state_dict than tensors",
+    }.items(),
+)
+def test_a_network_that_can_not_be_used_is_one_line(net: str, message: str, folder: Path) -> None:
     (folder / "mine.py").write_text(OTHER_NETWORKS, encoding="utf-8")
-    assert "nothing to train" in refused("fit", "--model.net=mine.Empty", folder=folder)
+    assert message in refused("fit", *f"--model.net=mine.{net}".split(), folder=folder)
+
+
+def test_null_reaches_a_parameter_that_takes_it(folder: Path) -> None:
+    (folder / "mine.py").write_text(OTHER_NETWORKS, encoding="utf-8")
+    net = ("--model.net=mine.Dropping", "--model.net.dropout=null", "--model.net.bias=null")
+    works("fit", *net, folder=folder)
+    assert record(folder / "logs/lenet/version_0")["parameters"] == 784 * 10 + 10
 
 
 @pytest.mark.parametrize("subcommand", ["test", "validate", "predict"])

@@ -474,6 +474,7 @@ def test_broken_files_are_named_and_the_rest_goes_on(checkpoint, tmp_path, pictu
         (["--images", "none.png"], "no picture could be read: none.png does not exist"),
         (["--images", "pictures", "--output", "pictures/bag.png/a.png"], "pictures/bag.png/a.png can't be written"),
         (["--images", "pictures"], "outputs can't be written: File exists"),
+        (["--images", "pictures", "--output", "pictures/bag.png"], "pictures/bag.png is one of the pictures"),
     ],
 )
 def test_mistakes_answer_with_one_line(checkpoint, tmp_path, pictures, arguments, message):
@@ -851,8 +852,9 @@ def the_first_stroke_is_answered(browser, networks):
 # ---- What the network is not sure of.
 
 
-def test_what_is_unlike_is_said_everywhere_and_comes_first(trained, tmp_path):
+def test_what_is_unlike_is_said_everywhere_and_comes_first(tmp_path):
     """A page of text among garments; more pictures than fit on one sheet."""
+    best = REPO / "weights" / "lenet.ckpt"  # how unlike noise is to a network of the tests is a matter of chance
     garments, noise = load(DATA, "test")[0][:60], np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
     folder = tmp_path / "some"
     folder.mkdir()
@@ -860,7 +862,7 @@ def test_what_is_unlike_is_said_everywhere_and_comes_first(trained, tmp_path):
         Image.fromarray(image).save(folder / f"{number:02}.png")
     output = [str(tmp_path / name) for name in ("a.json", "a.csv", "a.png")]
     flags = ["--accelerator=cpu", "--sort=unsure", f"--images={folder}", "--output", *output]
-    answer = run_forked("predict", f"--ckpt_path={trained.best}", *flags, folder=tmp_path)
+    answer = run_forked("predict", f"--ckpt_path={best}", *flags, folder=tmp_path)
     assert answer.code == 0, answer.err
     rows = json.loads((tmp_path / "a.json").read_text())["pictures"]
     scores = [row["out_of_distribution"] for row in rows]
@@ -868,7 +870,7 @@ def test_what_is_unlike_is_said_everywhere_and_comes_first(trained, tmp_path):
     unsure = sum(row["not_sure"] for row in rows)
     assert 1 <= unsure < 30
     assert scores[:unsure] == sorted(scores[:unsure], reverse=True)
-    margins = [row["top"][0]["probability"] - row["top"][1]["probability"] for row in rows[unsure:]]
+    margins = [np.subtract(*(np.float32(guess["probability"]) for guess in row["top"][:2])) for row in rows[unsure:]]
     assert margins == sorted(margins)
     assert next(row for row in rows if row["picture"].endswith("60.png"))["not_sure"]
     assert answer.out.count(" not sure") == unsure
@@ -882,8 +884,8 @@ def test_what_is_unlike_is_said_everywhere_and_comes_first(trained, tmp_path):
     orange = np.array([0xD9, 0x48, 0x01])
     assert (sheet[:400] == orange).all(axis=2).any()
     model, data = (
-        LitClassifier.load_from_checkpoint(trained.best),
-        FashionMNISTDataModule.load_from_checkpoint(trained.best),
+        LitClassifier.load_from_checkpoint(best),
+        FashionMNISTDataModule.load_from_checkpoint(best),
     )
     with torch.no_grad():
         expected = model.eval().out_of_distribution.score(model(data.preprocess(garments[:1])))  # type: ignore[union-attr]

@@ -963,6 +963,7 @@ def test_bad_settings_are_named(setting: str, message: str) -> None:
         (("lenet", "--space", "lr=1,2", "--pruner", "x"), "median, hyperband, none"),
         (("lenet", "--space", "lr=1,2", "--output", "x.txt"), "ends in .yaml"),
         (("lenet", "--space", "lr=1,2", "--output", str(REPO / "configs/lenet.yaml")), "was not written by a sweep"),
+        (("lenet", "--space", "lr=1,2", "--output", str(REPO / "LICENSE/a.yaml")), "LICENSE/a.yaml can't be written"),
         (("lenet", "--space", "lr=1,2", "--ckpt_path", "last"), "go on by themselves"),
         (("lenet", "--space", "lr=1,2", "--max_epochs", "x"), "--max_epochs must be an integer"),
     ],
@@ -975,6 +976,17 @@ def test_mistakes_in_a_sweep_are_one_line(
     assert message in err
     assert len(err.strip().splitlines()) == 1
     assert not (tmp_path / "logs").exists()
+
+
+def test_trials_on_a_full_disk_are_one_line(tmp_path: Path) -> None:
+    # A limit on the size of files makes a write fail half-way, just as a full disk does.
+    code = "import resource, sys, sweep; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000,) * 2); "
+    command = [sys.executable, "-c", f"{code}sys.exit(sweep.main(sys.argv[1:]))", "lenet", "--space", "lr=1,2"]
+    done = subprocess.run(
+        [*command, "--log_dir", str(tmp_path)], cwd=REPO, env=ENVIRONMENT, capture_output=True, text=True, timeout=100
+    )
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and "study.db can't be used: " in line
 
 
 def test_missing_optuna_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from cli.recipes import load_yaml, recipes
 from datamodules import CLASS_NAMES, FashionMNISTDataModule
 from datamodules.files.finding import load
 from errors import RunError, UserError
+from export import SUFFIXES
 from lit_modules import LitClassifier
 from weights import exporting, pack
 from weights.trained import load_trained
@@ -31,10 +32,25 @@ IMAGES, LABELS = load(DATA, "test")
 
 
 @pytest.fixture(scope="module")
-def packed(trained, tmp_path_factory):
+def halved(trained, tmp_path_factory):
+    """The sample's LeNet; its record has the score in half precision, as it is chance which images change sides."""
+    halved = trained._replace(folder=shutil.copytree(trained.folder, tmp_path_factory.mktemp("halved") / "version_0"))
+    classifier, data, _ = load_trained(halved.best)
+    with torch.no_grad():
+        for parameter in classifier.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(parameter.half())
+    record = json.loads((halved.folder / "record.json").read_text())
+    record["test"]["accuracy"] = pack.share(pack.correct(classifier, data, IMAGES[:, None], LABELS))
+    (halved.folder / "record.json").write_text(json.dumps(record))
+    return halved
+
+
+@pytest.fixture(scope="module")
+def packed(halved, tmp_path_factory):
     """The sample's LeNet, packed."""
     path = tmp_path_factory.mktemp("packed") / "small.ckpt"
-    assert pack.main([str(trained.best), f"--output={path}", f"--data_dir={DATA}"]) == 0
+    assert pack.main([str(halved.best), f"--output={path}", f"--data_dir={DATA}"]) == 0
     return path
 
 
@@ -73,14 +89,14 @@ def test_files_score_what_is_said(name):
     assert recorded is None or abs(measured - recorded) <= pack.MIXED_TOLERANCE
 
 
-def test_packed_file_is_small_and_does_what_the_checkpoint_does(trained, packed, tmp_path):
-    assert packed.stat().st_size < 0.25 * trained.best.stat().st_size
+def test_packed_file_is_small_and_does_what_the_checkpoint_does(halved, packed, tmp_path):
+    assert packed.stat().st_size < 0.25 * halved.best.stat().st_size
     content = read_checkpoint(packed)
     assert {tensor.dtype for tensor in content["state_dict"].values() if tensor.dim() > 1} == {torch.float16}
     assert str(DATA).encode() not in packed.read_bytes()  # nor other paths of the machine
     assert not set(content) & {"optimizer_states", "callbacks", "loops", "lr_schedulers"}
 
-    small, large = (LitClassifier.load_from_checkpoint(path) for path in (packed, trained.best))
+    small, large = (LitClassifier.load_from_checkpoint(path) for path in (packed, halved.best))
     assert {parameter.dtype for parameter in small.parameters()} == {torch.float32}
     assert small.temperature == large.temperature
     pixels = FashionMNISTDataModule.load_from_checkpoint(packed).preprocess(IMAGES)
@@ -142,27 +158,27 @@ def test_a_small_file_of_an_older_version_gets_the_score_of_strange_images(packe
     assert "holds no record of that file; give --record FILE" in capsys.readouterr().err
 
 
-def test_what_scores_otherwise_is_not_kept(trained, tmp_path, capsys):
-    record = json.loads((trained.folder / "record.json").read_text())
+def test_what_scores_otherwise_is_not_kept(halved, tmp_path, capsys):
+    record = json.loads((halved.folder / "record.json").read_text())
     record["test"]["accuracy"] -= 0.006  # three of 500 images
     (tmp_path / "record.json").write_text(json.dumps(record))
     folder = tmp_path / "weights"
     arguments = [f"--output={folder / 'small.ckpt'}", f"--data_dir={DATA}"]
-    assert pack.main([str(trained.best), *arguments, f"--record={tmp_path / 'record.json'}"]) == 1
+    assert pack.main([str(halved.best), *arguments, f"--record={tmp_path / 'record.json'}"]) == 1
     assert re.search(r"^weights\.pack: error: in half precision .* its record says 0\.\d+; nothing was written$",
                      capsys.readouterr().err)  # fmt: skip
-    assert pack.main([str(trained.best), *arguments, f"--record={tmp_path / 'gone.json'}"]) == 2
+    assert pack.main([str(halved.best), *arguments, f"--record={tmp_path / 'gone.json'}"]) == 2
     assert "gone.json is not the record of a run (it can't be read as JSON); give" in capsys.readouterr().err
     assert not list(folder.iterdir())
 
 
-def test_a_run_that_was_stopped_can_be_packed_and_says_so(trained, tmp_path, capsys):
-    record = json.loads((trained.folder / "record.json").read_text())
+def test_a_run_that_was_stopped_can_be_packed_and_says_so(halved, tmp_path, capsys):
+    record = json.loads((halved.folder / "record.json").read_text())
     del record["test"]
     (tmp_path / "record.json").write_text(json.dumps(record))
     path = tmp_path / "small.ckpt"
     arguments = [f"--output={path}", f"--data_dir={DATA}", f"--record={tmp_path / 'record.json'}"]
-    assert pack.main([str(trained.best), *arguments]) == 0
+    assert pack.main([str(halved.best), *arguments]) == 0
     assert "the run was stopped before its test" in capsys.readouterr().out
     entry = json.loads((tmp_path / LISTING).read_text())[path.name]
     assert set(entry["class_accuracy"]) == set(CLASS_NAMES)
@@ -317,6 +333,28 @@ def test_mistakes_answer_with_one_line(trained, tmp_path, capsys):
     assert export.main([f"--ckpt_path={trained.best}", "--format=torch_export", "--output=/proc/self/a.pt2"]) == 1
     assert "/proc/self/a.pt2 can't be written: No such file or directory" in capsys.readouterr().err
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch_export"])
+def test_a_full_disk_is_one_line(format, trained, tmp_path):
+    # A limit on the size of files makes a write fail half-way, just as a full disk does.
+    code = "import resource, sys, export; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000,) * 2); "
+    arguments = [f"--ckpt_path={trained.best}", f"--format={format}", f"--output={tmp_path / 'a'}{SUFFIXES[format]}"]
+    command = [sys.executable, "-c", f"{code}sys.exit(export.main(sys.argv[1:]))", *arguments]
+    done = subprocess.run(command, cwd=REPO, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line.endswith("can't be written: File too large")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_read_only_disk_is_one_line(trained, tmp_path):
+    shell = f"mount -t tmpfs -o ro tmpfs {tmp_path} && {sys.executable} export.py --format torch_export"
+    command = ["unshare", "-rm", "sh", "-c", f"{shell} --ckpt_path {trained.best} --output {tmp_path}/a.pt2"]
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("needs Linux's user namespaces, to mount a disk")
+    done = subprocess.run(command, cwd=REPO, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line.endswith("a.pt2 can't be written: Read-only file system")
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
 """Writes a trained classifier, preprocessing included, as ONNX or torch.export, and checks what was written."""
 
 import importlib
+import io
 import json
 import logging
 import statistics
 import time
-import uuid
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +18,7 @@ from torch.export import Dim
 
 from datamodules import DatasetError, FashionMNISTDataModule, PicturesDataModule
 from datamodules.files.finding import load, prepare
-from errors import MissingPackage, RunError, UserError
+from errors import MissingPackage, RunError, UserError, written_aside
 from lit_modules import LitClassifier
 from weights.trained import load_trained
 
@@ -86,20 +86,17 @@ def export(ckpt_path: Path, format: str, output: Path, data_dir: Path | None, tr
     # Weights in the usual order of dimensions, so that other programs can choose their own.
     module.to(memory_format=torch.contiguous_format)
 
-    written = output.with_name(f".{uuid.uuid4().hex}{output.suffix}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch's exporters warn about themselves
-            write(module, images[:2].clone(), written, metadata)  # a view would be stored with all images
-            exported = read(written)
-        with torch.no_grad():
-            lines = _check(Exported(classifier, data).eval(), exported, images, kind)
-        written.replace(output)
+        with written_aside(output) as written:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PyTorch's exporters warn about themselves
+                write(module, images[:2].clone(), written, metadata)  # a view would be stored with all images
+                exported = read(written)
+            with torch.no_grad():
+                lines = _check(Exported(classifier, data).eval(), exported, images, kind)
     except OSError as error:
         raise RunError(f"{output} can't be written: {error.strerror or error}") from None
-    finally:
-        written.unlink(missing_ok=True)
     return "\n".join([f"Wrote {output} ({output.stat().st_size / 1e6:.1f} MB)", *lines])
 
 
@@ -200,9 +197,10 @@ def _read_onnx(path: Path) -> Predict:
 
 def _write_torch_export(module: nn.Module, example: Tensor, path: Path, metadata: dict[str, str]) -> None:
     program = torch.export.export(module, (example,), dynamic_shapes={"images": {0: Dim("N")}})
-    # Opened here: PyTorch raises a RuntimeError where it can't write, and takes only ASCII names on Windows.
-    with path.open("wb") as file:
-        torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata)})
+    # Not to the file: PyTorch aborts the process on a full disk, and takes only ASCII names on Windows.
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={"metadata.json": json.dumps(metadata)})
+    path.write_bytes(content.getbuffer())
 
 
 def _read_torch_export(path: Path) -> Predict:

@@ -19,7 +19,7 @@ import yaml
 
 from checkpoints.reading import LISTING, listed
 from datamodules import DatasetError, FashionMNISTDataModule
-from errors import OneLineParser, RunError, UserError, run_program
+from errors import OneLineParser, RunError, UserError, run_program, written_aside
 from lit_modules import LitClassifier
 from lit_modules.execution.out_of_distribution import OutOfDistribution
 from runs.record import read, write_json
@@ -92,11 +92,10 @@ def pack(ckpt_path: Path, output: Path | None, record_path: Path | None, data_di
     output = output or (ckpt_path if known else WEIGHTS / f"{recipe.replace('/', '-')}.ckpt")
     listed(output)  # refuses a damaged listing before anything is measured
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f"{output.stem}.partial")  # not listed, so that it can be loaded before it is
     data.data_dir = data_dir
     if not checkpoint.get("out_of_distribution"):
         checkpoint["out_of_distribution"] = _fit_out_of_distribution(classifier, data)
-    try:
+    with written_aside(output) as partial:  # not listed, so that it can be loaded before it is
         torch.save(_small(checkpoint), partial)
         classifier, data = load_trained(partial)[:2]
         data.data_dir = data_dir
@@ -128,9 +127,6 @@ def pack(ckpt_path: Path, output: Path | None, record_path: Path | None, data_di
                 "test_accuracy": expected,
             },
         }
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
     _list(output, entry)
     said = "the run was stopped before its test" if expected is None else f"{expected:.4f} in the record"
     return f"Wrote {output} ({entry['bytes'] / 1e6:.2f} MB): test accuracy {given:.4f}, {said}"

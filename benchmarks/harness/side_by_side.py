@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, printed_error
+from errors import OneLineParser, UserError, printed_error
 from runs.record import commit, machine, peak_memory, write_json
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -295,7 +295,7 @@ def ratios(turns: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], ke
     return {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(OneLineParser):
     """The flags that all benchmarks share.
 
     The result also holds the device (cpu, cuda), the place, as it was at the start, and flags for train.py: `shared` by
@@ -311,7 +311,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False)
         self.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
         self.add_argument("--seconds", type=float, default=budget, help="time budget (default: %(default)g)")
-        self.add_argument("--data_dir", default="data", help="folder of Fashion-MNIST (default: data)")
+        self.add_argument("--data_dir", type=Path, default=Path("data"), help="folder of Fashion-MNIST (default: data)")
         self.add_argument("--out", type=Path, default=RESULTS, help="folder of the records")
         self.set_defaults(flags="")
         if flags:
@@ -320,7 +320,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, *given: Any) -> Any:  # type: ignore[override]
         """The options."""
         options = super().parse_args(*given)
-        options.data_dir = str(Path(options.data_dir).resolve())
+        options.data_dir = str(options.data_dir.resolve())
         options.device = {"cpu": "cpu", "gpu": "cuda"}[options.accelerator]
         import torch
 

@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import struct
-import uuid
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from filelock import BaseFileLock, FileLock
 from torch import Tensor
 
 from datamodules.files.download import MIRRORS, TIMEOUT, fetch
-from errors import expanded, replace_file
+from errors import UserError, expanded, written_aside
 
 # Data set -> name of the uncompressed file -> its length in bytes and the SHA-256 of its content.
 KNOWN = {
@@ -131,7 +130,7 @@ def whole_below(data_dir: Path) -> Path | None:
             files = [path for name in NAMES for path in (folder / name, folder / f"{name}.gz") if path.exists()]
             if all(path.is_file() for path in files) and len(good := _survey(folder)[0]) == len(NAMES):
                 return folder if len(set(good.values())) == 1 else None
-        except (OSError, ValueError):
+        except (OSError, ValueError, UserError):
             continue
     return None
 
@@ -263,12 +262,7 @@ def _install(folder: Path, name: str, data: bytes, data_set: str) -> None:
     if found != data_set:
         raise ValueError(f"belongs to the {found} data set, not to the {data_set} one")
     target = folder / (name if content is data else f"{name}.gz")
-    temporary = folder / f".{target.name}.{uuid.uuid4().hex}"  # in the same folder, or the replacement is not atomic
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        replace_file(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_aside(target) as written, written.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -121,7 +121,7 @@ def _class_of(name: str) -> tuple[Callable[..., Any], dict[str, Any]]:
         found = resolve_name(":".join(name.rsplit(".", 1)))
     except (ImportError, AttributeError, ValueError) as error:
         raise DatasetError(f"the data set {name} can't be imported: {error}") from None
-    if not callable(found):
+    if not isinstance(found, type):
         raise DatasetError(f"{name} is no class; a data set like torchvision's was expected")
     return found, {}
 
