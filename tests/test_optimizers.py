@@ -19,6 +19,13 @@ def test_orthogonal_is_near_the_nearest_orthogonal_matrix(shape: tuple[int, int]
     assert ((found.diagonal()[large] > 0.65) & (found.diagonal()[large] < 1.25)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_matrix_of_low_rank_is_no_larger_for_its_rounding(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(64, 5, generator=generator) @ torch.randn(5, 576, generator=generator)
+    assert torch.linalg.svdvals(orthogonal(matrix.to(dtype)).float()).max() < 1.25
+
+
 def steps(optimizer: Any, parameters: list[nn.Parameter], count: int = 5) -> None:
     """The same gradients for whatever optimiser and order in memory."""
     generator = torch.Generator().manual_seed(1)
