@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from errors import MissingPackage, OneLineParser, RunError, UserError, importing, run_program
+from errors import SIGNALS, MissingPackage, OneLineParser, RunError, UserError, importing, run_program
 
 with importing("demo.py"):
     from cli.flags import refuse_pasted_dashes
@@ -77,7 +77,9 @@ def _run(arguments: list[str]) -> None:
         if sys.modules.get(package, package) is None or importlib.util.find_spec(package) is None:
             raise MissingPackage("the page needs", package)
     _check_address(options.host, options.port)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, so that the folder is removed
+    for signum in SIGNALS:  # all end it like Ctrl-C, so that the folder with what was uploaded is removed
+        if signal.getsignal(signum) == signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(signum, signal.default_int_handler)
     # Ctrl-C is how the page is closed.
     with suppress(KeyboardInterrupt), tempfile.TemporaryDirectory() as folder:
         os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"  # of the system too: Gradio looks for its own page

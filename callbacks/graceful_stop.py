@@ -5,7 +5,8 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from callbacks.signal_watch import BEFORE_TRAINING
 from errors import SIGNALS, Stopped, signal_name, stopped_code
 
 FIRST_BATCH = 30.0  # seconds to wait for the first batch, as nobody knows yet how long one takes
+COMPLETE = "Training is complete, and was stopped before testing."
 
 
 class GracefulStop(Callback):
@@ -27,7 +29,7 @@ class GracefulStop(Callback):
 
     The handlers only note the signal; after each batch the processes agree on whether one of them was asked to stop.
     So it does not matter which processes get the signal. Batches that are still being accumulated are finished first.
-    Outside of training there is nothing to save: testing ends at once.
+    Outside of training there is nothing to save: testing ends at once, after training with how to continue.
 
     Under SLURM, SIGUSR1 (or the signal that the `SLURMEnvironment` was made with) then also requeues the job, which
     launch/start.py lets continue from `last.ckpt`. (Lightning's own handler would save a second checkpoint, where a job
@@ -112,7 +114,21 @@ class GracefulStop(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop if a signal came after the last check."""
         if signum := self._processes.largest(self._signal):
-            self._stop(trainer, signum, "Training is complete, and was stopped before testing.", self._file())
+            self._stop(trainer, signum, COMPLETE, self._file())
+
+    @contextmanager
+    def before_tested(self, trainer: pl.Trainer) -> Iterator[None]:
+        """Around the test that follows training: stop if a signal came while training was wound up, or comes now.
+
+        Raises:
+            Stopped: With how to continue, too.
+        """
+        self.on_train_end(trainer, trainer.lightning_module)
+        try:
+            yield
+        except Stopped as stopped:
+            message = COMPLETE + self._continue_with(self._file())
+            raise Stopped(message if str(stopped) else "", stopped.exit_code) from None
 
     def _file(self) -> Path | None:
         return self._last.file if self._last else None
@@ -141,13 +157,16 @@ class GracefulStop(Callback):
         saved = f"Saved: {path}" if path else "Nothing was saved: checkpoints are switched off."
         self._stop(trainer, signum, f"Stopped by {signal_name(signum)} in {where}. {saved}", path)
 
+    def _continue_with(self, path: Path | None) -> str:
+        return f"\nContinue with: {self._how_to_continue(path)}" if path else ""
+
     def _stop(self, trainer: pl.Trainer, signum: int, message: str, path: Path | None) -> None:
         self._processes.watch.patience = math.inf  # it has answered
         if signum == self._requeue_signal and path:
             message += f" {_requeue() if trainer.is_global_zero else ''}"
             self._processes.largest(0)  # wait: if one task ends early, srun may kill the others, and with them scontrol
-        elif path:
-            message += f"\nContinue with: {self._how_to_continue(path)}"
+        else:
+            message += self._continue_with(path)
         self._processes.end_with_parent()
         raise Stopped(message if trainer.is_global_zero else "", stopped_code(signum))
 

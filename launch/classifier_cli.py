@@ -31,7 +31,7 @@ from launch.checks import (
     named,
 )
 from launch.found import Trials
-from launch.launchers import take_over_processes
+from launch.launchers import check_rank, take_over_processes
 from launch.lightning_flags import check_trainer, check_training
 from launch.own_pictures import follow_pictures
 from launch.start import Start
@@ -201,6 +201,7 @@ class ClassifierCLI(LightningCLI):
             print(table(self.model.net, shape))
             sys.exit(0)
         check_weights(self.command.ckpt_path, self.start.shapes, self.model)
+        check_rank(self.trainer.world_size)
         check_trainer(self.trainer, self.config.trainer, self.model.net)
         if self.command.subcommand == "fit":
             check_training(self.trainer, self.model, self.config.model, validates(self.config))

@@ -8,9 +8,13 @@ from jsonargparse import Namespace
 
 from errors import UserError, count, is_first_process
 
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # in Lightning's order
+
 
 def take_over_processes(trainer: Namespace) -> None:
     """Set `devices` and `num_nodes` of the Trainer's settings to what the launcher started.
+
+    Without one, a run on one machine meets at an address that Lightning chooses, not where the environment says.
 
     Raises:
         UserError: If the settings or the launcher's variables contradict it; empty on all processes but one.
@@ -18,6 +22,9 @@ def take_over_processes(trainer: Namespace) -> None:
     try:
         started = _torchrun() or _slurm()
         if started is None:
+            if trainer.num_nodes == 1 and "LOCAL_RANK" not in os.environ:
+                for name in ("MASTER_ADDR", "MASTER_PORT"):  # left by another job: Lightning would wait for it
+                    os.environ.pop(name, None)
             return
         launcher, here, machines = started
         given = _count(trainer.devices)
@@ -37,6 +44,17 @@ def take_over_processes(trainer: Namespace) -> None:
     trainer.num_nodes = machines
     if not isinstance(trainer.devices, list | tuple) and "," not in str(trainer.devices):  # which name the devices
         trainer.devices = here
+
+
+def check_rank(processes: int) -> None:
+    """Refuse a rank that another job left in the environment: the only process would log nothing, as if not the first.
+
+    Args:
+        processes: The run's, on all machines.
+    """
+    name = next((name for name in RANKS if name in os.environ), "")  # which Lightning takes
+    if processes == 1 and name and os.environ[name] != "0":
+        raise UserError(f"{name} is {os.environ[name]!r}, but this run is one process, of rank 0: unset {name}")
 
 
 def _torchrun() -> tuple[str, int, int] | None:

@@ -97,8 +97,8 @@ class RunCallbacks:
         if config.trainer.enable_progress_bar is not False and not own_bar:
             callbacks.append(EpochProgress(self.speed))
         last = self.last if self.last in callbacks else None
-        stop = GracefulStop(self.processes, last, lambda path: how_to_continue(command, config, path))
-        callbacks += [self.processes, ExactResume(self.speed), stop]  # last, so that they see what the others did
+        self.stop = GracefulStop(self.processes, last, lambda path: how_to_continue(command, config, path))
+        callbacks += [self.processes, ExactResume(self.speed), self.stop]  # last, so that they see what the others did
         _leave_out_empty_hooks(callbacks)
         plugins = _listed(built.trainer.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):

@@ -985,6 +985,18 @@ def test_each_signal_saves_and_says_how_to_continue(
     assert checkpoint(folder)["global_step"] == 15
 
 
+@pytest.mark.parametrize(("stage", "signum", "code"), [("test", signal.SIGTERM, 143), ("end", signal.SIGINT, 130)])
+def test_a_stop_after_training_says_how_to_test(stage: str, signum: signal.Signals, code: int, tmp_path: Path) -> None:
+    folder = write(tmp_path / "run")
+    (folder / "command.json").write_text(f'{{"at": ["{stage}", 1, 0, 0], "signals": [{int(signum)}]}}')
+    answer = run_forked(*flags("--max_epochs", "1")[1:], folder=folder)
+    match = CONTINUE.search(answer.err)
+    assert answer.code == code and "Training is complete" in answer.err and match, answer
+    (folder / "command.json").write_text("{}")
+    answer = run_forked(*shlex.split(match[1]), folder=folder)
+    assert answer.code == 0 and "Test on" in answer.out, answer
+
+
 def test_command_to_continue_works_as_printed(tmp_path: Path) -> None:
     folder = write(tmp_path / "run")
     answer = train(folder, "--trainer.logger", "true", "--log_dir", "my runs", at=["train", 1, 1, 0])
@@ -1162,6 +1174,25 @@ def test_launchers_say_how_many_processes_there_are(
     else:
         take_over_processes(trainer)
         assert (trainer.devices, trainer.num_nodes) == expected
+
+
+@pytest.mark.parametrize(
+    ("variables", "flags", "expected"),
+    [
+        ({"RANK": "1"}, [], "RANK is '1'"),
+        ({"LOCAL_RANK": "1"}, [], "LOCAL_RANK is '1'"),
+        ({"SLURM_PROCID": "1"}, [], "SLURM_PROCID is '1'"),
+        pytest.param({"MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "x"}, ["--devices=2"], "", marks=pytest.mark.slow),
+    ],
+)
+def test_variables_that_another_job_left(variables: dict, flags: list, expected: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(REPO / "train.py"), *LENET, *FAST, "--accelerator=cpu", *flags]
+    environment = ENVIRONMENT | variables
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    if expected:
+        check(Answer(done.returncode, done.stdout, done.stderr), tmp_path, expected)
+    else:
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

@@ -813,6 +813,26 @@ def test_the_page_in_a_browser(trained, page, tmp_path):
             browser.close()
 
 
+@needs_gradio
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_closed_terminal_leaves_no_uploads(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(REPO / "demo.py"), f"--port={port}"]
+    environment = {**ENVIRONMENT, "TMPDIR": str(tmp_path)}
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None and "Open" in server.stdout.readline()
+        server.send_signal(signal.SIGHUP)
+        assert server.wait(30) == 0
+        assert not [path for path in tmp_path.iterdir() if not path.name.startswith("torchinductor")]  # PyTorch's own
+    finally:
+        server.kill()
+        server.communicate()
+
+
 def all_networks_answer_and_can_be_chosen(browser, networks, image):
     browser.wait(f"{SHOWN} == {len(networks) + 1}")
     for rows, network in zip(browser.evaluate(ANSWERS), networks, strict=True):
