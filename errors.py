@@ -298,7 +298,7 @@ def replace_file(written: Path, path: Path) -> None:
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """The name of a new file beside the path, which replaces it at the end, and is removed if there is an error."""
-    written = path.with_name(f".{os.urandom(8).hex()}{path.suffix}")
+    written = path.with_name(f".{path.name}.{os.urandom(8).hex()}{path.suffix}")
     try:
         yield written
         replace_file(written, path)

@@ -13,6 +13,7 @@ import time
 
 from benchmarks.harness import side_by_side
 from benchmarks.harness.side_by_side import PROJECT, print_table
+from errors import run_program
 
 # Budget of each in seconds, the most important first.
 SECONDS = {
@@ -60,4 +61,4 @@ def _run(name: str, arguments: list[str]) -> tuple[str, int, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("benchmarks.suite", main))

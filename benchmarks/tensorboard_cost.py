@@ -20,6 +20,7 @@ from benchmarks.harness.side_by_side import Contestant, contest, median, print_t
 from callbacks.tensorboard import drawing
 from datamodules import CLASS_NAMES
 from datamodules.files.finding import load, prepare
+from errors import run_program
 from inspection.graph import network_graph
 from models import LeNet
 
@@ -95,4 +96,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("benchmarks.tensorboard_cost", main))

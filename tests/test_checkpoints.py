@@ -50,6 +50,8 @@ from optimizers.muon import Muon
 
 # ---- Checkpoints survive kills, full disks and damage.
 
+SMALLEST: dict[str, Any] = {"state_dict": {"weight": torch.zeros(1)}}  # what is taken for a checkpoint
+
 
 def keep_writing(path: Path) -> None:
     """Save ever new checkpoints of 8 MB, and note each that is done, until killed."""
@@ -91,7 +93,7 @@ def test_leftovers_of_killed_processes_are_removed_but_not_those_of_living_ones(
     try:
         assert holder.stdout
         holder.stdout.readline()
-        AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, tmp_path / "last.ckpt")
+        AtomicCheckpointIO().save_checkpoint(SMALLEST, tmp_path / "last.ckpt")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", living.name]
     finally:
         holder.kill()
@@ -105,16 +107,16 @@ def test_no_open_file_is_renamed(like_windows: None, tmp_path: Path) -> None:
     with stale.open("rb"), pytest.raises(PermissionError):
         stale.replace(tmp_path / "other")
     for step in range(2):
-        state = {"state_dict": {}, "step": step}
+        state = SMALLEST | {"step": step}
         AtomicCheckpointIO().save_checkpoint(state, tmp_path / "best.ckpt")
         assert AtomicCheckpointIO().link_checkpoint(tmp_path / "best.ckpt", tmp_path / "last.ckpt")
         assert read_checkpoint(tmp_path / "last.ckpt") == state
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt"]
     reader = (tmp_path / "last.ckpt").open("rb")
     threading.Timer(0.3, reader.close).start()
-    AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, tmp_path / "last.ckpt")  # waits for the reader
+    AtomicCheckpointIO().save_checkpoint(SMALLEST, tmp_path / "last.ckpt")  # waits for the reader
     with (tmp_path / "last.ckpt").open("rb"), pytest.raises(RunError, match="is open; the checkpoint saved before it"):
-        AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, tmp_path / "last.ckpt")
+        AtomicCheckpointIO().save_checkpoint(SMALLEST, tmp_path / "last.ckpt")
 
 
 def test_file_systems_without_locks_are_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,8 +125,8 @@ def test_file_systems_without_locks_are_written_to(tmp_path: Path, monkeypatch: 
 
     (living := tmp_path / "last.ckpt.12345678.partial").touch()
     monkeypatch.setattr(fcntl, "flock", refuse)
-    AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, tmp_path / "last.ckpt")
-    assert read_checkpoint(tmp_path / "last.ckpt") == {"state_dict": {}}
+    AtomicCheckpointIO().save_checkpoint(SMALLEST, tmp_path / "last.ckpt")
+    assert read_checkpoint(tmp_path / "last.ckpt") == SMALLEST
     assert living.exists()
 
 
@@ -132,7 +134,7 @@ def test_file_systems_without_locks_are_written_to(tmp_path: Path, monkeypatch: 
 def test_permissions_follow_the_umask(umask: int, tmp_path: Path) -> None:
     before = os.umask(umask)
     try:
-        AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, tmp_path / "last.ckpt")
+        AtomicCheckpointIO().save_checkpoint(SMALLEST, tmp_path / "last.ckpt")
     finally:
         os.umask(before)
     assert (tmp_path / "last.ckpt").stat().st_mode & 0o777 == 0o666 & ~umask
@@ -141,8 +143,8 @@ def test_permissions_follow_the_umask(umask: int, tmp_path: Path) -> None:
 def test_checkpoint_does_not_pass_through_the_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
     monkeypatch.setattr("tempfile.tempdir", None)
-    AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, tmp_path / "last.ckpt")
-    assert read_checkpoint(tmp_path / "last.ckpt") == {"state_dict": {}}
+    AtomicCheckpointIO().save_checkpoint(SMALLEST, tmp_path / "last.ckpt")
+    assert read_checkpoint(tmp_path / "last.ckpt") == SMALLEST
 
 
 def test_loading_never_unpickles_objects(tmp_path: Path) -> None:
@@ -204,7 +206,7 @@ def test_full_disk(tmp_path: Path) -> None:
 def test_folder_that_can_not_be_made(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(RunError, match="can't be written"):
-        AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, tmp_path / "checkpoints" / "last.ckpt")
+        AtomicCheckpointIO().save_checkpoint(SMALLEST, tmp_path / "checkpoints" / "last.ckpt")
 
 
 def test_read_only_folder() -> None:
@@ -216,7 +218,7 @@ def test_read_only_folder() -> None:
         try:
             assert not list(Path(folder).iterdir())
             with pytest.raises(RunError, match="Permission denied; nothing was saved before"):
-                AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, Path(folder) / "last.ckpt")
+                AtomicCheckpointIO().save_checkpoint(SMALLEST, Path(folder) / "last.ckpt")
         finally:
             os.seteuid(user)
 
@@ -780,7 +782,7 @@ def test_yaml_of_a_checkpoint(text: Any) -> None:
 def test_the_settings_of_a_checkpoint_may_name_many_classes(tmp_path: Path) -> None:
     names = [f"some class, known by a rather long name: {number:05}" for number in range(20_000)]
     config = {"model": {}, "data": {"class_names": names}}
-    checkpoint = {"state_dict": {}, "config": yaml.safe_dump(config), "datamodule_hyper_parameters": config["data"]}
+    checkpoint = SMALLEST | {"config": yaml.safe_dump(config), "datamodule_hyper_parameters": config["data"]}
     torch.save(checkpoint, tmp_path / "a.ckpt")
     assert stored_config(read_checkpoint(tmp_path / "a.ckpt"), "a.ckpt") == config
 

@@ -325,7 +325,7 @@ class Parser(OneLineParser):
         import torch
 
         if options.accelerator == "gpu" and not torch.cuda.is_available():
-            self.error("PyTorch finds no NVIDIA GPU here")
+            raise UserError("PyTorch finds no NVIDIA GPU here")
         options.place = machine(options.device)
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
         options.place |= {"threads": torch.get_num_threads(), "load_before": load}
