@@ -117,7 +117,7 @@ class GracefulStop(Callback):
             self._stop(trainer, signum, COMPLETE, self._file())
 
     @contextmanager
-    def before_tested(self, trainer: pl.Trainer) -> Iterator[None]:
+    def around_test(self, trainer: pl.Trainer) -> Iterator[None]:
         """Around the test that follows training: stop if a signal came while training was wound up, or comes now.
 
         Raises:

@@ -59,7 +59,7 @@ def fit(cli: ClassifierCLI) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightAveraging):
                 callback._average_model = None  # or loading would put the plain weights back in place of the averaged
-        with cli.callbacks.stop.before_tested(trainer):
+        with cli.callbacks.stop.around_test(trainer):
             trainer.test(model, data, best, verbose=False, weights_only=True)
     if trainer.is_global_zero:
         record = next(callback.record for callback in trainer.callbacks if isinstance(callback, RunRecord))  # type: ignore[attr-defined]

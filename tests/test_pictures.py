@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tracemalloc
 import warnings
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -767,25 +768,37 @@ ANSWERS = (
 CAPTIONS = "[...document.querySelectorAll('#stages .caption-label')].map(caption => caption.innerText)"
 
 
-@needs_gradio
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
-def test_the_page_in_a_browser(trained, page, tmp_path):
-    """One page for all: it takes as long to start as everything that is done with it."""
-    uploads = tmp_path / "uploads"
+@contextmanager
+def served(folder, *arguments, stop, **variables):
+    """The page, at the place that is given: its process ends by a signal, and leaves nothing of what was uploaded."""
+    uploads = folder / "uploads"
     uploads.mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(REPO / "demo.py"), str(trained.best), f"--port={port}"]
-    proxies = {"all_proxy": "socks5://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}  # which lead nowhere
-    environment = {**ENVIRONMENT, **proxies, "TMPDIR": str(uploads)}
-    server = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
-    browser = None
+    command = [sys.executable, str(REPO / "demo.py"), *arguments, f"--port={port}"]
+    environment = {**ENVIRONMENT, **variables, "TMPDIR": str(uploads)}
+    server = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
         assert f"Open http://127.0.0.1:{port} in a browser" in server.stdout.readline()
-        browser = Page(str(CHROMIUM), tmp_path / "profile")
-        browser.send("Page.navigate", url=f"http://127.0.0.1:{port}")
+        yield f"127.0.0.1:{port}"
+        server.send_signal(stop)
+        assert server.wait(30) == 0
+        assert not [path for path in uploads.iterdir() if not path.name.startswith("torchinductor")]  # PyTorch's own
+    finally:
+        server.kill()
+        server.communicate()
+
+
+@needs_gradio
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+def test_the_page_in_a_browser(trained, page, tmp_path):
+    """One page for all: it takes as long to start as everything that is done with it."""
+    proxies = {"all_proxy": "socks5://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}  # which lead nowhere
+    with ExitStack() as stack, served(tmp_path, str(trained.best), stop=signal.SIGINT, **proxies) as place:
+        browser = stack.enter_context(closing(Page(str(CHROMIUM), tmp_path / "profile")))  # open while the page ends
+        browser.send("Page.navigate", url=f"http://{place}")
         browser.wait("document.querySelector('#photograph input[type=file]') !== null")
         photo(1).save(tmp_path / "photo.jpg", quality=80)
         browser.upload("#photograph input[type=file]", tmp_path / "photo.jpg")
@@ -801,36 +814,16 @@ def test_the_page_in_a_browser(trained, page, tmp_path):
         assert "cannot identify" not in browser.evaluate("document.body.innerText")  # what Pillow says
         the_first_stroke_is_answered(browser, len(networks))
         # An address without a place is the picture itself (data:, blob:).
-        assert {urlsplit(address).netloc for address in browser.requests} - {""} == {f"127.0.0.1:{port}"}
+        assert {urlsplit(address).netloc for address in browser.requests} - {""} == {place}
         assert browser.errors == []
-        server.send_signal(signal.SIGINT)
-        assert server.wait(30) == 0
-        assert not [path for path in uploads.iterdir() if not path.name.startswith("torchinductor")]  # PyTorch's own
-    finally:
-        server.kill()
-        server.communicate()
-        if browser:
-            browser.close()
 
 
 @needs_gradio
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
 def test_a_closed_terminal_leaves_no_uploads(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, str(REPO / "demo.py"), f"--port={port}"]
-    environment = {**ENVIRONMENT, "TMPDIR": str(tmp_path)}
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None and "Open" in server.stdout.readline()
-        server.send_signal(signal.SIGHUP)
-        assert server.wait(30) == 0
-        assert not [path for path in tmp_path.iterdir() if not path.name.startswith("torchinductor")]  # PyTorch's own
-    finally:
-        server.kill()
-        server.communicate()
+    with served(tmp_path, stop=signal.SIGHUP):
+        pass
 
 
 def all_networks_answer_and_can_be_chosen(browser, networks, image):
