@@ -116,6 +116,8 @@ def run_program(name: str, run: Callable[[], int | None], interrupted: str = "St
     kept = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)
     try:
+        if not os.environ.get("LOCAL_RANK", "0").isdecimal():  # which torchmetrics and Lightning read
+            raise UserError(f"LOCAL_RANK is {os.environ['LOCAL_RANK']!r}, not a whole number: unset it")
         code = run() or 0
         sys.stdout.flush()  # not when Python ends, where a closed pipe can't be answered any more
         return code

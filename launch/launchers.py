@@ -14,7 +14,7 @@ RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # in Light
 def take_over_processes(trainer: Namespace) -> None:
     """Set `devices` and `num_nodes` of the Trainer's settings to what the launcher started.
 
-    Without one, a run on one machine meets at an address that Lightning chooses, not where the environment says.
+    Without one, a run on one machine is its first and meets where Lightning chooses, whatever the environment says.
 
     Raises:
         UserError: If the settings or the launcher's variables contradict it; empty on all processes but one.
@@ -23,8 +23,14 @@ def take_over_processes(trainer: Namespace) -> None:
         started = _torchrun() or _slurm()
         if started is None:
             if trainer.num_nodes == 1 and "LOCAL_RANK" not in os.environ:
-                for name in ("MASTER_ADDR", "MASTER_PORT"):  # left by another job: Lightning would wait for it
-                    os.environ.pop(name, None)
+                for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "GROUP_RANK"):
+                    os.environ.pop(name, None)  # left by another job: Lightning would wait for it
+            for name in ("MASTER_PORT", "NODE_RANK", "GROUP_RANK"):
+                if name in os.environ and _number(name, least=0) >= trainer.num_nodes and "RANK" in name:
+                    raise UserError(
+                        f"{name} is {os.environ[name]}, but of --num_nodes {trainer.num_nodes} machines the last is "
+                        f"{trainer.num_nodes - 1}; give --num_nodes, or unset {name}"
+                    )
             return
         launcher, here, machines = started
         given = _count(trainer.devices)

@@ -1182,7 +1182,12 @@ def test_launchers_say_how_many_processes_there_are(
         ({"RANK": "1"}, [], "RANK is '1'"),
         ({"LOCAL_RANK": "1"}, [], "LOCAL_RANK is '1'"),
         ({"SLURM_PROCID": "1"}, [], "SLURM_PROCID is '1'"),
+        ({"LOCAL_RANK": "first"}, [], "LOCAL_RANK is 'first', not a whole number"),
+        ({"NODE_RANK": "first"}, ["--num_nodes=2"], "NODE_RANK is 'first'; a whole number"),
+        ({"NODE_RANK": "2"}, ["--num_nodes=2"], "NODE_RANK is 2, but of --num_nodes 2 machines the last is 1"),
+        ({"MASTER_PORT": "x"}, ["--num_nodes=2"], "MASTER_PORT is 'x'"),
         pytest.param({"MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "x"}, ["--devices=2"], "", marks=pytest.mark.slow),
+        pytest.param({"NODE_RANK": "1"}, ["--devices=2"], "", marks=pytest.mark.slow),
     ],
 )
 def test_variables_that_another_job_left(variables: dict, flags: list, expected: str, tmp_path: Path) -> None:
