@@ -1071,6 +1071,16 @@ def test_a_folder_without_splits_is_split_by_class_and_seed(tmp_path):
     assert len(of_folder(folder, tmp_path, test_size=0, val_size=21).val_set) == 21
 
 
+def test_pictures_outside_the_classes_are_said_to_be_left_out(tmp_path, caplog):
+    folder = put_classes(tmp_path / "own", cat=12, dog=12)
+    list_folder(folder, None, None, 0)
+    assert not caplog.records
+    draw(folder / "b.png", (1, 2, 3))
+    draw(folder / "a.png", (1, 2, 3))
+    assert sum(map(len, list_folder(folder, None, None, 0).parts.values())) == 24
+    assert caplog.messages == [f"{folder}: 2 pictures outside the classes' folders left out: a.png, ..."]
+
+
 def test_a_picture_stays_in_its_part_when_others_come_and_go(tmp_path):
     folder = put_classes(tmp_path / "own", cat=100, dog=100)
     before = list_folder(folder, None, None, 0).parts

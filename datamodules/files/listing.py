@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from datamodules.files.finding import DatasetError
-from datamodules.files.pictures import is_hidden, pictures_below
-from errors import is_first_process
+from datamodules.files.pictures import is_hidden, is_picture_name, pictures_below
+from errors import count, is_first_process
 
 # Usual names of the sub-folders that split a data set, lower case.
 NAMES = {
@@ -115,6 +115,10 @@ def _sub_folders(folder: Path) -> list[Path]:
 def _classes(
     root: Path, parent: Path, folders: list[Path], known: tuple[str, ...] | None = None
 ) -> tuple[tuple[str, ...], list[File]]:
+    pictures = sorted(path.name for path in parent.iterdir() if is_picture_name(path.name) and not is_hidden(path.name))
+    if folders and (loose := [name for name in pictures if (parent / name).is_file()]):
+        left_out = printable(loose[0]) + (", ..." if len(loose) > 1 else "")
+        warn_once(f"{parent}: {count(len(loose), 'picture')} outside the classes' folders left out: {left_out}")
     names = [printable(path.name) for path in folders]
     classes = tuple(names) if known is None else known
     files = []
