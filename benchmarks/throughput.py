@@ -136,7 +136,7 @@ def main() -> None:
 def measure(model: str, batch_size: int, device: str, budget: float, options: Any) -> dict[str, Any]:
     """One network's contests: ours against all the others, or as many at a time as fit in memory."""
     bf16 = BF16 in options.peers and device == "cpu" and cpu_has_bfloat16()
-    groups = _groups(options.peers, training_bytes(model, batch_size), device)
+    groups = _groups(options.peers, training_bytes(model, batch_size), _memory(device))
     turns: dict[str, list[dict[str, Any]]] = {"ours": []}
     first_rounds: dict[str, int] = {}  # round of ours in which each of the others first took part
     missing: dict[str, str] = {}
@@ -222,18 +222,22 @@ def _plain_loop(name: str, settings: Sequence[str], options: Any) -> list[str]:
     return ["-m", "benchmarks.peers.plain_loops", name, *settings, *where]
 
 
-def _groups(peers: Sequence[str], size: int, device: str) -> list[list[str]]:
-    """The others in groups that, with ours, share the memory; one group on a GPU, where each has the memory to itself.
+def _memory(device: str) -> float:
+    """Bytes that all contestants together may take, as each keeps its own while others have their turn."""
+    if device != "cpu":
+        return 0.8 * torch.cuda.mem_get_info()[0]
+    return 0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+
+
+def _groups(peers: Sequence[str], size: int, memory: float) -> list[list[str]]:
+    """The others in groups that, with ours, share the memory.
 
     Args:
         peers: All of them.
         size: Bytes that each needs for its tensors.
-        device: "cpu" or "cuda".
+        memory: Bytes that there are.
     """
-    if device != "cpu" or not hasattr(os, "sysconf"):
-        return [list(peers)]
-    memory = 0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    fitting = max(1, int(memory // (size + PROCESS_BYTES)) - 1)
+    fitting = max(1, int(min(memory / (size + PROCESS_BYTES), len(peers) + 1)) - 1)
     return [list(peers[start : start + fitting]) for start in range(0, len(peers), fitting)] or [[]]
 
 

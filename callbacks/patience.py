@@ -27,6 +27,11 @@ class Patience(EarlyStopping):
         """The name of this callback in checkpoints of earlier versions."""
         return self.state_key.replace(type(self).__qualname__, EarlyStopping.__qualname__, 1)
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Train no further if the run that is continued ended so."""
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the accuracy of the epoch's last validation."""
         if self._speed.validated:

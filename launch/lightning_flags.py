@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
     Callback,
+    GradientAccumulationScheduler,
     LearningRateFinder,
     SpikeDetection,
     StochasticWeightAveraging,
@@ -72,6 +73,8 @@ def check_trainer_settings(settings: Namespace, subcommand: str) -> None:
         raise UserError(
             f"trainer.max_time={settings.max_time} is not valid: days:hours:minutes:seconds was expected, 00:01:30:00"
         ) from None
+    if settings.val_check_interval == 0:
+        raise UserError("trainer.val_check_interval must be above 0; --val_size 0 trains without validation")
     if settings.default_root_dir is not None:
         raise UserError(
             f"trainer.default_root_dir={settings.default_root_dir} would change nothing: "
@@ -103,9 +106,11 @@ def check_trainer(trainer: Trainer, settings: Namespace, net: nn.Module) -> None
             "needed for networks of this size: set --trainer.strategy ddp"
         )
     device = trainer.strategy.root_device.type
-    if trainer.world_size > 1 and device == "cuda" and not dist.is_nccl_available():
+    if trainer.world_size > 1 and device == "cuda" and not (dist.is_available() and dist.is_nccl_available()):
         raise UserError("several GPUs need NCCL, which PyTorch has not on this system (Windows): set --devices 1")
     several_without_gpu = trainer.world_size > 1 and device != "cuda"
+    if trainer.world_size > 1 and _validates_by_time(trainer):  # each process by its own clock
+        raise UserError("trainer.val_check_interval can't be a time with several processes: give a share of an epoch")
     if settings.sync_batchnorm and several_without_gpu and any(isinstance(part, _BatchNorm) for part in net.modules()):
         raise UserError(
             "trainer.sync_batchnorm=true needs GPUs: PyTorch's SyncBatchNorm has no CPU version; leave it out"
@@ -247,6 +252,13 @@ def _check_schedule(trainer: Trainer, model: LitClassifier, names: Namespace, op
             f"{' or --trainer.max_steps' if by_step else ''}, or train without a schedule (--model.scheduler null)"
         )
 
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if by_step and open_lengths(scheduler) and any(isinstance(one, GradientAccumulationScheduler) for one in callbacks):
+        raise UserError(
+            f"{name} is as long as the run, whose steps GradientAccumulationScheduler changes: give the length "
+            f"(--model.scheduler.{open_lengths(scheduler)[0]}), or --trainer.accumulate_grad_batches instead"
+        )
+
     def tried() -> Any:
         schedule: Any = of_length(scheduler, optimizer, 1_000)
         schedule.step(*([1.0] if isinstance(schedule, ReduceLROnPlateau) else []))
@@ -262,6 +274,12 @@ def _check_schedule(trainer: Trainer, model: LitClassifier, names: Namespace, op
     _check_monitor(monitor, name, trainer, validates)
     if monitor.startswith("val/") and trainer.check_val_every_n_epoch is None:
         raise UserError(f"{name} watches {monitor} after each epoch: leave out trainer.check_val_every_n_epoch=null")
+    if monitor.startswith("val/") and _validates_by_time(trainer):
+        raise UserError(f"{name} watches {monitor} after each epoch: trainer.val_check_interval can't be a time")
+
+
+def _validates_by_time(trainer: Trainer) -> bool:
+    return getattr(trainer, "_val_check_time_interval", None) is not None  # kept nowhere else
 
 
 def _check_monitor(monitor: str, owner: str, trainer: Trainer, validates: bool) -> None:

@@ -14,6 +14,7 @@ from checkpoints.reading import read_checkpoint, stored_config
 from checkpoints.trust import Trusted
 from cli.command import Command
 from cli.recipes import load_yaml
+from datamodules import PicturesDataModule
 from datamodules.files.finding import whole_below
 from errors import UserError, is_first_process, print_warning, shown, typed
 
@@ -28,6 +29,7 @@ class Start:
         settings: The configuration that the checkpoint was made with.
         shapes: Name and shape of its tensors.
         processes: How many processes trained it; None in checkpoints of earlier versions.
+        pictures: What is known of the pictures it was trained on, if they are not Fashion-MNIST's.
     """
 
     command: Command
@@ -35,6 +37,7 @@ class Start:
     settings: dict[str, Any] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     processes: int | None = None
+    pictures: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, command: Command) -> "Start":
@@ -72,7 +75,8 @@ class Start:
         shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
         processes = checkpoint.get("processes")
         recipe = command.recipe or recipe_name(checkpoint)
-        return cls(command, recipe, settings, shapes, processes if type(processes) is int else None)
+        pictures = checkpoint.get(PicturesDataModule.__qualname__) or {}
+        return cls(command, recipe, settings, shapes, processes if type(processes) is int else None, pictures)
 
     def check_processes(self, number: int) -> None:
         """Refuse to continue with a different number of processes, as each would see other images.

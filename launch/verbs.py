@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence, Sized
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from lightning.pytorch.callbacks import WeightAveraging
 
@@ -76,14 +77,17 @@ def validate(cli: ClassifierCLI) -> None:
     now = cli.datamodule.hparams
     then = dict(now) | cli.start.settings.get("data", {})
     size, earlier = (math.inf if of["val_size"] is None else of["val_size"] for of in (now, then))
-    if (size > earlier or now["split_seed"] != then["split_seed"]) and cli.trainer.is_global_zero:
-        print_warning("the network may have been trained on some of these: val_size or split_seed is not its run's")
+    if size > earlier or now["split_seed"] != then["split_seed"]:
+        _warn_of_known(cli, "val_size or split_seed is not its run's")
+    else:
+        _check_pictures(cli, "val")
     cli.trainer.validate(cli.model, cli.datamodule, cli.command.ckpt_path, verbose=False, weights_only=True)
     _print_scores(cli, "validate", "val", cli.datamodule.val_set, cli.trainer.num_val_batches)
 
 
 def test(cli: ClassifierCLI) -> None:
     """Measure on the test images; print one line."""
+    _check_pictures(cli, "test")
     cli.trainer.test(cli.model, cli.datamodule, cli.command.ckpt_path, verbose=False, weights_only=True)
     _print_scores(cli, "test", "test", cli.datamodule.test_set, cli.trainer.num_test_batches)
 
@@ -110,6 +114,21 @@ def predict(cli: ClassifierCLI) -> None:
 
         mistakes = cli.callbacks.confusion.mistakes
         write_mistakes(trainer, model, data, data.class_names, mistakes, written.path.with_name("mistakes.png"))
+
+
+def _check_pictures(cli: ClassifierCLI, part: Literal["val", "test"]) -> None:
+    """Pictures that are held out of others than the run's may be among those that it was trained on."""
+    data, known = cli.datamodule, cli.start.pictures
+    if not isinstance(data, PicturesDataModule) or not known:
+        return
+    data.prepare_data()
+    if known != data.state_dict() and data.held_out(part):
+        _warn_of_known(cli, "the pictures, or how they are split, are not its run's")
+
+
+def _warn_of_known(cli: ClassifierCLI, why: str) -> None:
+    if cli.trainer.is_global_zero:
+        print_warning(f"the network may have been trained on some of these: {why}")
 
 
 def _print_scores(cli: ClassifierCLI, function: str, stage: str, images: Sized, batches: Sequence[int | float]) -> None:

@@ -209,7 +209,9 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
         if self.scheduler is None:
             return optimizer
         interval = self.hparams["scheduler_interval"]
-        total = self.trainer.estimated_stepping_batches if interval == "step" else self.trainer.max_epochs
+        total = self.trainer.estimated_stepping_batches  # which max_steps may have cut short
+        if interval == "epoch":
+            total = -(-total // -(-self.trainer.num_training_batches // self.trainer.accumulate_grad_batches))
         schedule = of_length(self.scheduler, optimizer, cast("int", total))
         monitor = getattr(schedule, "monitor", "val/loss")
         settings = {"scheduler": schedule, "interval": interval, "monitor": monitor}

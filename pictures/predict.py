@@ -61,11 +61,10 @@ def read_pictures(paths: Sequence[Path], invert: Invert, data: FashionMNISTDataM
     pictures = Pictures()
     for path in find_pictures(paths):
         try:
-            picture = read_picture(path)
             if isinstance(data, PicturesDataModule):  # trained on pictures as they are
-                image = data.fit_picture(picture, invert)
+                image = data.fit_picture(read_picture(path, data.stored_size), invert)
             else:
-                image = as_fashion_mnist(picture, invert)
+                image = as_fashion_mnist(read_picture(path), invert)
         except (PictureError, ValueError) as error:
             pictures.skipped.append((path, str(error)))
             continue

@@ -78,7 +78,7 @@ def difference(first: Group, second: Group, comparisons: float = 1) -> Differenc
 
     Two single runs are compared by McNemar's exact test. Several seeds are compared by a t-test in which both the seeds
     and the images are a random draw: the variance of the difference is that between seeds, plus what the choice of
-    images adds to it.
+    images adds to it; it is no less than what images alone would make of networks that differ on so many of them.
     """
     images = first.runs[0].tested
     tables = [[run.right for run in group.runs] for group in (first, second)]
@@ -88,17 +88,17 @@ def difference(first: Group, second: Group, comparisons: float = 1) -> Differenc
     if paired and len(first.runs) == len(second.runs) == 1:
         return Difference(first, second, size, mcnemar(rights[0][0], rights[1][0]), paired, None)
     if paired:
-        image_variance = _image_variance(rights[0], rights[1])
+        image_variance, least = _image_variance(rights[0], rights[1])
     else:
-        image_variance = sum(group.accuracy * (1 - group.accuracy) / images for group in (first, second))
+        image_variance = least = sum(group.accuracy * (1 - group.accuracy) / images for group in (first, second))
     spread, freedom = _seed_variance(first, second)
     counts = 1 / len(first.runs) + 1 / len(second.runs)
     between_seeds = spread * counts
-    variance = image_variance + between_seeds
+    variance = max(image_variance + between_seeds, least)  # few seeds are as good as each other by chance
     if not variance:
-        return Difference(first, second, size, 0.0 if size else 1.0, paired, 2)
+        return Difference(first, second, size, 0.0 if size else 1.0, paired, None)
     p = two_sided(size / math.sqrt(variance), _degrees(freedom, between_seeds, variance))
-    seeds = seeds_needed(spread, image_variance, comparisons) if freedom and paired else None
+    seeds = seeds_needed(spread, image_variance, comparisons) if spread and paired else None
     return Difference(first, second, size, p, paired, seeds)
 
 
@@ -185,8 +185,8 @@ def _seed_variance(*groups: Group) -> tuple[float, int]:
     return (squares / freedom if freedom else 0.0), freedom
 
 
-def _image_variance(first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]]) -> float:
-    """Variance of the difference of the mean accuracies due to the choice of images."""
+def _image_variance(first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]]) -> tuple[float, float]:
+    """Variance of the difference of the mean accuracies due to the choice of images, without and with their noise."""
     shares = []
     noise = 0.0
     for rights in (first, second):
@@ -196,4 +196,4 @@ def _image_variance(first: Sequence[Sequence[bool]], second: Sequence[Sequence[b
         if seeds > 1:  # how far the seeds disagree about an image: in their mean, divided by their number
             noise += statistics.fmean(one * (1 - one) for one in share) / (seeds - 1)
     whole = statistics.pvariance([one - other for one, other in zip(*shares, strict=True)])
-    return max(0.0, whole - noise) / len(shares[0])
+    return max(0.0, whole - noise) / len(shares[0]), whole / len(shares[0])

@@ -79,13 +79,13 @@ SETTINGS = {
     "trainer.max_time": FREE,
     "trainer.gradient_clip_val": FREE,
     "trainer.gradient_clip_algorithm": FREE,
-    "trainer.limit_train_batches": FREE,
+    "trainer.limit_train_batches": Kind(kept="scheduled"),
     # The validation chooses the checkpoint that is tested.
     "trainer.limit_val_batches": Kind(kept=False, fixed=SAME_IMAGES),
     "trainer.val_check_interval": FREE,
     "trainer.check_val_every_n_epoch": Kind(kept=False, default=1),
     "trainer.limit_test_batches": FREE,
-    "trainer.overfit_batches": FREE,
+    "trainer.overfit_batches": Kind(kept="scheduled"),
     "trainer.callbacks": FREE,  # those of recipes are compared separately
 }
 # What pictures other than Fashion-MNIST's decide where the user does not, and what follows from it.

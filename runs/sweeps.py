@@ -28,6 +28,7 @@ try:
     import optuna
     from optuna.exceptions import StorageInternalError
     from optuna.trial import FrozenTrial, Trial, TrialState
+    from sqlalchemy import URL
     from sqlalchemy.exc import DBAPIError
 except ImportError:
     raise MissingPackage("a sweep needs", "optuna") from None
@@ -90,7 +91,8 @@ def _run_trials(request: SweepRequest, command: Command, folder: Path, output: P
         "hyperband": optuna.pruners.HyperbandPruner(),
         "none": optuna.pruners.NopPruner(),
     }[request.pruner]
-    storage = f"sqlite:///{(folder / 'study.db').resolve()}"
+    address = URL.create("sqlite", database=str((folder / "study.db").resolve()))  # whatever characters are in it
+    storage = address.render_as_string(hide_password=False)
     study = optuna.create_study(
         study_name="sweep", storage=storage, direction="maximize", pruner=pruner, load_if_exists=True
     )

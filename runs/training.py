@@ -1,6 +1,7 @@
 """Training the runs that are missing, each as a plain `train.py` in a process of its own; one at a time per folder."""
 
 import ctypes
+import errno
 import os
 import signal
 import subprocess
@@ -27,6 +28,7 @@ except ImportError:  # on Windows
 
 # Exit codes of a training that was asked to stop: before it could save a checkpoint, and after.
 STOPPED = (*(-signum for signum in SIGNALS), 128 + signal.SIGTERM, 128 + signal.SIGINT)
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system that has none: train without
 LAST_SECONDS = 10.0  # that a training has to end when it was asked twice
 _HELD: list[int] = []  # file descriptors of the locks, which trainings inherit
 WITHOUT_BFLOAT16 = ("bf16-mixed", "32-true")  # either, as the machine can
@@ -101,6 +103,9 @@ def training_lock(log_dir: Path, name: str = ".compare.lock") -> Iterator[None]:
             except BlockingIOError:
                 os.close(held)
                 raise Timeout(str(log_dir)) from None
+            except OSError as error:
+                if error.errno not in WITHOUT_LOCKS:
+                    raise
     except Timeout:
         raise UserError(f"another process is training in {log_dir}; wait for it, or stop it") from None
     except OSError as error:

@@ -32,7 +32,7 @@ from benchmarks.readme.rounding import down, duration, mean_and_range, up
 from benchmarks.readme.tables import SPEEDRUN, Language, pages, results_table, written
 from benchmarks.results import _jobs, main
 from benchmarks.scaling import all_reduce_seconds
-from benchmarks.throughput import PROCESS_BYTES, _groups, training_flops
+from benchmarks.throughput import PROCESS_BYTES, _groups, _memory, training_flops
 from benchmarks.verify import band, usual_deviation
 from errors import UserError
 from inspection.receptive_field import receptive_fields
@@ -199,12 +199,12 @@ def test_airbench_learning_rate_is_a_triangle():
 
 def test_contestants_that_fill_the_memory_take_part_in_groups():
     peers = ["tutorial", "references", "d2l"]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-    assert _groups(peers, 0, "cpu") == [peers]
-    assert _groups(peers, memory, "cpu") == [["tutorial"], ["references"], ["d2l"]]
-    assert _groups(peers, int(0.8 * memory / 3) - PROCESS_BYTES, "cpu") == [["tutorial", "references"], ["d2l"]]
-    assert _groups(peers, memory, "cuda") == [peers]
+    memory = _memory("cpu")
+    assert 0 < memory < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert _groups(peers, 0, memory) == [peers]
+    assert _groups(peers, int(memory), memory) == [["tutorial"], ["references"], ["d2l"]]
+    assert _groups(peers, int(memory / 3) - PROCESS_BYTES, memory) == [["tutorial", "references"], ["d2l"]]
+    assert _groups(peers, int(memory), math.inf) == [peers]
 
 
 def test_all_reduce_of_two_sends_the_gradient_once():

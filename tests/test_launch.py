@@ -748,6 +748,17 @@ HEAVY = {
         "--model.scheduler torch.optim.lr_scheduler.OneCycleLR --model.scheduler.max_lr 0.1 --lr 0.2",
         "--lr would change nothing; set --model.scheduler.init_args.max_lr",
     ),
+    "schedule that needs each epoch's validation": (
+        "--model.scheduler lightning.pytorch.cli.ReduceLROnPlateau --model.scheduler.monitor val/loss "
+        "--model.scheduler_interval epoch --trainer.val_check_interval 00:00:00:10",
+        "watches val/loss after each epoch: trainer.val_check_interval can't be a time",
+    ),
+    "schedule of an unknown length": (
+        "--model.scheduler torch.optim.lr_scheduler.CosineAnnealingLR --model.scheduler.T_max -1 "
+        "--model.scheduler_interval step --trainer.callbacks GradientAccumulationScheduler "
+        '--trainer.callbacks.scheduling {{"0":4}}',
+        "--model.scheduler.T_max), or --trainer.accumulate_grad_batches instead",
+    ),
     "image too small": ("--image_size 8", "image_size=8 is too small for LeNet: with padding=2 it needs at least 12"),
     "image too small, seen in forward": ("--model.net models.nin.NiN --image_size 66", "at least 67x67"),
     "image too small for torchvision's": (
@@ -2027,7 +2038,9 @@ NOT_HERE = {
     "strategy=ddp_spawn --devices=2": "set --trainer.strategy ddp",
     "strategy=fsdp": "fsdp",
     "sync_batchnorm=true --devices=2 --model.net=mine.Normed": "sync_batchnorm",
+    "val_check_interval=0": "must be above 0; --val_size 0 trains without validation",
     "val_check_interval=10000": "3 training batches",
+    "val_check_interval=00:00:00:10 --devices=2": "can't be a time with several processes",
 }
 
 
@@ -2135,6 +2148,8 @@ def test_patience_may_change_when_a_run_is_continued(folder: Path) -> None:
     works(*standing, "--patience=1", folder=folder)
     run = folder / "logs/lenet/version_0"
     assert len(record(run)["epochs"]) == 2
+    works(*standing, "--patience=1", "--ckpt_path=last", folder=folder)
+    assert len(record(run)["epochs"]) == 2, "its patience was at an end"
     works(*standing, "--patience=9", "--ckpt_path=last", folder=folder)
     assert len(record(run)["epochs"]) == 6
 

@@ -120,6 +120,8 @@ def test_cosine_by_epoch_takes_the_number_of_epochs(tmp_path):
     found = rates(tmp_path, partial(lr_scheduler.CosineAnnealingLR, T_max=-1), "epoch", max_epochs=4)
     assert found[::5] == pytest.approx([0.1, 0.05 * (1 + 2**-0.5), 0.05, 0.05 * (1 - 2**-0.5)])
     assert found[::5] == found[4::5]
+    cut = rates(tmp_path, partial(lr_scheduler.CosineAnnealingLR, T_max=-1), "epoch", max_epochs=8, max_steps=20)
+    assert cut == found
 
 
 def test_a_given_length_is_kept(tmp_path):

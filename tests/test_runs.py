@@ -3,6 +3,7 @@
 import base64
 import copy
 import csv
+import errno
 import gzip
 import inspect
 import json
@@ -533,6 +534,15 @@ def test_no_training_outlives_compare(signum: signal.Signals, tmp_path: Path) ->
         pass  # nobody holds it
 
 
+def test_a_file_system_without_locks_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(training.fcntl, "flock", refuse)
+    with training.training_lock(tmp_path):
+        assert (tmp_path / ".compare.lock").exists()
+
+
 def test_a_training_holds_the_lock_of_its_folder(tmp_path: Path) -> None:
     """Even if the process that took it is gone; here: has closed it."""
     with training.training_lock(tmp_path), training.start(["--help"], stdout=subprocess.DEVNULL) as process:
@@ -840,6 +850,17 @@ def test_real_differences_are_found_and_paired_images_help() -> None:
     assert paired.p < unpaired.p
 
 
+@pytest.mark.parametrize("count", [20, 40, 100])
+def test_equals_are_not_told_apart_by_few_images(count: int) -> None:
+    """On which two seeds are often exactly as good as each other, as if nothing were left to chance."""
+    draw, false = random.Random(count), 0
+    for _ in range(300):
+        images = [draw.betavariate(8, 1) for _ in range(count)]
+        groups = sorted((simulated(draw, 2, images) for _ in range(6)), key=lambda group: -group.accuracy)
+        false += min(one.p for one in differences(groups)) < 0.05
+    assert false / 300 <= 0.065
+
+
 @pytest.mark.parametrize(
     ("image_variance", "comparisons", "seeds"),
     [(0.0, 1, 17), (0.0, 45, 37), (0.0007**2, 1, 408), (0.002**2, 1, None)],  # by tables of Student's t
@@ -888,7 +909,8 @@ def test_every_setting_is_of_one_kind() -> None:
     free = {name for name in known if name.startswith(("model.", "data.")) and not is_kept(name, scheduled=True)}
     assert {"data.data_dir", "data.num_workers", "data.eval_batch_size", "model.compile"} <= free
     assert is_kept("model.optimizer.init_args.lr", scheduled=False)
-    assert is_kept("trainer.max_epochs", scheduled=True) and not is_kept("trainer.max_epochs", scheduled=False)
+    for name in ("trainer.max_epochs", "trainer.limit_train_batches"):
+        assert is_kept(name, scheduled=True) and not is_kept(name, scheduled=False)
     for name in known - set(SETTINGS):
         assert kind(name) in (*GROUPS.values(), MACHINE)
 
@@ -1021,6 +1043,8 @@ def test_settings_that_train_py_refuses_end_the_sweep_before_it_starts(
 
 
 def test_a_sweep_outlives_a_failing_trial_and_goes_on_after_ctrl_c(tmp_path: Path) -> None:
+    tmp_path /= "100%25 mine"  # in an address %25 is a %
+    tmp_path.mkdir()
     flags = ("--max_epochs", "15", "--batch_size", "32", "--output", "mine.yaml", *SAMPLE)
     command = [sys.executable, str(REPO / "sweep.py"), "lenet", "--space", "lr=1e30,0.005", *flags]
     with (tmp_path / "out.txt").open("w") as out:

@@ -95,7 +95,7 @@ def decode(
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(stem.with_suffix(".lock")):
-            if facts.exists() and _mended(listing, read, facts):
+            if facts.exists() and (not _can_map(images) or _mended(listing, read, facts)):
                 facts.unlink()  # first, so that new pixels never lie beside old labels
             if not facts.exists():
                 _fill(listing, read, size, images, facts, parallel)
@@ -144,6 +144,14 @@ def fit_square(picture: Image.Image, size: int, fit: Fit = "crop") -> np.ndarray
         ground.paste(scaled, ((size - inside[0]) // 2, (size - inside[1]) // 2))
         return np.array(ground)
     return np.array(picture.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0))
+
+
+def _can_map(images: Path) -> bool:
+    try:
+        np.load(images, mmap_mode="r")
+    except (OSError, ValueError):  # deleted, or cut short
+        return False
+    return True
 
 
 def _rows(listing: Listing) -> list[tuple[str, File]]:

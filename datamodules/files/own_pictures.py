@@ -162,6 +162,12 @@ class PicturesDataModule(FashionMNISTDataModule):
         """What the training pictures are known by; saved in checkpoints."""
         return {"training_pictures": self._fingerprint} if self._cache else {}
 
+    def held_out(self, part: Literal["val", "test"]) -> bool:
+        """Whether a part was drawn from the training pictures, and does not come from a place of its own."""
+        assert self._cache is not None
+        of_part, of_training = ({name.rpartition("/")[0] for name in self._cache.names[one]} for one in (part, "train"))
+        return bool(of_part & of_training)
+
     @cached_property
     def _fingerprint(self) -> str:
         assert self._cache is not None
