@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping
 
 from callbacks.speed import Speed
+from errors import print_warning
 
 
 class Patience(EarlyStopping):
@@ -31,6 +32,8 @@ class Patience(EarlyStopping):
         """Train no further if the run that is continued ended so."""
         if self.wait_count >= self.patience:
             trainer.should_stop = True
+            if trainer.is_global_zero:
+                print_warning(f"--patience {self.patience} has ended this run; a larger one trains it further")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the accuracy of the epoch's last validation."""

@@ -2148,8 +2148,8 @@ def test_patience_may_change_when_a_run_is_continued(folder: Path) -> None:
     works(*standing, "--patience=1", folder=folder)
     run = folder / "logs/lenet/version_0"
     assert len(record(run)["epochs"]) == 2
-    works(*standing, "--patience=1", "--ckpt_path=last", folder=folder)
-    assert len(record(run)["epochs"]) == 2, "its patience was at an end"
+    answer = works(*standing, "--patience=1", "--ckpt_path=last", folder=folder)
+    assert len(record(run)["epochs"]) == 2 and "--patience 1 has ended this run" in answer.err
     works(*standing, "--patience=9", "--ckpt_path=last", folder=folder)
     assert len(record(run)["epochs"]) == 6
 
