@@ -166,7 +166,7 @@ class SavedPrecision(Callback):
             trainer.precision_plugin.convert_module(pl_module)
 
 
-def ordered_mean(group: "dist.ProcessGroup", bucket: "dist.GradBucket") -> torch.futures.Future[Tensor]:
+def ordered_mean(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """A communication hook for DDP: the mean over the processes, always summed in rank order."""
     mine = bucket.buffer()
     parts = [torch.empty_like(mine) for _ in range(group.size())]
