@@ -44,6 +44,7 @@ from torchvision.models import get_model, get_model_weights
 from callbacks.class_weights import ClassWeights
 from callbacks.distillation import Distillation
 from callbacks.divergence_guard import DivergenceGuard
+from callbacks.exact_resume import ordered_mean
 from callbacks.graceful_stop import GracefulStop
 from callbacks.processes import Processes
 from callbacks.temperature import GRID, best_temperature
@@ -1311,3 +1312,16 @@ def test_a_terminal_shows_one_line_an_epoch(columns: int, tmp_path: Path) -> Non
     assert [line[:9] for line in results] == ["epoch 1/2", "epoch 2/2"]
     assert all(re.search(r"val loss \d\.\d{4} accuracy 0\.\d{4}", line) for line in results)
     assert all((" lr " in line) == (columns == 120) for line in results)
+
+
+def test_ddp_takes_the_hook_that_orders_its_sums():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        net, images = torch.nn.Linear(4, 2), torch.randn(3, 4)
+        (expected,) = torch.autograd.grad(net(images).sum(), net.weight)
+        parallel = torch.nn.parallel.DistributedDataParallel(net)
+        parallel.register_comm_hook(torch.distributed.group.WORLD, ordered_mean)
+        parallel(images).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(net.weight.grad, expected)
