@@ -25,8 +25,10 @@ def take_over_processes(trainer: Namespace) -> None:
             if trainer.num_nodes == 1 and "LOCAL_RANK" not in os.environ:
                 for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "GROUP_RANK"):
                     os.environ.pop(name, None)  # left by another job: Lightning would wait for it
-            for name in ("MASTER_PORT", "NODE_RANK", "GROUP_RANK"):
-                if name in os.environ and _number(name, least=0) >= trainer.num_nodes and "RANK" in name:
+            if "MASTER_PORT" in os.environ:
+                _number("MASTER_PORT", least=0)
+            for name in ("NODE_RANK", "GROUP_RANK"):
+                if name in os.environ and _number(name, least=0) >= trainer.num_nodes:
                     raise UserError(
                         f"{name} is {os.environ[name]}, but of --num_nodes {trainer.num_nodes} machines the last is "
                         f"{trainer.num_nodes - 1}; give --num_nodes, or unset {name}"
