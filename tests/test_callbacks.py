@@ -1324,4 +1324,4 @@ def test_ddp_takes_the_hook_that_orders_its_sums():
         parallel(images).sum().backward()
     finally:
         torch.distributed.destroy_process_group()
-    assert torch.equal(net.weight.grad, expected)
+    assert net.weight.grad is not None and torch.equal(net.weight.grad, expected)
