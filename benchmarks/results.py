@@ -20,16 +20,21 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from jsonargparse import Namespace as Settings
+
 from benchmarks.harness.side_by_side import PROJECT, RESULTS, print_table, train_in_background
 from benchmarks.readme import accuracy_time
 from benchmarks.readme.entries import TEST_IMAGES, Entry, Results, read_entries, read_results
 from benchmarks.readme.rounding import duration
 from benchmarks.readme.tables import Language, pages, results_table, written
 from errors import OneLineParser, UserError, print_error, run_program
+from launch.trainer import precision
 from runs.reading import Run, find_runs, matches
 from runs.record import write_json
 from runs.settings import kind, shaping
 from runs.training import INTERRUPTED, STOPPED, Request, runs_of, train_one, training_lock
+
+BACKGROUND = "background"  # of runs beside other work: a key of their records, an empty file in their folders
 
 
 class Job(NamedTuple):
@@ -119,7 +124,7 @@ def _jobs(entries: list[Entry], options: argparse.Namespace) -> list[Job]:
         for plain, entry in zip(read_entries(options.families, options.recipes), entries, strict=True):
             own, wanted = shaping(plain.config), shaping(entry.config)
             names = sorted(name for name in own.keys() | wanted.keys() if own.get(name) != wanted.get(name))
-            if changed := [name for name in names if not kind(name).left_open]:
+            if changed := [name for name in names if own.get(name) not in kind(name).left_open]:
                 flags = " ".join(options.flags)
                 raise UserError(f"{flags} changes {changed[0]} of {entry.recipe}; name a folder with --out")
     if not entries:
@@ -139,10 +144,20 @@ def _train(jobs: list[Job], options: argparse.Namespace) -> int:
         for job in jobs:
             if _recorded(job, options) or _keep(job, options):  # the run may have finished without its record
                 continue
+            if _lacks_bfloat16(job, options):
+                failed.append(f"{job.title} needs bfloat16, which this device lacks; train it elsewhere")
+                continue
             flags = [*job.entry.flags, "--accelerator", options.accelerator, "--devices", "1"]
             request = Request(log_dir=options.log_dir, flags=flags)
             seconds = max(0.0, end - time.monotonic()) if end else None
-            code = train_one(request, job.entry.recipe, job.seed, job.wanted, seconds) if seconds != 0 else STOPPED[0]
+            try:
+                code = STOPPED[0]
+                if seconds != 0:
+                    code = train_one(request, job.entry.recipe, job.seed, job.wanted, seconds)
+            finally:
+                if options.background:  # for later parts of the run, which may have the machine to themselves
+                    for run in job.runs(options):
+                        (run.folder / BACKGROUND).touch()
             if code in STOPPED and end and time.monotonic() >= end:
                 print("Time is up; the same command continues from here.", flush=True)
                 break
@@ -159,6 +174,14 @@ def _train(jobs: list[Job], options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _lacks_bfloat16(job: Job, options: argparse.Namespace) -> bool:
+    """Whether the job's recipe computes in bfloat16, and train.py would take float32 on this device."""
+    asked_for = any(flag.startswith(("--precision", "--trainer.precision")) for flag in job.entry.flags)
+    wanted = job.wanted.get("trainer.precision")
+    trainer = Settings(precision=wanted, accelerator=options.accelerator, devices=1)
+    return wanted != "32-true" == precision(trainer, asked_for, None)[0]
+
+
 def _recorded(job: Job, options: argparse.Namespace) -> bool:
     path = job.target(options)
     return path.is_file() and matches(find_runs([path])[0], job.wanted)
@@ -173,13 +196,13 @@ def _keep(job: Job, options: argparse.Namespace) -> bool:
     finished = [run for run in job.runs(options) if run.finished]
     if not finished:
         return False
-    record = finished[-1].record
+    record, beside = finished[-1].record, options.background or (finished[-1].folder / BACKGROUND).exists()
     whole = record["train_images"] == job.entry.images and record["test"]["images"] == TEST_IMAGES
     if not whole and options.ours:
         raise UserError(f"{job.title} was not trained on the whole data set; give its record another folder with --out")
     path = job.target(options)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, record | ({"background": True} if options.background else {}))
+    write_json(path, record | ({BACKGROUND: True} if beside else {}))
     print(f"Record: {path}", flush=True)
     return True
 
@@ -244,7 +267,7 @@ def estimate(entry: Entry, results: Results, accelerator: str) -> float | None:
         for (other, device), runs in results.runs.items()
         if (other.recipe, other.config["model"]["net"], device) == (entry.recipe, net, accelerator)
         for run in runs
-        if "background" not in run.record
+        if BACKGROUND not in run.record
     ]
     return fmean(rates) * entry.images * entry.config["trainer"]["max_epochs"] if rates else None
 

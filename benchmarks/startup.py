@@ -41,7 +41,7 @@ def main() -> None:
     options = parser.parse_args()
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         train = [str(PROJECT / "train.py")]
-        step = ["fit", "--model", "lenet", *options.shared, "--log_dir", folder, "--val_size", "100"]
+        step = ["fit", "--model", "lenet", *options.single, "--log_dir", folder, "--val_size", "100"]
         step += ["--trainer.callbacks+=benchmarks.startup.EndAfterFirstStep"]
         commands = {
             "train.py --help": ([*train, "--help"], 0),

@@ -1,15 +1,19 @@
 """Every benchmark on this machine, one after the other, then the trainings of the READMEs' tables in the time left.
 
 One command for a machine that is available for a while, such as a rented GPU. With less than the usual time each
-benchmark gets its share; one that fails is named at the end. With `--results` the rest of the time goes into the
-trainings of `benchmarks.results`, which continue where they stopped when the command is given again.
+benchmark gets its share; one that fails is named at the end. With `--results` the benchmarks get half of the time at
+most, those for which none is left are not started, and the rest goes into the trainings of `benchmarks.results`. Given
+again within a day, that command continues: trainings where they stopped, benchmarks with those that have no record yet.
 
 Command: python -m benchmarks.suite --accelerator gpu --results --seconds 28800
 """
 
+import json
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta, timezone
+from typing import Any
 
 from benchmarks.harness import side_by_side
 from benchmarks.harness.side_by_side import PROJECT, print_table
@@ -42,21 +46,45 @@ def main() -> int:
     names = [name for name in options.only if options.accelerator == "cpu" or name not in ONLY_CPU]
     if not names:
         parser.error(f"{', '.join(options.only)} is measured on the CPU alone")
-    pace = min(1.0, options.seconds / sum(SECONDS[name] for name in names))
     shared = [*options.shared, "--out", str(options.out.resolve())]
-    rows = [_run(name, [*shared, "--seconds", f"{pace * SECONDS[name]:.0f}"]) for name in names]
-    left = options.seconds - (time.monotonic() - begun)
+    rows: list[tuple[str, int | str, str]] = []
+    end = begun + (options.seconds / 2 if options.results else options.seconds)
+    for number, name in enumerate(names):
+        left = end - time.monotonic()
+        share = max(0.0, min(1.0, left / sum(SECONDS[other] for other in names[number:])))
+        if options.results and (_has_record(name, options) or not share):
+            rows.append((name, "", "no time left" if not share else "has a record"))
+        else:
+            rows.append(_run(name, [*shared, "--seconds", f"{share * SECONDS[name]:.0f}"]))
+    left = begun + options.seconds - time.monotonic()
     if options.results and left > 0:
         rows.append(_run("results", [*shared, "--hours", f"{left / 3600:.4f}"]))
+    elif options.results:
+        rows.append(("results", "", "no time left"))
     print()
     print_table("benchmark | exit code | seconds", rows)
     return int(any(code for _, code, _ in rows))
 
 
+def _has_record(name: str, options: Any) -> bool:
+    """Whether this machine has made its record within the last day."""
+    path = side_by_side.record_path(name, options)
+    if not path.is_file():
+        return False
+    record = json.loads(path.read_text(encoding="utf-8"))
+    recent = datetime.now(timezone.utc) - datetime.fromisoformat(record["date"]) < timedelta(days=1)
+    return recent and all(record["machine"].get(part) == options.place.get(part) for part in ("cpu", "cores", "gpu"))
+
+
 def _run(name: str, arguments: list[str]) -> tuple[str, int, str]:
     print(f"\n== {name}", flush=True)
     start = time.monotonic()
-    code = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *arguments], cwd=PROJECT).returncode
+    process = subprocess.Popen([sys.executable, "-m", f"benchmarks.{name}", *arguments], cwd=PROJECT)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:  # which the process has got too: a training saves a checkpoint
+        process.wait()
+        raise
     return name, code, f"{time.monotonic() - start:.0f}"
 
 

@@ -38,7 +38,7 @@ from benchmarks.memory import training_bytes
 from benchmarks.peers.plain_loops import build
 from cli.recipes import read_recipe
 from datamodules.files.finding import load, prepare
-from errors import run_program
+from errors import print_error, run_program
 from launch.trainer import cpu_has_bfloat16
 
 NETWORKS = ("lenet", "alexnet", "vgg11", "nin", "googlenet")
@@ -73,8 +73,8 @@ def training_flops_by_operation(model: str, image_size: int) -> dict[Any, int]:
     return {operation: count // 2 for operation, count in counter.get_flop_counts()["Global"].items()}
 
 
-def main() -> None:
-    """Run one contest for each network."""
+def main() -> int:
+    """Run one contest for each network; returns 1 if one of them could not be measured."""
     parser = side_by_side.Parser(__doc__, budget=600, flags=True)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), help="recipes (default: all five)")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=(*PEERS, COMPILED))
@@ -84,14 +84,18 @@ def main() -> None:
     parser.add_argument("--update", action="store_true", help="leave other networks in the record as they are")
     options = parser.parse_args()
     device = options.device
-    results, rows = [], []
+    results, rows, failed = [], [], list[str]()
     settings = [(model, size) for model in options.networks for size in options.batch_size or [None]]
     shares = sum(SHARES.get(model, 0.2) for model, _ in settings)
     for model, wanted in settings:
         recipe = read_recipe(model)
         batch_size, image_size = wanted or recipe["data"]["batch_size"], recipe["data"]["image_size"]
         budget = options.seconds * SHARES.get(model, 0.2) / shares
-        result = measure(model, batch_size, device, budget, options)
+        try:
+            result = measure(model, batch_size, device, budget, options)
+        except side_by_side.Ended as reason:  # often out of memory; the other networks go on
+            failed.append(f"{model} was not measured: {reason}")
+            continue
         result |= {"training_flops_per_image": training_flops(model, image_size), "image_size": image_size}
         goal, goal_share = TARGETS[options.accelerator].get(model, (None, None))
         result |= {"target_ratio": goal, "target_share_of_peak": goal_share}
@@ -130,7 +134,11 @@ def main() -> None:
         new = {(result["network"], result["batch_size"]): result for result in results}
         old = side_by_side.recorded("throughput", options) or []
         results = [new.pop((result["network"], result["batch_size"]), result) for result in old] + list(new.values())
-    side_by_side.write_record("throughput", options, results)
+    if results:
+        side_by_side.write_record("throughput", options, results)
+    for failure in failed:
+        print_error("benchmarks.throughput", failure)
+    return int(bool(failed))
 
 
 def measure(model: str, batch_size: int, device: str, budget: float, options: Any) -> dict[str, Any]:
@@ -147,6 +155,8 @@ def measure(model: str, batch_size: int, device: str, budget: float, options: An
         for name, values in reports.items():
             turns.setdefault(name, []).extend(values)
         missing |= absent
+    if PEAK in missing:
+        raise side_by_side.Ended(missing[PEAK])
     peaks = {name: max(turn["rate"] for turn in turns.pop(name)) for name in (PEAK, BF16_PEAK) if name in turns}
     entries: list[dict[str, Any]] = []
     for name, values in turns.items():

@@ -14,10 +14,10 @@ from checkpoints.reading import read_checkpoint
 from checkpoints.writing import AtomicCheckpointIO
 from datamodules import FashionMNISTDataModule
 from datamodules.batches import ImageTensors
-from errors import RunError, UserError
+from errors import RunError, UserError, print_warning
 from lit_modules import LitClassifier
 from weights import WEIGHTS
-from weights.trained import load_trained, logits_of
+from weights.trained import load_trained, logits_of, may_know
 
 
 class Distillation(Callback):
@@ -74,6 +74,8 @@ class Distillation(Callback):
             problem = "mixup, cutmix and data.photographed need labels; leave them out, or the teacher"
         if problem:
             raise UserError(problem if trainer.is_global_zero else "")
+        if may_know(its_data.hparams, data.hparams) and trainer.is_global_zero:
+            print_warning(f"the teacher {self.teacher} may have been trained on validation images, which then flatter")
         images = data.train_set.images
         if self.consistent:
             self._asked = teacher.to(trainer.strategy.root_device), its_data

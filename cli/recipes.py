@@ -83,7 +83,8 @@ def resolved(recipe: str, flags: Iterable[str]) -> dict[str, Any]:
         UserError: If it is not valid.
     """
     command = [sys.executable, str(PROJECT / "train.py"), "fit", "--model", recipe, *flags, "--print_config"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8"}  # else that of the terminal, which may lack characters
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
     if result.returncode:
         raise UserError(printed_error(result.stderr) or f"exit code {result.returncode}")
     return yaml.safe_load(result.stdout)

@@ -195,8 +195,10 @@ class ClassifierCLI(LightningCLI):
         with explained(self.config.model.net.class_path):
             super().instantiate_classes()
         check_network(self.model.net, self.config.model.net.class_path, self.command.subcommand == "fit")
-        shape = self.datamodule.input_shape
-        check_input(self.model.net, shape, self.model.hparams["num_classes"])
+        shape, classes = self.datamodule.input_shape, len(self.datamodule.class_names)
+        if (given := self.model.hparams["num_classes"]) != classes:
+            raise UserError(f"model.num_classes={given}, but the pictures have {classes} classes; leave it out")
+        check_input(self.model.net, shape, classes)
         if self.command.print_model:
             print(table(self.model.net, shape))
             sys.exit(0)

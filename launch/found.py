@@ -85,7 +85,7 @@ class Trials:
         try_optimizer(own.model, config.model, device)
         own.data.prepare_data()
         own.data.setup("fit")
-        each = len(own.data.train_set) // (STEPS_AN_EPOCH * trainer.world_size)
+        each = len(own.data.train_set) // (STEPS_AN_EPOCH * trainer.world_size * config.trainer.accumulate_grad_batches)
         most = 1 << max(each, given, 1).bit_length() - 1  # the recipe's own is never too large
         with torch.random.fork_rng():
             net = own.model.net.to(WEIGHTS.get(str(config.trainer.precision), torch.float32))

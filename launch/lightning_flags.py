@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
     Callback,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    ModelCheckpoint,
     SpikeDetection,
     StochasticWeightAveraging,
     Timer,
@@ -119,6 +120,11 @@ def check_trainer(trainer: Trainer, settings: Namespace, net: nn.Module) -> None
         for kind, instead in INSTEAD.items():
             if isinstance(callback, kind):
                 raise UserError(f"trainer.callbacks: {kind.__name__} can't work here; take {instead}")
+        if isinstance(callback, ModelCheckpoint) and callback.save_weights_only:
+            raise UserError(
+                "trainer.callbacks: save_weights_only leaves out how the network was trained, and averaged weights; "
+                "leave it out"
+            )
 
 
 def try_optimizer(model: LitClassifier, names: Namespace, device: torch.device) -> Any:

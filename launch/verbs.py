@@ -1,6 +1,5 @@
 """What fit, validate, test and predict do once network, data and Trainer are built."""
 
-import math
 from collections.abc import Sequence, Sized
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from errors import RunError, UserError, count, print_warning, shown
 from launch.classifier_cli import ClassifierCLI
 from launch.lightning_flags import check_length
 from launch.summary import by_class, scores, summary
+from weights.trained import may_know
 
 
 def run(cli: ClassifierCLI) -> None:
@@ -75,9 +75,7 @@ def validate(cli: ClassifierCLI) -> None:
             "data.val_size=0: the run trained on all images, so none is left to validate on; test measures on others"
         )
     now = cli.datamodule.hparams
-    then = dict(now) | cli.start.settings.get("data", {})
-    size, earlier = (math.inf if of["val_size"] is None else of["val_size"] for of in (now, then))
-    if size > earlier or now["split_seed"] != then["split_seed"]:
+    if may_know(dict(now) | cli.start.settings.get("data", {}), now):
         _warn_of_known(cli, "val_size or split_seed is not its run's")
     else:
         _check_pictures(cli, "val")

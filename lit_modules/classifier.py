@@ -83,7 +83,7 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
         self.mix = _mixing(num_classes, mixup=mixup, cutmix=cutmix)
         self.temperature = 1.0  # fitted by callbacks/temperature.py
         self.out_of_distribution: OutOfDistribution | None = None  # fitted by callbacks/out_of_distribution.py
-        self.class_weights: Tensor | None = None  # set by callbacks/class_weights.py
+        self.loss_function: Any = F.cross_entropy  # or that of callbacks/class_weights.py
         if initialization == "he":
             net.apply(he_initialization)
             if output_bias is not None:
@@ -131,7 +131,7 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
             images, targets = self.mix(images, targets)
         labels = targets if targets.dim() == 1 else targets.argmax(dim=1)
         logits = self(images)
-        loss = F.cross_entropy(logits, targets, self.class_weights, label_smoothing=self.hparams["label_smoothing"])
+        loss = self.loss_function(logits, targets, label_smoothing=self.hparams["label_smoothing"])
         self._since_last_log.append((loss.detach(), logits.detach(), labels))
         if not self.trainer.fit_loop._should_accumulate() and self.trainer._logger_connector.should_update_logs:
             # Lightning reads what it shows in a bar at every step, and waits for the device to do so.

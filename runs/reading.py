@@ -140,6 +140,7 @@ class Run:
 
 def matches(run: Run, wanted: dict[str, Any]) -> bool:
     """Whether a run computed what the settings say; settings left to machine or pictures match anything."""
+    wanted = {name: _printable(value) for name, value in wanted.items()}  # as the run's own are
     own = run.settings | ({"trainer.precision": run.record["precision"]} if "precision" in run.record else {})
     if SAMPLE in wanted:
         own[SAMPLE] = run.is_sample

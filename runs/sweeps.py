@@ -97,8 +97,10 @@ def _run_trials(request: SweepRequest, command: Command, folder: Path, output: P
         study_name="sweep", storage=storage, direction="maximize", pruner=pruner, load_if_exists=True
     )
     every = every_combination(space, request.trials)
-    trials = min(request.trials, len(every) or request.trials)
     done = _finished(study)
+    tried = [trial.params for trial in done]  # maybe one twice, where fewer trials were asked for at first
+    untried = sum(combination not in tried for combination in every)
+    trials = min(request.trials, len(done) + untried) if every else request.trials
     print(f"{folder}: {len(done)} of {trials} trials done", flush=True)
     _enqueue_interrupted(study)
     while len(done) < trials:
@@ -120,7 +122,7 @@ def _run_trials(request: SweepRequest, command: Command, folder: Path, output: P
             _remove_checkpoints(folder, keep=best.user_attrs["folder"])
             _write_recipe(output, _record(folder / best.user_attrs["folder"]), best, request, command, space)
     if not _completed(study):
-        raise RunError(f"no trial was finished; the reasons are in {folder}")
+        raise RunError(f"no trial was finished; the reasons are in {folder}: remove it to try again, or raise --trials")
     return study
 
 

@@ -30,7 +30,7 @@ from benchmarks.readme import accuracy_time
 from benchmarks.readme.entries import Entry, Results, read_entries, read_results
 from benchmarks.readme.rounding import down, duration, mean_and_range, up
 from benchmarks.readme.tables import SPEEDRUN, Language, pages, results_table, written
-from benchmarks.results import _jobs, main
+from benchmarks.results import _jobs, _lacks_bfloat16, main
 from benchmarks.scaling import all_reduce_seconds
 from benchmarks.throughput import PROCESS_BYTES, _groups, _memory, training_flops
 from benchmarks.verify import band, usual_deviation
@@ -285,6 +285,21 @@ def test_suite_goes_on_after_a_failure_and_names_it(tmp_path):
     codes = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in done.stdout.splitlines()[-2:]}
     assert codes == {"data_path": "1", "memory": "0"}
     assert (tmp_path / "memory-cpu.json").exists()
+
+    again = [*command[:3], "--only", "memory", "data_path", "--results", "--seconds"]
+    for seconds, first in (("1e-9", "no time left"), ("4", "has a record")):
+        done = subprocess.run(
+            [*again, seconds, "--data_dir", str(no_folder), "--out", str(tmp_path)],
+            cwd=PROJECT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in done.stdout.splitlines()[-3:]]
+        assert rows[0] == ["memory", "", first], done
+        assert rows[1][0] == "data_path" and rows[2][:2] == ["results", ""]
+        assert (rows[1][1], done.returncode) == (("", 0) if seconds == "1e-9" else ("1", 1))
 
 
 def leaves(value):
@@ -566,6 +581,10 @@ def test_one_seed_of_each_comes_first_and_the_cheapest_before() -> None:
         (["--seeds", "0"], "--seeds must be at least 1"),
         (["--tables", "--max_epochs", "1"], "--max_epochs is unknown, or a flag of train.py"),
         (["--recipes", "lenet", "--max_epochs", "1"], "changes trainer.max_epochs of lenet; name a folder with --out"),
+        (
+            ["--recipes", "fast/30s", "--precision", "32"],
+            "changes trainer.precision of fast/30s; name a folder with --out",
+        ),
         (["--recipes", "lenet", "--no_such_flag", "1"], "unknown flag --no_such_flag"),
     ],
 )
@@ -576,6 +595,21 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytes
     assert err.startswith("benchmarks.results: error: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_what_needs_bfloat16_is_not_trained_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    out = ["--out", str(tmp_path), "--log_dir", str(tmp_path / "logs")]
+    assert main(["--recipes", "fast/30s", "--seeds", "1", *out]) == 1
+    assert "fast-30s, seed 0 needs bfloat16, which this device lacks" in capfd.readouterr().err
+    assert find_runs([tmp_path / "logs"]) == []
+    asked_for = read_entries(wanted=["lenet"], more=("--precision", "bf16-mixed"))
+    for job in _jobs(asked_for, Namespace(flags=(), seeds=1, ours=False)):
+        assert not _lacks_bfloat16(job, Namespace(accelerator="cpu"))
 
 
 def test_the_band_of_a_row() -> None:
@@ -719,3 +753,13 @@ def test_what_was_stopped_goes_on(
     assert main(SAMPLE) == 0
     assert "seed 0:" not in capfd.readouterr().out
     assert before == {path: path.stat().st_mtime for path in before}
+
+    (tmp_path / "stop.py").write_text(STOP, encoding="utf-8")
+    beside = [sys.executable, "-m", "benchmarks.results", *SAMPLE, "--seeds", "2", "--background"]
+    environment = os.environ | {"PYTHONPATH": f"{PROJECT}{os.pathsep}{tmp_path}"}
+    assert subprocess.run(beside, env=environment, timeout=200).returncode == 143
+    (tmp_path / "stop.py").write_text(STOP.replace("== 5", "== -1"), encoding="utf-8")
+    assert main([*SAMPLE, "--seeds", "2"]) == 0
+    assert "lenet, seed 1: going on" in capfd.readouterr().out
+    records = [tmp_path / f"out/runs/lenet-seed{seed}-cpu.json" for seed in range(2)]
+    assert ["background" in json.loads(path.read_text(encoding="utf-8")) for path in records] == [False, True]

@@ -41,7 +41,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
 from torchvision.models import get_model, get_model_weights
 
-from callbacks.class_weights import ClassWeights
+from callbacks.class_weights import ClassWeights, weighted_cross_entropy
 from callbacks.distillation import Distillation
 from callbacks.divergence_guard import DivergenceGuard
 from callbacks.exact_resume import ordered_mean
@@ -359,11 +359,29 @@ def test_class_weights_are_the_usual_balanced_ones_and_reach_the_loss():
     trainer: Any = SimpleNamespace(datamodule=data, fit_loop=loop)
     model._trainer = trainer
     ClassWeights().on_fit_start(trainer, model)
-    assert model.class_weights is not None
-    assert model.class_weights.tolist() == [0.5, 0.0, 1.0]  # 9 / (3 * 6), no image, 9 / (3 * 3)
-    expected = F.cross_entropy(model(images), labels, model.class_weights)
-    assert torch.equal(model.training_step((images, labels), 0), expected)
+    (weights,) = model.loss_function.args
+    assert weights.tolist() == [0.5, 0.0, 1.0]  # 9 / (3 * 6), no image, 9 / (3 * 3)
+    expected = F.cross_entropy(model(images), labels, weights)
+    torch.testing.assert_close(model.training_step((images, labels), 0), expected)
     assert not torch.isclose(expected, F.cross_entropy(model(images), labels))
+
+
+def test_class_weights_teach_no_rare_class_where_targets_are_soft():
+    counts = torch.tensor([1000, 1000, 20])
+    labels, weights = torch.arange(3).repeat_interleave(counts), counts.sum() / (3 * counts)
+    for targets, smoothing in ((labels, 0.1), (F.one_hot(labels, 3) * 0.9 + 1 / 30, 0.0)):
+        logits = torch.zeros(3, 3, requires_grad=True)  # of a network that tells the classes apart
+        optimizer = torch.optim.LBFGS([logits], max_iter=100)
+
+        def loss(targets=targets, smoothing=smoothing, logits=logits, optimizer=optimizer):
+            optimizer.zero_grad()
+            value = weighted_cross_entropy(weights, logits[labels], targets, label_smoothing=smoothing)
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        expected = torch.full((3, 3), 1 / 30) + 0.9 * torch.eye(3)
+        torch.testing.assert_close(logits.softmax(dim=1), expected, atol=0.01, rtol=0)
 
 
 # ---- A teacher.

@@ -716,6 +716,11 @@ HEAVY = {
     "choice": ("--model.net.activation tanh", "model.net.activation=tanh is not valid: relu or sigmoid was expected"),
     "long batch size 0": ("--data.batch_size 0", "data.batch_size=0 must be at least 1"),
     "long seed": ("--seed_everything -1", "seed_everything=-1 must lie between 0 and 4294967295"),
+    "classes": ("--model.num_classes 12", "model.num_classes=12, but the pictures have 10 classes; leave it out"),
+    "checkpoints without their settings": (
+        "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint --trainer.callbacks.save_weights_only=true",
+        "save_weights_only leaves out how the network was trained",
+    ),
     "smoothing": ("--model.label_smoothing 1.5", "label_smoothing=1.5 must lie in [0, 1)"),
     "channels": ("--data.channels 2", "data.channels=2 must be 1 or 3"),
     "long devices": ("--trainer.accelerator cpu --trainer.devices abc", "devices"),

@@ -32,6 +32,7 @@ from PIL import Image
 import compare
 import sweep
 from benchmarks.harness.side_by_side import RESULTS
+from cli.recipes import resolved
 from datamodules import CLASS_NAMES, PicturesDataModule
 from errors import UserError
 from models import AlexNet
@@ -444,6 +445,21 @@ def test_a_run_in_the_precision_of_the_machine_or_of_a_short_name_is_recognised(
             assert (done.returncode, f"seed 0: {said}" in done.stdout) == (0, True), done
             assert ("finished in float32" in done.stdout) == (said == "finished" and not flags)  # not as it says
     assert [run.record["precision"] for run in find_runs([tmp_path / "logs"])] == ["32-true", "bf16-mixed"]
+
+
+def test_a_folder_of_any_name_is_recognised_in_a_record(
+    trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "我的\u3000照片"  # with the space of Chinese text, which records of others may only show escaped
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
+    config = resolved("lenet", [f"--data_dir={name}"])
+    assert config["data"]["data_dir"] == name
+    record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
+    record["config"]["data"]["folder"] = config["data"]["folder"] = name
+    write(tmp_path / "run", record)
+    (run,) = find_runs([tmp_path])
+    assert matches(run, run.settings | {"data.folder": name})
+    assert not matches(run, run.settings | {"data.folder": "other"})
 
 
 def test_a_run_on_a_part_of_the_data_is_not_the_recipes_own(trained: Run, tmp_path: Path) -> None:
@@ -1040,6 +1056,24 @@ def test_settings_that_train_py_refuses_end_the_sweep_before_it_starts(
     assert sweep.main(arguments) == 2
     assert "unknown setting model.optimizer.weigth_decay; did you mean weight_decay?" in capsys.readouterr().err
     assert not list(tmp_path.rglob("study.db"))
+
+
+def test_a_small_space_is_tried_to_its_end_when_a_sweep_is_extended(tmp_path, monkeypatch):
+    def fail(trial: optuna.Trial, request: sweep.SweepRequest, folder: Path) -> int:
+        folder.mkdir()
+        (folder / "output.txt").touch()
+        return 1
+
+    monkeypatch.setattr(sweeping, "_train", fail)  # at once: what is tried matters here, not how it trains
+    arguments = ["lenet", "--space", "lr=1,2", "batch_size=3,4,5", "--log_dir", str(tmp_path), *SAMPLE]
+    monkeypatch.chdir(tmp_path)
+    for trials in ("5", "20"):
+        assert sweep.main([*arguments, "--trials", trials]) == 1
+    (path,) = tmp_path.rglob("study.db")
+    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{path}")
+    tried = [tuple(sorted(trial.params.items())) for trial in study.trials]
+    assert len(set(tried[:5])) < 5  # else the test says nothing
+    assert len(set(tried)) == 6
 
 
 def test_a_sweep_outlives_a_failing_trial_and_goes_on_after_ctrl_c(tmp_path: Path) -> None:

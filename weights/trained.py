@@ -1,6 +1,8 @@
 """A trained network and its preprocessing, as a checkpoint describes them."""
 
+import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,17 @@ def load_trained(path: Path, trust: bool = False) -> tuple[LitClassifier, Fashio
     if "recipe" in checkpoint:
         checkpoint["recipe"] = recipe_name(checkpoint | listed(path))  # which knows that a recipe was renamed
     return classifier, data, checkpoint
+
+
+def may_know(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a network may know images that are held out for validation.
+
+    Args:
+        then: The data's settings when it was trained.
+        now: Those that hold them out.
+    """
+    size, earlier = (math.inf if of["val_size"] is None else of["val_size"] for of in (now, then))
+    return size > 0 and (size > earlier or now["split_seed"] != then["split_seed"])
 
 
 @torch.no_grad()

@@ -285,7 +285,8 @@ def measured_table(folder: Path, device: str, language: Language) -> str:
         if record := _read(folder, line["record"].format(device)):
             result = JINJA.from_string(line["result"][language.number]).render(record, names=NETWORKS)
             name = line["record"].partition("-")[0]
-            rows.append((line["what"][language.number], result, f"`python -m benchmarks.{name}`"))
+            command = " ".join(["python -m", f"benchmarks.{name}", *line.get("flags", [])])
+            rows.append((line["what"][language.number], result, f"`{command}`"))
     return _markdown([_header("measured", language), *rows], left=3) if rows else TEXTS["missing"][language.number]
 
 
