@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks.harness import side_by_side
 from benchmarks.harness.side_by_side import print_table, ratios, spread, train_in_background, trained
 from errors import run_program
+from runs.differences import LEVEL, critical
 
 PRECISIONS = ("32", "bf16-mixed")
 # Six times 50 batches of 32; half of the test images, which take as long.
@@ -58,13 +59,15 @@ def compared(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     difference = abs(statistics.mean(bf16) - statistics.mean(plain))
     deviation = pooled_deviation(plain, bf16)
     enough = len(plain) > 1
+    limit = critical(LEVEL, 2 * len(plain) - 2) if enough else math.nan
     return {
         "seeds": len(plain),
         "mean_accuracy": {"32": statistics.mean(plain), "bf16-mixed": statistics.mean(bf16)},
         "deviation": {"32": statistics.stdev(plain), "bf16-mixed": statistics.stdev(bf16)} if enough else None,
         "difference": difference,
         "pooled_deviation": deviation,
-        "agree": difference <= 2 * deviation * math.sqrt(2 / len(plain)) if enough else None,
+        # Whether chance makes such a difference in more than one of twenty pairs, which proves no equality.
+        "agree": difference <= limit * deviation * math.sqrt(2 / len(plain)) if enough else None,
         "times_as_fast": ratios(runs["bf16-mixed"], runs["32"], "images_per_second"),
     }
 
@@ -105,7 +108,7 @@ def main() -> None:
         result = {"network": name, "flags": flags, "runs": runs[name], "compared": result}
         result |= {"measured": side_by_side.occasion("precision", options.place), "background": options.background}
         results.append(result)
-    header = "network | test accuracy, 32 | bf16-mixed | difference (pooled deviation), points | agree"
+    header = "network | test accuracy, 32 | bf16-mixed | difference (pooled deviation), points | alike"
     print_table(f"{header} | x times as fast | seeds", rows)
     if options.update:
         old = side_by_side.recorded("precision", options) or []

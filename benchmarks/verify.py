@@ -4,9 +4,10 @@
     python -m benchmarks.verify fast/30min-all-36     # a row with flags: recipe and suffix, as entries.yaml has them
     python -m benchmarks.verify --all --minutes 60    # the cheapest first, as many as fit in the time
 
-A row passes if its new test accuracy lies in the band of its records: their mean, give or take three standard
-deviations between seeds, widened because a single run is compared with the mean of a few. The seed is one that has no
-record. Further flags, such as --data_dir, go to each `train.py`. Exit code 1 if a row fails.
+A row passes if its new test accuracy lies in the band of its records: where a further run of the same recipe lies with
+a probability of 99.73 %, as within three deviations that were known. They are not: the deviation between seeds is taken
+from the row's runs and, as if from nine more, from the other rows of its family. The seed is one that has no record.
+Further flags, such as --data_dir, go to each `train.py`. Exit code 1 if a row fails.
 """
 
 import argparse
@@ -21,8 +22,10 @@ from benchmarks.readme.entries import Entry, Results, read_entries, read_results
 from benchmarks.readme.rounding import duration
 from benchmarks.results import estimate
 from errors import OneLineParser, UserError, run_program
+from runs.differences import critical
 
-WIDTH = 3.0  # standard deviations on either side of the mean
+CHANCE = 0.0027  # of a sound run outside its band
+BORROWED = 8  # degrees of freedom that the family's deviation has beside the row's own
 
 
 def main(arguments: list[str]) -> int:
@@ -35,11 +38,11 @@ def band(accuracies: Sequence[float], usual: float) -> tuple[float, float]:
 
     Args:
         accuracies: Those of the recorded runs.
-        usual: The deviation of all rows together, for a row of few seeds that happen to be close.
+        usual: The deviation between seeds of rows like it.
     """
-    own = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
-    half = WIDTH * max(own, usual) * math.sqrt(1 + 1 / len(accuracies))
-    mean = statistics.fmean(accuracies)
+    mean, freedom = statistics.fmean(accuracies), len(accuracies) - 1 + BORROWED
+    squares = sum((accuracy - mean) ** 2 for accuracy in accuracies) + BORROWED * usual**2
+    half = critical(CHANCE, freedom) * math.sqrt(squares / freedom * (1 + 1 / len(accuracies)))
     return max(0.0, mean - half), min(1.0, mean + half)
 
 
@@ -117,9 +120,8 @@ def _verify(entry: Entry, results: Results, options: argparse.Namespace) -> tupl
     flags = ["--model", entry.recipe, *entry.flags, "--seed", str(seed), "--accelerator", options.accelerator]
     print(f"{entry.name}, seed {seed}: training", flush=True)
     record = trained([*flags, "--devices", "1", *options.flags])
-    # Of recipes that are meant to work: in the ablation some seeds learn nothing.
-    every = [runs for (other, _), runs in results.runs.items() if other.family != "ablation"]
-    low, high = band(known, usual_deviation([[run.accuracy for run in runs] for runs in every]))
+    kin = [runs for (other, _), runs in results.runs.items() if other.family == entry.family]
+    low, high = band(known, usual_deviation([[run.accuracy for run in runs] for runs in kin]))
     accuracy, images = record["test"]["accuracy"], recorded[0].record["test"]["images"]
     if record["test"]["images"] != images:
         raise UserError(f"the row was tested on {images:,} images, this run on {record['test']['images']:,}")

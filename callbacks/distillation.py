@@ -17,7 +17,7 @@ from datamodules.batches import ImageTensors
 from errors import RunError, UserError, print_warning
 from lit_modules import LitClassifier
 from weights import WEIGHTS
-from weights.trained import load_trained, logits_of, may_know
+from weights.trained import OWN_CLASS, load_trained, logits_of, may_know
 
 
 class Distillation(Callback):
@@ -60,7 +60,7 @@ class Distillation(Callback):
         named = {path.stem: path for path in WEIGHTS.glob("*.ckpt")}
         path = named.get(self.teacher, Path(self.teacher))
         try:
-            teacher, its_data, _ = load_trained(path)
+            teacher, its_data, _ = load_trained(path, how=OWN_CLASS)
         except UserError as error:
             hint = f"give a checkpoint, or one of {', '.join(sorted(named))}"
             raise UserError(f"no teacher: {error}; {hint}" if trainer.is_global_zero else "") from None

@@ -59,7 +59,8 @@ class FreezeFeatures(Callback):
             problem = f"frozen features need --trainer.strategy ddp, not {type(trainer.strategy).__name__}"
         else:
             classifier: Any = pl_module
-            classifier.optimizer = _two_rates(classifier.optimizer, self._features, self._lr_factor)
+            plain = getattr(classifier.optimizer, "plain", classifier.optimizer)  # of an earlier fit
+            classifier.optimizer = _two_rates(plain, self._features, self._lr_factor)
             self._frozen = self._epochs > 0
             self._features.requires_grad_(not self._frozen)
             problem = _problem(classifier)
@@ -115,4 +116,5 @@ def _two_rates(optimizer: OptimizerCallable, features: nn.Module, factor: float)
         made.param_groups[1]["lr"] *= factor
         return made
 
+    make.plain = optimizer  # type: ignore[attr-defined]
     return make

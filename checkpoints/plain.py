@@ -55,7 +55,7 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, float | torch.dtype)
 
 
-def read_settings(text: Any, path: str) -> dict[str, Any]:
+def read_settings(text: Any, path: str, how: str = "add --model RECIPE") -> dict[str, Any]:
     """The configuration that a checkpoint holds as YAML.
 
     Raises:
@@ -76,7 +76,7 @@ def read_settings(text: Any, path: str) -> dict[str, Any]:
         if not isinstance(config.get("trainer") or {}, dict):
             raise TypeError
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError, yaml.YAMLError):
-        raise UserError(f"{path} does not say how it was trained; add --model RECIPE") from None
+        raise UserError(f"{path} does not say how it was trained; {how}") from None
     check_plain(config, path)
     return config
 

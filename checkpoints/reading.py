@@ -96,10 +96,15 @@ def _check_listed(path: Path) -> None:
         )
 
 
-def stored_config(checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
+def stored_config(checkpoint: dict[str, Any], path: str, how: str = "add --model RECIPE") -> dict[str, Any]:
     """The configuration that a run left in its checkpoint; `Trusted` decides what of it may be used.
+
+    Args:
+        checkpoint: Its content.
+        path: Where it is, for the message.
+        how: What to do if there is none, for the message.
 
     Raises:
         UserError: If there is none.
     """
-    return read_settings(checkpoint.get("config"), path)
+    return read_settings(checkpoint.get("config"), path, how)

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -123,9 +123,8 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches: each process takes every world_size-th image of a global batch."""
-        trainer: Any = self.trainer
-        size, rank, processes = self.batch_size, trainer.global_rank, trainer.world_size
-        return self._loader(self.train_set, TrainBatches(len(self.train_set), size, rank, processes, self._position))
+        batches = TrainBatches(len(self.train_set), self.batch_size, *self._process, self._position)
+        return self._loader(self.train_set, batches)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Validation batches in order; no loader if nothing is held out."""
@@ -173,20 +172,25 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
             pixels = pixels.sub_(mean).div_(std)
         return pixels.expand(-1, self.hparams["channels"], -1, -1)
 
+    @property
+    def _process(self) -> tuple[int, int]:
+        """This process's rank and how many there are; one without a Trainer."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
     def _position(self) -> tuple[int, int]:
         """Epoch and batch at which training continues; not batch 0 if a checkpoint was saved within an epoch."""
-        trainer: Any = self.trainer
+        if (trainer := cast("Any", self.trainer)) is None:
+            return 0, 0
         epoch, batch = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress.current
         order = epoch.processed * (not getattr(trainer, "overfit_batches", 0))  # whose images stay the same
         return order, batch.processed if epoch.ready > epoch.processed else 0
 
     def _eval_loader(self, images: ImageTensors, kind: str = "sampler") -> DataLoader:
-        trainer: Any = self.trainer
-        batches = EvalBatches(len(images), self.eval_batch_size, trainer.global_rank, trainer.world_size)
-        return self._loader(images, batches, kind)
+        return self._loader(images, EvalBatches(len(images), self.eval_batch_size, *self._process), kind)
 
     def _loader(self, images: ImageTensors, batches: Sampler, kind: str = "sampler") -> DataLoader:
-        on_device, device = self.hparams["dataset_on_device"], self.trainer.strategy.root_device  # type: ignore[union-attr]
+        on_device = self.hparams["dataset_on_device"]
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         if on_device or (on_device is None and device.type == "cuda" and not self.num_workers):
             images = images.to(device)
         return DataLoader(

@@ -82,6 +82,10 @@ def _one_line_errors(cli: ClassifierCLI) -> Iterator[None]:
         yield
     except DatasetError as error:
         raise UserError(str(error)) from None
+    except ImportError as error:
+        if error.name:
+            raise  # `run_program` knows it
+        raise UserError(one_line(str(error))) from None  # Lightning's own words, of a callback's missing package
     except (MisconfigurationException, ArgumentError) as error:
         raise UserError(one_line(str(error))) from None
     except (RuntimeError, MemoryError) as error:

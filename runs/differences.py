@@ -91,13 +91,11 @@ def difference(first: Group, second: Group, comparisons: float = 1) -> Differenc
         image_variance, least = _image_variance(rights[0], rights[1])
     else:
         image_variance = least = sum(group.accuracy * (1 - group.accuracy) / images for group in (first, second))
-    spread, freedom = _seed_variance(first, second)
-    counts = 1 / len(first.runs) + 1 / len(second.runs)
-    between_seeds = spread * counts
+    spread, between_seeds, own_degrees = _seed_variance(first, second)
     variance = max(image_variance + between_seeds, least)  # few seeds are as good as each other by chance
     if not variance:
         return Difference(first, second, size, 0.0 if size else 1.0, paired, None)
-    p = two_sided(size / math.sqrt(variance), _degrees(freedom, between_seeds, variance))
+    p = two_sided(size / math.sqrt(variance), _degrees(own_degrees, between_seeds, variance))
     seeds = seeds_needed(spread, image_variance, comparisons) if spread and paired else None
     return Difference(first, second, size, p, paired, seeds)
 
@@ -167,9 +165,9 @@ def seeds_needed(spread: float, image_variance: float, comparisons: float = 1) -
     return seeds
 
 
-def _degrees(freedom: int, between_seeds: float, variance: float) -> float:
+def _degrees(own: float, between_seeds: float, variance: float) -> float:
     """Satterthwaite's degrees of freedom: only the part between seeds was estimated from a few numbers."""
-    return freedom * (variance / between_seeds) ** 2 if between_seeds else math.inf
+    return own * (variance / between_seeds) ** 2 if between_seeds else math.inf
 
 
 def _images(group: Group) -> int | None:
@@ -178,11 +176,28 @@ def _images(group: Group) -> int | None:
     return counts.pop() if len(counts) == 1 else None
 
 
-def _seed_variance(*groups: Group) -> tuple[float, int]:
-    """Variance of the accuracy between seeds, pooled over the groups, and its degrees of freedom."""
-    freedom = sum(len(group.runs) - 1 for group in groups)
-    squares = sum((run.accuracy - group.accuracy) ** 2 for group in groups for run in group.runs)
-    return (squares / freedom if freedom else 0.0), freedom
+def _seed_variance(*groups: Group) -> tuple[float, float, float]:
+    """Variance of the accuracy between seeds.
+
+    Seeds of one recipe may lie much closer together than those of another, so each group has its own; a single run is
+    taken to vary as the others' do (B. L. Welch, "The Generalization of 'Student's' Problem when Several Different
+    Population Variances are Involved", Biometrika 34, 1947).
+
+    Returns:
+        That of a run, the mean of the groups'; that of the difference of the groups' means; its degrees of freedom.
+    """
+    known = [group for group in groups if len(group.runs) > 1]
+    own = [statistics.variance([run.accuracy for run in group.runs]) for group in known]
+    if not any(own):
+        return 0.0, 0.0, math.inf
+    spread = statistics.fmean(own)
+    singles = sum(len(group.runs) == 1 for group in groups)
+    parts = [
+        (variance * (1 / len(group.runs) + singles), len(group.runs) - 1)
+        for group, variance in zip(known, own, strict=True)
+    ]
+    between = sum(part for part, _ in parts)
+    return spread, between, between**2 / sum(part**2 / freedom for part, freedom in parts)
 
 
 def _image_variance(first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]]) -> tuple[float, float]:

@@ -3,8 +3,9 @@
 Imports nothing heavy.
 """
 
+import os
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from errors import UserError, count, plain, shown, typed
 from runs.names import recipe_settings
 from runs.record import read, unpack_right
-from runs.settings import FOLLOWING, SAMPLE, kind, of_own_pictures, shaping
+from runs.settings import FOLLOWING, SAMPLE, kind, of_own_network, of_own_pictures, shaping
 
 LARGEST_SAMPLE = 1_500  # images in the larger part of tests/data; the whole parts hold 60,000 and 10,000
 SWEEPS = "sweeps"  # where sweep.py keeps its trials, within the folder of the runs
@@ -55,7 +56,7 @@ class Run:
         if log_dir == parent or not checkpoint.is_file() or SWEEPS in self.folder.absolute().parts:
             return ""  # it was moved, has no checkpoint, or is a trial, whose sweep compares without the test images
         flags = [] if shown(log_dir) == "logs" else ["--log_dir", shown(log_dir)]
-        flags += of_own_pictures(self._setting("data"))
+        flags += of_own_pictures(self._setting("data")) + of_own_network(self.record["config"])
         return typed(["python", "train.py", "--ckpt_path", shown(checkpoint), *flags])
 
     @property
@@ -166,10 +167,23 @@ def find_runs(paths: Iterable[Path]) -> list[Run]:
     for path in paths:
         if not path.exists():
             raise UserError(f"{path} does not exist; the folder of a run, or one that holds runs, was expected")
-        files = [path] if path.is_file() else sorted(path.rglob("record.json"))
+        files = [path] if path.is_file() else sorted(_records_below(path))
         files = [file for file in files if SWEEPS not in file.relative_to(path).parts]
         runs |= {file.resolve(): _read(file) for file in files}
     return list(runs.values())
+
+
+def _records_below(folder: Path) -> Iterator[Path]:
+    """The records in a folder and in those within it, each folder once, wherever links lead."""
+    seen = set()
+    for place, inside, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            inside.clear()
+            continue
+        seen.add(real)
+        if "record.json" in names:
+            yield Path(place, "record.json")
 
 
 def _read(file: Path) -> Run:

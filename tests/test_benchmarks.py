@@ -613,10 +613,11 @@ def test_what_needs_bfloat16_is_not_trained_without(
 
 
 def test_the_band_of_a_row() -> None:
-    assert band([0.90, 0.92], usual=0.001) == pytest.approx((0.91 - 0.03 * math.sqrt(3), 0.91 + 0.03 * math.sqrt(3)))
-    assert band([0.90, 0.90], usual=0.002) == pytest.approx(
-        (0.9 - 0.006 * math.sqrt(1.5), 0.9 + 0.006 * math.sqrt(1.5))
-    )
+    three = 4.094  # deviations at 99.73 % with 9 degrees of freedom, by a table of Student's t
+    half = three * math.sqrt((2 * 0.01**2 + 8 * 0.001**2) / 9 * 1.5)
+    assert band([0.90, 0.92], usual=0.001) == pytest.approx((0.91 - half, 0.91 + half), abs=1e-5)
+    half = three * math.sqrt(8 * 0.002**2 / 9 * 1.5)
+    assert band([0.90, 0.90], usual=0.002) == pytest.approx((0.9 - half, 0.9 + half), abs=1e-5)
     assert band([0.999], usual=0.002)[1] == 1  # one seed: the usual deviation, and no accuracy is above 1
     assert usual_deviation([[0.9], [0.9, 0.92], [0.8, 0.8]]) == pytest.approx(0.01 / math.sqrt(2))
 

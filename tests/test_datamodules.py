@@ -1326,6 +1326,36 @@ def test_pictures_are_decoded_once_and_anew_when_they_change(tmp_path, monkeypat
         PicturesDataModule(str(folder), data_dir=str(read_only), image_size=16).setup("fit")
 
 
+def test_what_somebody_else_has_decoded_is_used(open_tmp_path):
+    folder = put_classes(open_tmp_path / "own", cat=6, dog=6)
+    count = len(of_folder(folder, open_tmp_path).train_set)
+    made = open_tmp_path / "made"
+    for path in [*made.rglob("*"), made]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    code = """
+del sys.modules["datamodules"]
+from datamodules import PicturesDataModule
+if os.geteuid() == 0:  # no mode keeps root from writing
+    os.setgroups([]), os.setgid(65534), os.setuid(65534)
+data = PicturesDataModule(sys.argv[1], data_dir=sys.argv[2], image_size=16)
+data.setup("fit")
+print(len(data.train_set))
+"""
+    done = python(code, folder, made)
+    assert done.stdout == f"{count}\n", done.stderr
+    for path in [made, *made.rglob("*")]:
+        path.chmod(0o777)  # so that it can be removed
+
+
+def test_the_loaders_work_without_a_trainer():
+    data = FashionMNISTDataModule(str(DATA), batch_size=100, val_size=250)
+    data.setup("fit")
+    data.setup("test")
+    assert [len(labels) for _, labels in data.train_dataloader()] == [100] * 12 + [50]
+    assert [len(labels) for _, labels in data.val_dataloader()] == [100, 100, 50]
+    assert sum(len(labels) for _, labels in data.test_dataloader()) == 500
+
+
 def test_a_decoding_that_was_killed_leaves_nothing_once_it_is_repeated(tmp_path):
     folder = put_classes(tmp_path / "own", cat=6, dog=6)
     killed = f"""

@@ -256,7 +256,7 @@ STARTING_POINTS = {
     "lenet-2": ["shapes", "parameters"],
     "lenet-3": ["logits"],
     "alexnet-1": ["smallest_image", "image_for_55", "receptive_field", "share_of_first_linear"],
-    "alexnet-2": ["alone"],
+    "alexnet-2": ["alone", "known"],
     "vgg-1": ["three_3x3", "one_7x7", "receptive_field", "largest_layer"],
     "vgg-2": ["learns"],
     "vgg-3": ["official", "leaked"],
@@ -281,6 +281,21 @@ def test_a_starting_point_gets_its_hint_and_a_solution_passes(name: str, monkeyp
     assert [finding.text for finding in found if not finding.right] == STARTING_POINTS[name]
     solved = findings(name, COURSE / "solutions" / file)
     assert [finding.text for finding in solved if not finding.right] == []
+
+
+def test_answers_that_are_nearly_right_are_not_accepted(tmp_path: Path) -> None:
+    numbers = (COURSE / "solutions" / "alexnet_1.py").read_text(encoding="utf-8")
+    (tmp_path / "numbers.py").write_text(numbers.replace("11 + 4 * 54", "226"), encoding="utf-8")
+    found = findings("alexnet-1", tmp_path / "numbers.py")
+    assert [finding.text for finding in found if not finding.right] == ["image_for_55"]
+    (tmp_path / "each.py").write_text(
+        "def prepare(images, train_images):\n"
+        "    pixels = images[:, None].float()\n"
+        "    return (pixels - pixels.mean((2, 3), True)) / pixels.std((2, 3), keepdim=True)\n",
+        encoding="utf-8",
+    )
+    found = findings("alexnet-2", tmp_path / "each.py")  # each image by its own
+    assert [finding.text for finding in found if not finding.right] == ["known"]
 
 
 def test_every_finding_is_told_in_both_languages() -> None:

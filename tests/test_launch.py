@@ -35,7 +35,8 @@ import yaml
 from commands import DATA, ENVIRONMENT, REPO, Answer, run, run_forked
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.accelerators import cpu
+from lightning.pytorch.callbacks import LambdaCallback, device_stats_monitor
 from PIL import Image
 from stoppable import (
     AUGMENTATION,
@@ -59,7 +60,8 @@ from callbacks.lr_curve import Curve, plot
 from checkpoints.reading import read_checkpoint
 from cli.recipes import recipes
 from datamodules import CLASS_NAMES, FashionMNISTDataModule, class_of
-from errors import UserError
+from errors import RunError, UserError
+from launch import own_pictures
 from launch.launchers import take_over_processes
 from launch.learning_rate import STEPS, find_learning_rate
 from launch.memory import advice, is_out_of_memory, largest_batch_size
@@ -67,6 +69,8 @@ from launch.start import _replace
 from launch.trainer import STEP_HOOKS, _leave_out_empty_hooks, cpu_has_bfloat16
 from lit_modules import LitClassifier
 from models import LeNet
+from weights.exporting import export
+from weights.pack import main as pack
 
 # ---- Whole runs of the command on the sample, and what they leave behind.
 
@@ -419,7 +423,7 @@ class Tiny(nn.Module):
 
 
 @pytest.mark.parametrize("condition", ["images.mean().item() < 9", "len(images[images < 9])"])
-def test_a_network_that_needs_data_is_trained(condition, tmp_path):
+def test_a_network_that_needs_data_is_trained_and_not_exported(condition, tmp_path, monkeypatch):
     own = OWN.replace("return self.layers(images)", f"return self.layers(images) if {condition} else None")
     (tmp_path / "my_networks.py").write_text(own)
     shown = "Tiny: 490 parameters; what it computes depends on data, so no shapes are known\n"
@@ -427,9 +431,14 @@ def test_a_network_that_needs_data_is_trained(condition, tmp_path):
     assert good(run_forked(*flags, "--print_model", folder=tmp_path)) == shown
     out = good(run_forked(*flags, *FAST, folder=tmp_path))
     assert shown in out and "Test on 500 images" in out
+    monkeypatch.chdir(tmp_path)
+    (checkpoint,) = tmp_path.glob("logs/*/version_0/checkpoints/best.ckpt")
+    with pytest.raises(RunError, match=r"^Tiny can't be exported as torch_export: ") as raised:
+        export(checkpoint, "torch_export", tmp_path / "tiny.pt2", DATA, trust=True)
+    assert "\n" not in str(raised.value)
 
 
-def test_a_network_of_the_users_own(tmp_path):
+def test_a_network_of_the_users_own(tmp_path, capsys):
     (tmp_path / "my_networks.py").write_text(OWN)
     flags = [f"--data_dir={DATA}", "--val_size=200", "--max_epochs=2", "--model.net.hidden=16"]
     out = good(run("--model.net=my_networks.Tiny", *flags, folder=tmp_path))
@@ -438,6 +447,9 @@ def test_a_network_of_the_users_own(tmp_path):
     refused = run_forked("test", f"--ckpt_path={checkpoint}", folder=tmp_path)
     assert refused.code == 2
     assert "add --trust_checkpoint if you know where the file comes from" in refused.err
+    assert re.search(r"python train.py predict --ckpt_path \S+best\.ckpt --trust_checkpoint$", out.strip())
+    assert pack([str(checkpoint), f"--data_dir={DATA}"]) == 2
+    assert "put the class into models/ and train again" in capsys.readouterr().err
     out = good(run_forked("test", f"--ckpt_path={checkpoint}", "--trust_checkpoint", folder=tmp_path))
     assert out.startswith("test on 500 images: accuracy")
 
@@ -450,6 +462,33 @@ def test_a_recipe_of_the_users_own(tmp_path):
     )
     good(run_forked("--model=mine.yaml", folder=tmp_path))
     assert record(tmp_path / "logs" / "mine" / "version_0")["parameters"] == 50 * 12 + 13 * 10
+
+
+def _recipes_are_here():
+    own_pictures.PROJECT = Path.cwd()
+
+
+def _no_psutil():
+    cpu._PSUTIL_AVAILABLE = device_stats_monitor._PSUTIL_AVAILABLE = ""  # type: ignore[assignment]
+
+
+def test_a_recipe_in_configs_that_names_pictures_keeps_what_it_says_of_them(tmp_path):
+    photos = DATA / "photos"
+    recipe = yaml.safe_load((REPO / "configs" / "lenet.yaml").read_text(encoding="utf-8"))
+    recipe["data"] |= {"folder": str(photos), "channels": 1, "mean": 0.5, "std": 0.25}
+    recipe["trainer"]["max_epochs"] = 1
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "mine.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    flags = ["fit", "--model=configs/mine.yaml", "--batch_size=8", f"--data_dir={tmp_path}"]
+    good(run_forked(*flags, folder=tmp_path, prepare=_recipes_are_here))
+    data = record(tmp_path / "logs" / "mine" / "version_0")["config"]["data"]
+    assert (data["channels"], data["mean"], data["std"]) == (1, 0.5, 0.25)
+
+
+def test_a_callback_whose_package_is_missing_is_one_line(tmp_path):
+    flags = ["--accelerator=cpu", "--trainer.callbacks+=lightning.pytorch.callbacks.DeviceStatsMonitor"]
+    answer = run_forked("fit", *LENET, *FAST, *flags, folder=tmp_path, prepare=_no_psutil)
+    assert answer.code == 2 and "psutil" in answer.err.splitlines()[-1] and "Traceback" not in answer.err
 
 
 def test_a_network_of_torchvisions(tmp_path):

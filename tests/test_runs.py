@@ -12,6 +12,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -425,6 +426,16 @@ def test_train_runs_what_is_missing_and_only_that(tmp_path: Path) -> None:
     other = compare_py(*TRAIN, *longer, folder=tmp_path)  # other settings are another run
     assert "lenet, seed 0: starting" in other.out
     assert "(" not in other.out.split("─")[-1].splitlines()[1], "only the runs asked for are compared"
+
+
+def test_runs_behind_links_are_found_once(trained: Run, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "disk" / "lenet"
+    shutil.copytree(trained.folder, elsewhere / "version_0")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "lenet").symlink_to(elsewhere)
+    (elsewhere / "version_1").symlink_to(elsewhere / "version_0")
+    (elsewhere / "loop").symlink_to(elsewhere)
+    assert len(find_runs([tmp_path / "logs"])) == 1
 
 
 @pytest.mark.slow
@@ -864,6 +875,19 @@ def test_real_differences_are_found_and_paired_images_help() -> None:
     assert paired.paired and not unpaired.paired
     assert paired.p < 0.05
     assert paired.p < unpaired.p
+
+
+@pytest.mark.parametrize(("steady", "scattered"), [(3, 3), (5, 5), (5, 2)])
+def test_equals_of_which_one_scatters_are_rarely_told_apart(steady: int, scattered: int) -> None:
+    draw, false = random.Random(steady), 0
+    for _ in range(1000):
+        groups: list[Any] = []
+        for seeds, deviation in ((steady, 0.001), (scattered, 0.016)):
+            tests = [{"accuracy": draw.gauss(0.5, deviation), "images": 10**9} for _ in range(seeds)]
+            runs = [Record(Path(), {"config": {}, "test": test, "devices": 1}) for test in tests]
+            groups.append(Group(runs, name="x"))
+        false += difference(*groups).p < 0.05
+    assert false / 1000 <= 0.1  # 0.1 to 0.38 if the spreads were taken to be equal
 
 
 @pytest.mark.parametrize("count", [20, 40, 100])

@@ -18,7 +18,7 @@ from torch.export import Dim
 
 from datamodules import DatasetError, FashionMNISTDataModule, PicturesDataModule
 from datamodules.files.finding import load, prepare
-from errors import MissingPackage, RunError, UserError, written_aside
+from errors import MissingPackage, RunError, UserError, one_line, written_aside
 from lit_modules import LitClassifier
 from weights.trained import load_trained
 
@@ -91,7 +91,14 @@ def export(ckpt_path: Path, format: str, output: Path, data_dir: Path | None, tr
         with written_aside(output) as written:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PyTorch's exporters warn about themselves
-                write(module, images[:2].clone(), written, metadata)  # a view would be stored with all images
+                example = images[:2].clone()  # a view would be stored with all images
+                try:
+                    write(module, example, written, metadata)
+                except OSError:
+                    raise
+                except Exception as error:  # PyTorch's exporters raise many things
+                    net, why = type(classifier.net).__name__, one_line(str(error))[:300]
+                    raise RunError(f"{net} can't be exported as {format}: {why}") from None
                 exported = read(written)
             with torch.no_grad():
                 lines = _check(Exported(classifier, data).eval(), exported, images, kind)

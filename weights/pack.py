@@ -24,7 +24,7 @@ from lit_modules import LitClassifier
 from lit_modules.execution.out_of_distribution import OutOfDistribution
 from runs.record import read, write_json
 from weights import WEIGHTS
-from weights.trained import load_trained, logits_of
+from weights.trained import OWN_CLASS, load_trained, logits_of
 
 # How much rounding may change the accuracy, as a share of the test images; at least one image.
 TOLERANCE = 0.0005
@@ -83,7 +83,7 @@ def pack(ckpt_path: Path, output: Path | None, record_path: Path | None, data_di
     record = (
         _listed_record(known) if known else _read_record(record_path or ckpt_path.resolve().parents[1] / "record.json")
     )
-    classifier, data, checkpoint = load_trained(ckpt_path)
+    classifier, data, checkpoint = load_trained(ckpt_path, how=OWN_CLASS)
     if type(data) is not FashionMNISTDataModule:
         raise UserError(f"{ckpt_path} was trained on other data; weights/ holds networks for Fashion-MNIST alone")
     recipe = str(checkpoint.get("recipe") or "unnamed")

@@ -18,13 +18,18 @@ from datamodules.files.finding import whole_below
 from errors import UserError, one_line
 from lit_modules import LitClassifier
 
+OWN_CLASS = "put the class into models/ and train again"  # where nothing can be trusted by a flag
 
-def load_trained(path: Path, trust: bool = False) -> tuple[LitClassifier, FashionMNISTDataModule, dict[str, Any]]:
+
+def load_trained(
+    path: Path, trust: bool = False, how: str = "add --trust_checkpoint"
+) -> tuple[LitClassifier, FashionMNISTDataModule, dict[str, Any]]:
     """Rebuild what a training run saved.
 
     Args:
         path: A checkpoint.
         trust: Let it name any class.
+        how: What to do about a class that is not trusted, for the message.
 
     Returns:
         The classifier on the CPU, in evaluation mode; the data module, which knows how the network wants its images
@@ -36,8 +41,8 @@ def load_trained(path: Path, trust: bool = False) -> tuple[LitClassifier, Fashio
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # where the user's own networks are
     checkpoint = read_checkpoint(path)
-    config = stored_config(checkpoint, str(path))
-    rules = Trusted(str(path), trust, "add --trust_checkpoint", checkpoint["state_dict"], whole_below)
+    config = stored_config(checkpoint, str(path), "take one that train.py wrote")
+    rules = Trusted(str(path), trust, how, checkpoint["state_dict"], whole_below)
     used = rules.to_use(config)
     try:
         classifier = instantiate_module(LitClassifier, used["model"])

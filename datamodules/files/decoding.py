@@ -16,12 +16,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from datamodules.files.finding import DatasetError
+from datamodules.files.finding import DatasetError, locked
 from datamodules.files.listing import File, Listing, list_folder, printable, warn_once
 from datamodules.files.pictures import PictureError, read_picture
 from errors import count, one_line, replace_file
@@ -94,7 +93,7 @@ def decode(
     images, facts = stem.with_suffix(".npy"), stem.with_suffix(".json")
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(stem.with_suffix(".lock")):
+        with locked(stem.with_suffix(".lock")):
             if facts.exists() and (not _can_map(images) or _mended(listing, read, facts)):
                 facts.unlink()  # first, so that new pixels never lie beside old labels
             if not facts.exists():

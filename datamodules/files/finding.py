@@ -4,6 +4,7 @@ The data set: https://github.com/zalandoresearch/fashion-mnist (Xiao et al. 2017
 a big-endian header and plain bytes, is described at http://yann.lecun.com/exdb/mnist/ (see the Internet Archive).
 """
 
+import errno
 import hashlib
 import itertools
 import logging
@@ -11,7 +12,8 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -209,6 +211,20 @@ def _survey_and_set_aside(folder: Path) -> dict[str, str]:
 
 def _lock(folder: Path) -> BaseFileLock:
     return FileLock(folder / ".fashion-mnist.lock", timeout=LOCK_TIMEOUT)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock; where its folder can't be written, go on without: what is there can still be read."""
+    try:
+        lock = FileLock(path).acquire()
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        yield
+        return
+    with lock:
+        yield
 
 
 def _find(folder: Path, name: str, bad: dict[Path, str]) -> tuple[bytes, str] | None:

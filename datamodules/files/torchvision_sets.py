@@ -17,13 +17,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torchvision
-from filelock import FileLock
 from PIL import Image
 from torchvision.datasets import caltech, mnist, pcam, utils
 
 from datamodules.files.decoding import VERSION, Cache, Fit, decode, fit_square
 from datamodules.files.download import TIMEOUT
-from datamodules.files.finding import DatasetError
+from datamodules.files.finding import DatasetError, locked
 from datamodules.files.listing import File, Listing, hold_out, printable
 from errors import one_line, replace_file
 
@@ -135,7 +134,7 @@ def _opened(name: str, data_dir: Path) -> tuple[dict[str, Any], dict[str, list[i
         settings = settings | {"download": True}
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(data_dir / f".{name}.lock"), _quiet_and_limited():
+        with locked(data_dir / f".{name}.lock"), _quiet_and_limited():
             if "train" in takes:
                 sets = {part: make(data_dir, train=part == "train", **settings) for part in ("train", "test")}
             elif "split" in takes and "split" not in settings:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 KEPT = 0.95  # share of the validation images that are taken for what they are
 MOST_CLASSES = 64  # with more, or with few images, the energy is used alone
+FOLDS = 5
 IMAGES = 20  # of each class, on average, that the Gaussians need; and altogether at least
 SHAPES = {"means": "kc", "whitening": "kcc", "log_volumes": "k", "centres": "s", "scales": "s"}
 
@@ -45,23 +46,31 @@ class OutOfDistribution(NamedTuple):
         if images < IMAGES or not logits.isfinite().all():
             return None
         logits = logits.cpu().double()
-        guesses = logits.argmax(dim=1)
-        found = guesses.unique() if classes <= MOST_CLASSES and images >= IMAGES * classes else guesses[:0]
-        means = torch.stack([logits[guesses == guess].mean(dim=0) for guess in found] or [logits[0]])[: len(found)]
-        covariances = []
-        for guess, mean in zip(found, means, strict=True):
-            rest = logits[guesses == guess] - mean
-            covariance = rest.T @ rest / len(rest)
-            covariances.append(covariance + (0.1 * covariance.diagonal().mean() + 1e-6) * torch.eye(classes).double())
-        covariance = torch.stack(covariances) if covariances else logits.new_zeros(0, classes, classes)
-        zeros, ones = logits.new_zeros(2), logits.new_ones(2)
-        whitening = torch.linalg.cholesky(torch.linalg.inv(covariance)) if len(found) else covariance
-        fitted = cls(means, whitening, torch.logdet(covariance), zeros, ones)
+        fitted = cls._gaussians(logits if classes <= MOST_CLASSES and images >= IMAGES * classes else logits[:0])
+        # Images lie nearer to Gaussians that were fitted to them than new ones do, much nearer where they are few.
+        places = logits[:, 0].argsort().argsort() % FOLDS  # the same in whatever order several processes bring them
         parts = _parts(logits, fitted)
+        for fold in range(FOLDS if len(fitted.means) else 0):
+            parts[places == fold] = _parts(logits[places == fold], cls._gaussians(logits[places != fold]))
         centres = parts.median(dim=0).values
         scales = (parts.quantile(KEPT, dim=0) - centres).clamp(min=1e-6)
         scales = scales * ((parts - centres) / scales).sum(dim=1).quantile(KEPT).clamp(min=1e-6)
-        return cls(means.float(), whitening.float(), fitted.log_volumes.float(), centres.float(), scales.float())
+        return cls(*(part.float() for part in (*fitted[:3], centres, scales)))
+
+    @classmethod
+    def _gaussians(cls, logits: Tensor) -> "OutOfDistribution":
+        """The Gaussian of each class that is guessed, not yet with centres and scales; none without logits (N, C)."""
+        classes, guesses = logits.shape[1], logits.argmax(dim=1)
+        means, covariances = [logits.new_zeros(0, classes)], [logits.new_zeros(0, classes, classes)]
+        for guess in guesses.unique():
+            chosen = logits[guesses == guess]
+            means.append(chosen.mean(dim=0, keepdim=True))
+            covariance = (chosen - means[-1]).T @ (chosen - means[-1]) / len(chosen)
+            wider = (0.1 * covariance.diagonal().mean() + 1e-6) * torch.eye(classes).to(logits)
+            covariances.append((covariance + wider)[None])
+        covariance = torch.cat(covariances)
+        whitening = torch.linalg.cholesky(torch.linalg.inv(covariance))
+        return cls(torch.cat(means), whitening, torch.logdet(covariance), logits.new_zeros(2), logits.new_ones(2))
 
     @classmethod
     def stored(cls, checkpoint: Mapping[str, Any], classes: int) -> "OutOfDistribution | None":
