@@ -1,8 +1,8 @@
 """Whether training in bfloat16 reaches float32's test accuracy, and what it saves in time.
 
 Each network is trained by train.py in either precision in turn, with the same seeds, on all training images; the test
-accuracy is measured once, at the end. The two agree if their means differ by no more than twice the difference's
-standard error: the seeds' pooled deviation times the square root of 2 over their number.
+accuracy is measured once, at the end. The two are alike if chance makes such a difference in more than one of twenty
+pairs (Student's t, with the seeds' pooled deviation); that proves no equality.
 
 Command: python -m benchmarks.precision --data_dir DIR
 """

@@ -150,14 +150,14 @@ def _train(jobs: list[Job], options: argparse.Namespace) -> int:
             flags = [*job.entry.flags, "--accelerator", options.accelerator, "--devices", "1"]
             request = Request(log_dir=options.log_dir, flags=flags)
             seconds = max(0.0, end - time.monotonic()) if end else None
-            try:
-                code = STOPPED[0]
-                if seconds != 0:
+            code = STOPPED[0]
+            if seconds != 0:
+                try:
                     code = train_one(request, job.entry.recipe, job.seed, job.wanted, seconds)
-            finally:
-                if options.background:  # for later parts of the run, which may have the machine to themselves
-                    for run in job.runs(options):
-                        (run.folder / BACKGROUND).touch()
+                finally:
+                    if options.background:  # for later parts of the run, which may have the machine to themselves
+                        for run in job.runs(options):
+                            (run.folder / BACKGROUND).touch()
             if code in STOPPED and end and time.monotonic() >= end:
                 print("Time is up; the same command continues from here.", flush=True)
                 break
@@ -176,7 +176,7 @@ def _train(jobs: list[Job], options: argparse.Namespace) -> int:
 
 def _lacks_bfloat16(job: Job, options: argparse.Namespace) -> bool:
     """Whether the job's recipe computes in bfloat16, and train.py would take float32 on this device."""
-    asked_for = any(flag.startswith(("--precision", "--trainer.precision")) for flag in job.entry.flags)
+    asked_for = any(flag.startswith(("--precision", "--trainer.precision")) for flag in options.flags)
     wanted = job.wanted.get("trainer.precision")
     trainer = Settings(precision=wanted, accelerator=options.accelerator, devices=1)
     return wanted != "32-true" == precision(trainer, asked_for, None)[0]

@@ -57,7 +57,7 @@ def main() -> int:
         else:
             rows.append(_run(name, [*shared, "--seconds", f"{share * SECONDS[name]:.0f}"]))
     left = begun + options.seconds - time.monotonic()
-    if options.results and left > 0:
+    if options.results and left >= 1:
         rows.append(_run("results", [*shared, "--hours", f"{left / 3600:.4f}"]))
     elif options.results:
         rows.append(("results", "", "no time left"))

@@ -130,11 +130,12 @@ def main() -> int:
     for key, kind in (("peak_flops", "bfloat16" if device == "cuda" else "float32"), ("peak_flops_bf16", "bfloat16")):
         if peaks := [result[key] for result in results if key in result]:
             print(f"Peak in matrix products ({kind}): {statistics.median(peaks) / 1e9:,.0f} GFLOP/s")
-    if options.update:
+    measured = bool(results)
+    if options.update or failed:  # what a record says of other networks, or of those that failed, stays
         new = {(result["network"], result["batch_size"]): result for result in results}
         old = side_by_side.recorded("throughput", options) or []
         results = [new.pop((result["network"], result["batch_size"]), result) for result in old] + list(new.values())
-    if results:
+    if measured:
         side_by_side.write_record("throughput", options, results)
     for failure in failed:
         print_error("benchmarks.throughput", failure)

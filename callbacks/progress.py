@@ -108,6 +108,7 @@ class EpochProgress(ProgressBar):
         columns = (TextColumn("{task.description}"), BarColumn(None), text, *left)
         # Drawn without Rich's own thread, which would take time from the training.
         self._bar = Progress(*columns, console=self._console, transient=True, expand=True, auto_refresh=False)
+        self._batches = 0
         self._bar.add_task(what, total=total if total != float("inf") else None, text="")
         self._bar.start()
         self._bar.refresh()
@@ -126,9 +127,9 @@ class EpochProgress(ProgressBar):
             if self._is_due(last=False):
                 self._move(int(task.completed), text)
             return
-        task.completed += 1
-        if self._is_due(last=task.completed == task.total):
-            self._bar.refresh()
+        self._batches += 1
+        if self._is_due(last=self._batches == task.total):
+            self._move(self._batches, "")
 
     def _end(self) -> None:
         if self._bar:

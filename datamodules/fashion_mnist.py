@@ -90,7 +90,7 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
         self.data_dir = Path(expanded(str(data_dir)))
         self._folder: Path | None = None  # where the verified files are
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
-        self.image_size, self.num_workers = image_size, num_workers
+        self.image_size, self.num_workers, self._passes = image_size, num_workers, 0
 
     class_names: tuple[str, ...] = CLASS_NAMES
     find_data = staticmethod(whole_below)
@@ -174,13 +174,13 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
 
     @property
     def _process(self) -> tuple[int, int]:
-        """This process's rank and how many there are; one without a Trainer."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _position(self) -> tuple[int, int]:
         """Epoch and batch at which training continues; not batch 0 if a checkpoint was saved within an epoch."""
         if (trainer := cast("Any", self.trainer)) is None:
-            return 0, 0
+            self._passes += 1  # each in an order of its own
+            return self._passes, 0
         epoch, batch = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress.current
         order = epoch.processed * (not getattr(trainer, "overfit_batches", 0))  # whose images stay the same
         return order, batch.processed if epoch.ready > epoch.processed else 0

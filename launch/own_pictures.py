@@ -7,7 +7,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from cli.command import Command
-from cli.recipes import PROJECT, load_yaml
+from cli.recipes import PROJECT
 from datamodules import PicturesDataModule
 from errors import UserError, one_line
 from runs.settings import DECIDED
@@ -30,9 +30,10 @@ def follow_pictures(config: Namespace, command: Command, stored: Mapping[str, An
     """
     if command.configs:
         given = command.given()
-        for name in DECIDED:  # those of this project's recipes are Fashion-MNIST's, unless they name pictures
-            file = given.get(f"data.{name}")  # "" is a flag
-            if file and Path(file).resolve().is_relative_to(PROJECT / "configs") and not _names_pictures(file):
+        source = given.get("data.folder"), given.get("data.dataset")  # a file's path; "" is a flag
+        for name in DECIDED:  # those of this project's recipes are Fashion-MNIST's, unless they name the pictures
+            file = given.get(f"data.{name}")
+            if file and Path(file).resolve().is_relative_to(PROJECT / "configs") and file not in source:
                 config.data[name] = None
     for name in ("mean", "std"):  # a trained network expects its own, whatever the pictures are now
         if config.data[name] is None:
@@ -47,8 +48,3 @@ def follow_pictures(config: Namespace, command: Command, stored: Mapping[str, An
             config.data[name] = data.hparams[name]
     config.model.num_classes = len(config.data.class_names)
     return {"num_classes": len(config.data.class_names), "in_channels": config.data.channels}
-
-
-def _names_pictures(file: str) -> bool:
-    data = load_yaml(Path(file)).get("data") or {}
-    return bool(data.get("folder") or data.get("dataset"))

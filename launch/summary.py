@@ -7,8 +7,9 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from checkpoints.trust import find
 from errors import count, shown, typed
-from runs.settings import of_own_network, of_own_pictures
+from runs.settings import of_own_pictures
 
 SHOWN_CLASSES = 12
 
@@ -38,7 +39,9 @@ def summary(record: dict[str, Any], trainer: Trainer, checkpoint: Path | None) -
         lines.append(f"Logs: {shown(trainer.logger.log_dir)}")
         lines.append(f"Next: {typed(['tensorboard', '--logdir', shown(trainer.logger.root_dir)])}")
     if checkpoint:
-        of_own = of_own_pictures(record["config"]["data"]) + of_own_network(record["config"])
+        of_own = of_own_pictures(record["config"]["data"])
+        if find("net", record["config"]["model"]["net"]["class_path"]) is None:
+            of_own.append("--trust_checkpoint")  # this run's own
         lines.append(f"      {typed(['python', 'train.py', 'predict', '--ckpt_path', shown(checkpoint), *of_own])}")
     return "\n".join(lines)
 

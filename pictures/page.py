@@ -36,8 +36,9 @@ It is not sure of what is stranger than 95 % of the images that it was validated
 <br>上传一张照片（一件衣服、一只鞋（侧面）或一个包，背景尽量单一），或者自己画一件并涂满。
 各个网络分别给出判断；暖色表示判断的依据（LayerCAM）。比 95 % 的验证图片更陌生的图片，标为“不确定”。"""
 STAGES = """### What comes out of each stage · 每个阶段输出了什么
-Click a stage to enlarge it: each small square is one feature map, dark at its lowest value, yellow at its highest.
-<br>点击某个阶段可放大：每个小方格是一张特征图，最暗处值最小，最黄处值最大。"""
+Click a stage to enlarge it: each small square is one feature map (of 64 at most), dark at its lowest value,
+yellow at its highest.
+<br>点击某个阶段可放大：每个小方格是一张特征图（最多显示前 64 张），最暗处值最小，最黄处值最大。"""
 CSS = """
 .gradio-container {max-width: 1240px !important; margin: auto}
 .cards {display: grid !important; grid-template-columns: repeat(auto-fill, minmax(175px, 1fr)); align-items: start}
@@ -159,7 +160,7 @@ def build(networks: Sequence[Network], folder: Path) -> gr.Blocks:
         latest["concurrency_id"] = "networks"
         # Not read by Gradio, so that our message says what is wrong with a file.
         of_file = photograph.change(partial(_photograph, folder), photograph, seen, preprocess=False)
-        for read in (of_file, drawing.submit(_drawing, None, seen)):
+        for read in (of_file, drawing.submit(_drawing, None, seen, trigger_mode="multiple")):  # no stroke is lost
             answer = read.then(of_networks, [seen, chosen], outputs, **latest)
             answer.then(of_stages, [seen, opened], gallery, **latest)
         chosen.change(of_networks, [seen, chosen], outputs, **latest)
@@ -223,7 +224,7 @@ def _photograph(folder: Path, file: dict[str, Any] | None) -> Seen | None:
             raise PictureError("was not uploaded")
         return _seen(read_picture(path))
     except PictureError as error:
-        gr.Warning(f"The file {error}. · 无法读取该图片。")
+        gr.Warning(f"The file {error}. · 无法使用该图片：请另存为 JPEG 或 PNG，过大的请先缩小。")
         return None
 
 

@@ -56,14 +56,16 @@ def draw(groups: Sequence[Group], folder: Path) -> dict[str, str]:
         figure.savefig(folder / name, dpi=110)
         plots[title] = name
 
-    times = [(group, group.mean("fit_seconds") or 0) for group in groups]
-    unit, size = ("minutes", 60) if max(seconds for _, seconds in times) > 300 else ("seconds", 1)
-    scaled = [(group, seconds / size) for group, seconds in times]
-    save(_scatter(scaled, f"training time in {unit}"), "Test accuracy against training time", "accuracy_time.png")
-    flops = [(group, value / 1e6) for group in groups if (value := group.mean("flops"))]
-    if flops:
+    times = [group.mean("fit_seconds") or 0 for group in groups]
+    unit, size = ("minutes", 60) if max(times) > 300 else ("seconds", 1)
+    scaled = [seconds / size for seconds in times]
+    save(
+        _scatter(groups, scaled, f"training time in {unit}"), "Test accuracy against training time", "accuracy_time.png"
+    )
+    flops = [value / 1e6 if (value := group.mean("flops")) else None for group in groups]
+    if any(flops):
         save(
-            _scatter(flops, "million floating-point operations per image (forward)"),
+            _scatter(groups, flops, "million floating-point operations per image (forward)"),
             "Test accuracy against FLOPs",
             "accuracy_flops.png",
         )
@@ -111,25 +113,30 @@ def draw_trials(space: Space, tried: Sequence[tuple[Mapping[str, Any], float]], 
     for axes in panels:  # those left over
         axes.remove()
     figure.axes[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-    figure.supylabel("validation accuracy (orange: the best trial)", fontsize=9)
+    figure.supylabel("validation accuracy of the finished trials (orange: the best)", fontsize=9)
     figure.savefig(path, dpi=110)
 
 
-def _scatter(points: Sequence[tuple[Group, float]], label: str) -> Any:
+def _scatter(groups: Sequence[Group], values: Sequence[float | None], label: str) -> Any:
+    """Test accuracy against a value of each group; those without one are left out, the others keep their numbers."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    named = _named([group for group, _ in points])
+    points = [
+        (number, group, x) for number, (group, x) in enumerate(zip(groups, values, strict=True), 1) if x is not None
+    ]
+    drawn = {number for number, _, _ in points}
+    named = [(number, group) for number, group in _named(groups) if number in drawn]
     names, handles = [_beside(number, group) for number, group in named], []
     figure = Figure(figsize=_size(6, 4.6, names), layout="constrained")
     axes = figure.subplots()
-    for number, (group, x) in reversed([*enumerate(points, 1)]):  # the best on top
+    for number, group, x in reversed(points):  # the best on top
         low, high = group.interval
         errors = [[max(0.0, group.accuracy - low)], [max(0.0, high - group.accuracy)]]
-        colour, marker = _style(number, len(named))
+        colour, marker = _style(number, len(_named(groups)))
         look: dict[str, Any] = {"color": colour, "markerfacecolor": "white" if group.partial else colour}
         handles.append(axes.errorbar(x, group.accuracy, errors, fmt=marker, capsize=3, markersize=7, **look))
-    _log_if_wide(axes, [x for _, x in points])
+    _log_if_wide(axes, [x for *_, x in points])
     axes.set(xlabel=label, ylabel="test accuracy, 95 % interval")
     axes.margins(0.12)
     axes.yaxis.set_major_formatter(PercentFormatter(1))

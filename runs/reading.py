@@ -14,7 +14,7 @@ from typing import Any
 from errors import UserError, count, plain, shown, typed
 from runs.names import recipe_settings
 from runs.record import read, unpack_right
-from runs.settings import FOLLOWING, SAMPLE, kind, of_own_network, of_own_pictures, shaping
+from runs.settings import FOLLOWING, SAMPLE, kind, of_own_pictures, shaping
 
 LARGEST_SAMPLE = 1_500  # images in the larger part of tests/data; the whole parts hold 60,000 and 10,000
 SWEEPS = "sweeps"  # where sweep.py keeps its trials, within the folder of the runs
@@ -56,7 +56,7 @@ class Run:
         if log_dir == parent or not checkpoint.is_file() or SWEEPS in self.folder.absolute().parts:
             return ""  # it was moved, has no checkpoint, or is a trial, whose sweep compares without the test images
         flags = [] if shown(log_dir) == "logs" else ["--log_dir", shown(log_dir)]
-        flags += of_own_pictures(self._setting("data")) + of_own_network(self.record["config"])
+        flags += of_own_pictures(self._setting("data"))
         return typed(["python", "train.py", "--ckpt_path", shown(checkpoint), *flags])
 
     @property
@@ -182,6 +182,7 @@ def _records_below(folder: Path) -> Iterator[Path]:
             inside.clear()
             continue
         seen.add(real)
+        inside.sort(key=lambda name: (Path(place, name).is_symlink(), name))  # a run is called by its own place
         if "record.json" in names:
             yield Path(place, "record.json")
 

@@ -138,13 +138,6 @@ def of_own_pictures(data: Any) -> list[str]:
     return flags
 
 
-def of_own_network(config: dict[str, Any]) -> list[str]:
-    """The flag that it takes to use a checkpoint of a network class from elsewhere; none for this project's."""
-    net = config.get("model", {}).get("net")
-    known = str(net.get("class_path") if isinstance(net, dict) else "models.").startswith(("models.", "torch"))
-    return [] if known else ["--trust_checkpoint"]
-
-
 def without_off(value: Any) -> Any:
     """The value without what is off (null, false, 0) in mappings, those in lists of callbacks too."""
     if isinstance(value, list):

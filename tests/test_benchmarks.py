@@ -287,7 +287,7 @@ def test_suite_goes_on_after_a_failure_and_names_it(tmp_path):
     assert (tmp_path / "memory-cpu.json").exists()
 
     again = [*command[:3], "--only", "memory", "data_path", "--results", "--seconds"]
-    for seconds, first in (("1e-9", "no time left"), ("4", "has a record")):
+    for seconds, first in (("1e-9", "no time left"), ("0.5", "has a record")):
         done = subprocess.run(
             [*again, seconds, "--data_dir", str(no_folder), "--out", str(tmp_path)],
             cwd=PROJECT,
@@ -607,9 +607,12 @@ def test_what_needs_bfloat16_is_not_trained_without(
     assert main(["--recipes", "fast/30s", "--seeds", "1", *out]) == 1
     assert "fast-30s, seed 0 needs bfloat16, which this device lacks" in capfd.readouterr().err
     assert find_runs([tmp_path / "logs"]) == []
-    asked_for = read_entries(wanted=["lenet"], more=("--precision", "bf16-mixed"))
-    for job in _jobs(asked_for, Namespace(flags=(), seeds=1, ours=False)):
-        assert not _lacks_bfloat16(job, Namespace(accelerator="cpu"))
+    flags = ("--precision", "bf16-mixed")
+    for asked_for in ((), flags):
+        options = Namespace(flags=asked_for, seeds=1, ours=False, accelerator="cpu")
+        for job in _jobs(read_entries(wanted=["alexnet"]), options):
+            in_float32 = "32-true" in job.entry.flags
+            assert _lacks_bfloat16(job, options) == (not asked_for and not in_float32)
 
 
 def test_the_band_of_a_row() -> None:

@@ -701,13 +701,13 @@ def test_explained_mistakes_are_the_most_confident_ones(events: EventAccumulator
     """Of the last weights in validation; in the test, of the best ones, which are loaded for it."""
     data = FashionMNISTDataModule.load_from_checkpoint(trained.best, data_dir=str(DATA))
     data.setup("test")
-    best = LitClassifier.load_from_checkpoint(trained.best).net
-    test_images = data.test_set.images
+    classifier = LitClassifier.load_from_checkpoint(trained.best)
+    best, test_images = classifier.net, data.test_set.images
     with torch.no_grad():
         test_logits = torch.cat([best(normalised(batch)) for batch in test_images.split(32)])
     for stage, net, images, labels, logits in (
         ("validation", apart.net, apart.images, apart.labels, apart.logits),
-        ("test", best, test_images, data.test_set.labels, test_logits),
+        ("test", best, test_images, data.test_set.labels, test_logits / classifier.temperature),  # as predict shows it
     ):
         sure, guesses = logits.softmax(dim=1).max(dim=1)
         worst = (sure * (guesses != labels)).argsort(descending=True, stable=True)[:8].tolist()

@@ -1351,7 +1351,10 @@ def test_the_loaders_work_without_a_trainer():
     data = FashionMNISTDataModule(str(DATA), batch_size=100, val_size=250)
     data.setup("fit")
     data.setup("test")
-    assert [len(labels) for _, labels in data.train_dataloader()] == [100] * 12 + [50]
+    loader = data.train_dataloader()
+    passes = [[labels for _, labels in loader] for _ in range(2)]
+    assert [len(labels) for labels in passes[0]] == [100] * 12 + [50]
+    assert not torch.equal(*map(torch.cat, passes))  # each in an order of its own
     assert [len(labels) for _, labels in data.val_dataloader()] == [100, 100, 50]
     assert sum(len(labels) for _, labels in data.test_dataloader()) == 500
 

@@ -480,9 +480,13 @@ def test_a_recipe_in_configs_that_names_pictures_keeps_what_it_says_of_them(tmp_
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "mine.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     flags = ["fit", "--model=configs/mine.yaml", "--batch_size=8", f"--data_dir={tmp_path}"]
-    good(run_forked(*flags, folder=tmp_path, prepare=_recipes_are_here))
+    assert run_forked(*flags, folder=tmp_path, prepare=_recipes_are_here).code == 0
     data = record(tmp_path / "logs" / "mine" / "version_0")["config"]["data"]
     assert (data["channels"], data["mean"], data["std"]) == (1, 0.5, 0.25)
+    others = [*flags, f"--data={shutil.copytree(photos, tmp_path / 'others')}"]
+    assert run_forked(*others, folder=tmp_path, prepare=_recipes_are_here).code == 0
+    data = record(tmp_path / "logs" / "mine" / "version_1")["config"]["data"]
+    assert data["channels"] == 3 and data["mean"] != 0.5  # of the pictures: the recipe speaks of others
 
 
 def test_a_callback_whose_package_is_missing_is_one_line(tmp_path):

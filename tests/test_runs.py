@@ -42,7 +42,7 @@ from runs import sweeps as sweeping
 from runs.differences import critical, difference, differences, mcnemar, seeds_needed, two_sided
 from runs.groups import Group, fold, wilson
 from runs.names import class_defaults, name_all, recipe_settings
-from runs.plots import _class_accuracy
+from runs.plots import _class_accuracy, _scatter
 from runs.reading import Run as Record
 from runs.reading import find_runs, matches
 from runs.record import SCHEMA, machine, pack_right, unpack_right
@@ -426,6 +426,14 @@ def test_train_runs_what_is_missing_and_only_that(tmp_path: Path) -> None:
     other = compare_py(*TRAIN, *longer, folder=tmp_path)  # other settings are another run
     assert "lenet, seed 0: starting" in other.out
     assert "(" not in other.out.split("─")[-1].splitlines()[1], "only the runs asked for are compared"
+
+
+def test_a_group_left_out_of_a_plot_leaves_the_others_their_numbers(logs: Path) -> None:
+    pytest.importorskip("matplotlib")
+    groups = fold(find_runs([logs]))[:3]
+    figure = _scatter(groups, [1.0, None, 3.0], "x")
+    names = [text.get_text().split()[0] for text in figure.legends[0].get_texts()]
+    assert names == ["1", "3"]
 
 
 def test_runs_behind_links_are_found_once(trained: Run, tmp_path: Path) -> None:

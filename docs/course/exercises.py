@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -264,7 +265,8 @@ def record(recipe: Path, *flags: str) -> dict[str, Any]:
         command += ["--data_dir", str(SAMPLE), "--val_size", "300", "--accelerator", "cpu", "--devices", "1"]
         command += ["--log_dir", folder]
         try:
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="utf-8", timeout=LIMIT)
+            env = os.environ | {"PYTHONIOENCODING": "utf-8"}  # else that of the terminal
+            done = subprocess.run(command, cwd=folder, env=env, capture_output=True, encoding="utf-8", timeout=LIMIT)
         except subprocess.TimeoutExpired:
             raise UserError(f"{recipe}: not trained after {LIMIT} s; fewer epochs or a smaller network?") from None
         if done.returncode:
