@@ -11,7 +11,7 @@ test: ## the tests, as CI runs them
 	python -m pytest -q
 
 fast: ## the tests that take seconds
-	python -m pytest -q -m "not slow"
+	python -m pytest -q -m "not slow and not long"
 
 long: ## the tests that CI leaves out, above all every benchmark in a tiny setting
 	python -m pytest -q -m long

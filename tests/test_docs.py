@@ -16,7 +16,7 @@ import nbformat
 import pytest
 import torch
 import tree_sitter_powershell
-from commands import run_forked
+from commands import DATA, ENVIRONMENT, run_forked
 from nbclient import NotebookClient
 from tree_sitter import Language, Parser
 
@@ -163,6 +163,51 @@ def test_the_readmes_commands_are_understood(page: Path, tmp_path: Path, monkeyp
     assert len(found) > 1
     for command in found:
         parse_command_line(command)
+
+
+def buildable(page: Path) -> Iterator[tuple[str, ...]]:
+    """The trainings in a page, with what this machine lacks left out; others are run in the other tests."""
+    for command in commands(page):
+        if {"auto", "last", "predict", "test", "--help"} & set(command):
+            continue
+        words = iter(command)
+        kept = [word for word in words if word not in ("--accelerator", "--devices", "--num_nodes") or not next(words)]
+        yield tuple(str(DATA / "photos") if word == "path/to/photos" else word for word in kept)
+
+
+@pytest.mark.parametrize(
+    "arguments", sorted({command for page in [*READMES, *GUIDES] for command in buildable(page)}), ids=" ".join
+)
+def test_the_readmes_trainings_are_valid(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    shutil.copytree(PROJECT / "configs", tmp_path / "configs")
+    (tmp_path / "my_changes.yaml").write_text("data: {batch_size: 64}\n", encoding="utf-8")
+    show = () if {"--print_model", "--print_config"} & set(arguments) else ("--print_config",)
+    answer = run_forked(*arguments, *show, folder=tmp_path)
+    assert (answer.code, answer.err) == (0, "")
+
+
+@pytest.mark.slow
+def test_the_two_files_of_the_guide_are_a_network_and_its_recipe(tmp_path: Path) -> None:
+    for room in PROJECT.iterdir():
+        if room.name in ("train.py", "errors.py"):
+            shutil.copy(room, tmp_path)
+        elif room.name == "configs" or (room / "__init__.py").exists():
+            leave = shutil.ignore_patterns("*.ckpt", "__pycache__", "results", "images")
+            shutil.copytree(room, tmp_path / room.name, ignore=leave)
+    text = (DOCS / "guide.md").read_text(encoding="utf-8").partition("### Add a network")[2]
+    for language, file in (("python", "models/mine.py"), ("yaml", "configs/mine.yaml")):
+        (block,) = re.findall(rf"```{language}\n(.*?)```", text.partition("###")[0], re.DOTALL)
+        (tmp_path / file).write_text(block, encoding="utf-8")
+
+    def train(*arguments: str) -> str:
+        command = [sys.executable, "train.py", *arguments, "--data_dir", str(DATA), "--accelerator", "cpu"]
+        done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+        assert (done.returncode, done.stderr) == (0, ""), done
+        return done.stdout
+
+    assert "Test on 500 images" in train("--model", "mine", "--val_size", "200", "--max_epochs", "1")
+    best = "logs/mine/version_0/checkpoints/best.ckpt"
+    assert "test on 500 images" in train("test", "--ckpt_path", best)  # trusted: its class lies in models/
 
 
 def powershell(text: str) -> list[str]:

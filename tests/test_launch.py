@@ -1448,7 +1448,7 @@ def stop_and_continue(folder: Path, points: list[list], *flags: str) -> None:
         ),
         (
             {"ema": True, "batch_size": 125},
-            ("--devices", "2", "--data.num_workers", "2"),
+            ("--devices", "2", "--data.num_workers", "2", "--precision", "32"),
             [["train", 0, 4, 1], ["validation", 1, 0, 1]],
         ),
     ],
@@ -1487,6 +1487,45 @@ def test_continued_run_is_bit_equal(settings: dict, flags: tuple[str, ...], poin
         [round(epoch["images_per_second"] * epoch["seconds"]) for epoch in run] for run in (uninterrupted, continued)
     ]
     assert images[0] == images[1]
+
+
+def test_own_pictures_continue_bit_equal(tmp_path: Path) -> None:
+    """With what turns and scales them, drawn with replacement, weighted by their classes."""
+    flags = ["fit", "--model=lenet", f"--data={DATA / 'photos'}", f"--data_dir={tmp_path}"]
+    flags += ["--batch_size=8", "--accelerator=cpu", "--max_epochs=3", "--trainer.callbacks+=probe.Probe"]
+    flags += ["--data.rotation=20", "--data.zoom=0.2", "--data.shift=0.1", "--data.saturation=0.3"]
+    flags += ["--data.balanced=true", "--class_weights"]
+
+    def fit(name: str, *more: str, at: list | None = None) -> int:
+        command = {"at": at, "signals": [int(signal.SIGTERM)]}
+        (tmp_path / name / "command.json").write_text(json.dumps(command), encoding="utf-8")
+        return run_forked(*flags, *more, folder=tmp_path / name).code
+
+    for name in ("whole", "parts"):
+        write(tmp_path / name)
+    assert fit("whole") == 0
+    assert fit("parts", at=["train", 1, 2, 0]) == 143
+    assert fit("parts", "--ckpt_path=last") == 0
+    expected, found = (
+        torch.load(tmp_path / name / "logs/lenet/version_0/checkpoints/last.ckpt", weights_only=True)
+        for name in ("whole", "parts")
+    )
+    assert expected["epoch"] == 2
+    assert not [d for key in COMPUTED for d in differences(expected[key], found[key], key)]
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_own_pictures(tmp_path: Path) -> None:
+    common = [f"--data={DATA / 'photos'}", f"--data_dir={tmp_path}", "--accelerator=cpu"]
+    flags = ["--model=lenet", "--batch_size=8", "--max_epochs=1", "--precision=32", "--devices=2"]
+    answer = run(*flags, *common, folder=tmp_path)
+    assert answer.code == 0 and "Traceback" not in answer.err, answer
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
+    found = record(tmp_path / "logs/lenet/version_0")
+    assert (found["devices"], found["train_images"], found["test"]["images"]) == (2, 40, 16)
+    best = tmp_path / "logs/lenet/version_0/checkpoints/best.ckpt"
+    one = run_forked("test", f"--ckpt_path={best}", *common, folder=tmp_path)
+    assert f"accuracy {found['test']['accuracy']:.4f}, loss {found['test']['loss']:.4f}" in one.out
 
 
 def test_each_image_is_seen_once_an_epoch(tmp_path: Path) -> None:
@@ -2304,7 +2343,7 @@ def test_fast_dev_run_takes_a_few_batches_and_leaves_nothing(folder: Path) -> No
     [
         ("--precision=bf16-mixed", "norm", 0.01),
         ("--precision=bf16-mixed --trainer.gradient_clip_algorithm=value", "largest", 0.001),
-        ("", "norm", 0.01),
+        ("--precision=32", "norm", 0.01),
     ],
 )
 def test_gradients_are_clipped(flags: str, measure: str, limit: float, folder: Path) -> None:

@@ -502,7 +502,6 @@ def test_a_run_on_a_part_of_the_data_is_not_the_recipes_own(trained: Run, tmp_pa
         assert not taken(part, tmp_path), name
 
 
-@pytest.mark.slow
 def test_a_setting_that_is_off_makes_no_difference_to_older_runs() -> None:
     def shape(**settings: object) -> dict:
         callback = {"class_path": "callbacks.distillation.Distillation", "init_args": {"temperature": 2.0, **settings}}
@@ -511,6 +510,7 @@ def test_a_setting_that_is_off_makes_no_difference_to_older_runs() -> None:
     assert shape() == shape(consistent=False) != shape(consistent=True)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_in_its_own_folder(tmp_path: Path) -> None:
     arguments = (*TRAIN, "--batch_size", "2", "--max_epochs", "3")
     command = [sys.executable, str(REPO / "compare.py"), *arguments]
