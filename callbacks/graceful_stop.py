@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback, Timer, WeightAveraging
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.processes import Processes
 from callbacks.run_folder import RunCheckpoint
 from callbacks.signal_watch import BEFORE_TRAINING
-from errors import SIGNALS, Stopped, signal_name, stopped_code
+from errors import SIGNALS, Stopped, print_warning, signal_name, stopped_code
 
 FIRST_BATCH = 30.0  # seconds to wait for the first batch, as nobody knows yet how long one takes
 COMPLETE = "Training is complete, and was stopped before testing."
@@ -63,6 +63,12 @@ class GracefulStop(Callback):
         # Lightning's own handler talks to the other processes, which may be busy elsewhere: that hangs.
         connector: Any = trainer._signal_connector
         connector._sigterm_notifier_fn = handler
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say that a run that is continued has used up its time: Lightning's Timer ends it without a word."""
+        left = [timer.time_remaining() for timer in trainer.callbacks if isinstance(timer, Timer)]  # type: ignore[attr-defined]
+        if self._tell and any(seconds is not None and seconds <= 0 for seconds in left):
+            print_warning("trainer.max_time has ended this run; a longer one, from its beginning, trains it further")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the signals back from Lightning, which has set its own handlers for SLURM."""

@@ -78,6 +78,8 @@ class SignalWatch:
                     continue
                 if number == getattr(signal, "SIGHUP", None):
                     leave_terminal()
+                if asked and number == asked[-1][1] and now - asked[-1][0] <= SAME_CTRL_C_SECONDS:
+                    continue  # one request, to the process and to its group, as `timeout` sends it
                 if asked and number == signal.SIGINT and now - asked[0][0] > SAME_CTRL_C_SECONDS:
                     self._end(number, True)
                 asked.append((now, number))

@@ -30,6 +30,7 @@ NAMEABLE: dict[str, tuple[tuple[str, ...], type]] = {
     "scheduler": (("torch.optim.", "lit_modules.schedules."), LRScheduler),
 }
 PLATEAU = "lightning.pytorch.cli.ReduceLROnPlateau"  # which is torch's, with the metric that it watches
+ON_OR_OFF = ("logger", "plugins")  # a word would name a class
 # The callbacks that recipes name. Others of this project write files.
 CALLBACKS = ("callbacks.distillation.Distillation", "callbacks.ema.EMA", "callbacks.fine_tuning.FreezeFeatures")
 # Settings of the Trainer that a run takes over from its checkpoint: what it computes, and with what.
@@ -199,8 +200,8 @@ class Trusted:
                 if not given or (given[0] != "auto" and max(map(int, given[0].strip(",").split(","))) > most):
                     asked = f"asks for the devices {str(value)[:40]}, which this machine does not have"
                     raise UserError(f"{self.path} {asked}; give --devices")
-            elif name == "strategy" and value not in STRATEGIES:
-                self.refuse(value, "strategy")
+            elif (name == "strategy" and value not in STRATEGIES) or (name in ON_OR_OFF and not _is_switch(value)):
+                self.refuse(value, name)
             elif name not in ("max_time", "val_check_interval") or not TIME.fullmatch(str(value)):
                 self._scalar(f"trainer.{name}", value)
         return kept
@@ -300,6 +301,10 @@ def find(part: str, name: Any) -> Any:
     if not isinstance(found, type) or not issubclass(found, base):
         return None
     return found if f"{found.__module__}.".startswith(packages) or name == PLATEAU else None
+
+
+def _is_switch(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
 
 
 def _is_word(text: str) -> bool:

@@ -39,7 +39,7 @@ class Command:
         recipe: Name of the recipe, which is also the folder of its runs; None where a checkpoint decides.
         configs: YAML files, the recipe first; later ones win.
         overrides: Long flags, which win over the files.
-        outer_configs: YAML files with a section for each subcommand; LightningCLI reads them before the subcommand.
+        outer_configs: YAML files with a section for each subcommand.
         ckpt_path: Checkpoint to start from.
         fallbacks: Older checkpoints to start from if that one is damaged, newest first.
         arguments: The command line as it was given.
@@ -77,10 +77,16 @@ class Command:
     sort: Literal["given", "unsure"] = "given"
     gradcam: bool = False
 
+    @property
+    def layers(self) -> list[Path]:
+        """All files of settings, the recipe first; later ones win."""
+        first = 1 if self.recipe else 0
+        return [*self.configs[:first], *self.outer_configs, *self.configs[first:]]
+
     def given(self) -> dict[str, str]:
         """Each setting that the user made, flags first, and the file that holds it ("" for a flag)."""
         given = {token.lstrip("-").partition("=")[0]: "" for token in self.overrides if token.startswith("--")}
-        for path in reversed((*self.outer_configs, *self.configs)):  # a later file wins
+        for path in reversed(self.layers):  # a later file wins
             for name in _dotted(load_yaml(path)):
                 given.setdefault(name.removeprefix(f"{self.subcommand}."), str(path))
         return given
@@ -207,7 +213,7 @@ def _recipe_name(path: Path) -> str:
 def _data(value: str) -> list[str]:
     """The settings that `--data` stands for: a folder, a data set's name, or the path of a class."""
     folder = Path(expanded(value))
-    if folder.is_dir():
+    if folder.is_dir() and value not in DATA_SETS:  # torchvision makes folders of such names; ./NAME is one
         return [f"--data.folder={folder.absolute()}", "--data.dataset="]
     if value in DATA_SETS or re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", value):
         return ["--data.folder=", f"--data.dataset={value}"]
@@ -235,7 +241,7 @@ def _check_predict_flags(command: Command) -> None:
 
 def _check_configs(command: Command) -> None:
     given = {token.partition("=")[0] for token in command.arguments}
-    for path in (*command.outer_configs, *command.configs):
+    for path in command.layers:
         content: Any = load_yaml(path)
         content = content.get(command.subcommand) if path in command.outer_configs else content
         if not isinstance(content, dict):

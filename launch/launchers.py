@@ -33,6 +33,11 @@ def take_over_processes(trainer: Namespace) -> None:
                         f"{name} is {os.environ[name]}, but of --num_nodes {trainer.num_nodes} machines the last is "
                         f"{trainer.num_nodes - 1}; give --num_nodes, or unset {name}"
                     )
+            if trainer.num_nodes > 1 and not {"MASTER_ADDR", *RANKS} & os.environ.keys():
+                raise UserError(
+                    f"--num_nodes {trainer.num_nodes} alone doesn't say where the machines meet: start with "
+                    "torchrun or srun, or set MASTER_ADDR, MASTER_PORT and NODE_RANK on each machine"
+                )
             return
         launcher, here, machines = started
         given = _count(trainer.devices)

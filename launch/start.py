@@ -1,5 +1,6 @@
 """Where a run starts: from scratch, or from a checkpoint, whose settings it then takes over."""
 
+import itertools
 import json
 import os
 from dataclasses import dataclass, field
@@ -118,10 +119,11 @@ class Start:
                 patience = self.settings.get("patience")
                 base["patience"] = patience if type(patience) is int and patience > 0 else None
             arguments.append(f"--config={yaml.safe_dump(base)}")
-        for path in command.outer_configs:
-            arguments.append(f"--config={yaml.safe_dump(load_yaml(path).get(command.subcommand) or {})}")
         # Not as paths: the parser would read the files in the locale's encoding.
-        arguments += [f"--config={yaml.safe_dump(load_yaml(path))}" for path in command.configs]
+        for path in command.layers:
+            content = load_yaml(path)
+            settings = content.get(command.subcommand) or {} if path in command.outer_configs else content
+            arguments.append(f"--config={yaml.safe_dump(settings)}")
         if command.ckpt_path:
             arguments.append(f"--ckpt_path={command.ckpt_path}")
         if command.images:
@@ -138,11 +140,16 @@ def how_to_continue(command: Command, config: Any, path: Path) -> str:
     """The same command line with the checkpoint in it."""
     arguments = list(command.arguments)
     _remove(arguments, "--ckpt_path")
-    if command.find_batch_size:
+    if _is_auto(arguments, "--batch_size"):
         _replace(arguments, "--batch_size", config.data.batch_size)
-    if command.find_lr:
+    if _is_auto(arguments, "--lr"):
         _replace(arguments, "--lr", config.model.optimizer.init_args.lr)
-    return typed(["python", "train.py", *arguments, "--ckpt_path", shown(path)])
+    program = ["python", "train.py"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        program = ["torchrun", "...", "train.py"]  # whose own arguments it doesn't tell
+    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        program = ["srun", *program]
+    return typed([*program, *arguments, "--ckpt_path", shown(path)])
 
 
 def _requeued(command: Command) -> bool:
@@ -196,6 +203,10 @@ def _newest_valid(command: Command) -> dict[str, Any]:
         command.ckpt_path = path
         return checkpoint
     raise damages[0]
+
+
+def _is_auto(arguments: list[str], flag: str) -> bool:
+    return f"{flag}=auto" in arguments or (flag, "auto") in itertools.pairwise(arguments)
 
 
 def _replace(arguments: list[str], flag: str, value: float) -> None:

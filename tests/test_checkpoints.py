@@ -633,6 +633,32 @@ def test_a_file_names_classes_by_what_they_are(part: str) -> None:
         assert find(part, other) is None, other
 
 
+@pytest.mark.parametrize("name", ["net.init_args.num_classes", "net.class_path", "image_size+"])
+@pytest.mark.parametrize("part", ["model", "data", "trainer"])
+def test_a_file_gives_no_names_that_the_parser_takes_apart(part: str, name: str, trained: Run) -> None:
+    content = torch.load(trained.best, weights_only=True)
+    config = yaml.safe_load(content["config"])
+    config[part][name] = 10**8
+    with pytest.raises(UserError, match="holds a setting called"):
+        stored_config({"config": yaml.safe_dump(config)}, "a.ckpt")
+    config = yaml.safe_load(content["config"])
+    config["model"]["net"]["init_args"] = {"x": [{name: 1}]}
+    with pytest.raises(UserError, match="holds a setting called"):
+        stored_config({"config": yaml.safe_dump(config)}, "a.ckpt")
+
+
+@pytest.mark.parametrize("name", ["logger", "plugins"])
+def test_a_file_names_no_logger_and_no_plugin(name: str, trained: Run) -> None:
+    content = torch.load(trained.best, weights_only=True)
+    config = yaml.safe_load(content["config"])
+    rules = Trusted("a.ckpt", False, "add --trust_checkpoint", content["state_dict"], lambda folder: None)
+    config["trainer"][name] = False
+    assert rules.to_train(config)["trainer"][name] is False
+    config["trainer"][name] = "WandbLogger"
+    with pytest.raises(UserError, match="names the class WandbLogger"):
+        rules.to_train(config)
+
+
 @pytest.mark.parametrize(
     ("part", "arguments", "expected"),
     [

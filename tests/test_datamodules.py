@@ -20,6 +20,7 @@ import termios
 import threading
 import time
 import tracemalloc
+import unicodedata
 import zipfile
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -45,6 +46,7 @@ from datamodules import CLASS_NAMES, DatasetError, FashionMNISTDataModule, Pictu
 from datamodules.batches import EvalBatches, ImageTensors, TrainBatches
 from datamodules.files import finding as fashion_mnist_files
 from datamodules.files import torchvision_sets
+from datamodules.files.decoding import read_folder
 from datamodules.files.download import DownloadError, download
 from datamodules.files.finding import KNOWN, NAMES, SYSTEM_DIR, load, prepare
 from datamodules.files.grounds import _laid, photographed
@@ -1058,6 +1060,25 @@ def test_a_folder_with_a_test_part_alone_is_tested_whole(tmp_path, name):
         data.setup("fit")
 
 
+def test_a_test_folder_may_lack_classes_of_the_network(tmp_path):
+    put_classes(tmp_path / "own" / "test", dog=6)
+    known: dict[str, Any] = {"image_size": 16, "class_names": ["cat", "dog", "emu"]}  # of a checkpoint
+    data = PicturesDataModule(str(tmp_path / "own"), data_dir=str(tmp_path / "made"), **known)
+    data.setup("test")
+    assert data.class_names == ("cat", "dog", "emu") and data.test_set.labels.tolist() == [1] * 6
+    put_classes(tmp_path / "own" / "test", dog=6, yak=6)
+    read_folder.cache_clear()
+    with pytest.raises(DatasetError, match="yak is a class that the training pictures don't have"):
+        PicturesDataModule(str(tmp_path / "own"), data_dir=str(tmp_path / "made"), **known).setup("test")
+
+
+def test_parts_of_unusual_names_are_not_taken_for_classes_without_a_word(tmp_path, caplog):
+    for part in ("seg_train", "seg_test"):
+        put_classes(tmp_path / "own" / part, cat=6, dog=6)
+    list_folder(tmp_path / "own", None, None, 0)
+    assert "seg_test, seg_train all hold cat, dog, but are taken for classes" in caplog.text
+
+
 def test_a_folder_without_splits_is_split_by_class_and_seed(tmp_path):
     folder = put_classes(tmp_path / "own", cat=40, dog=20, emu=3)
     data = of_folder(folder, tmp_path)
@@ -1108,6 +1129,18 @@ def test_order_and_names_are_the_same_on_all_systems(tmp_path, monkeypatch):
     monkeypatch.setattr(PurePath, "__lt__", lambda one, other: str(one).lower() < str(other).lower())  # as on Windows
     monkeypatch.setattr(os.path, "relpath", lambda *paths: str(PureWindowsPath(Path(paths[0]).relative_to(paths[1]))))
     assert list_folder(folder, None, None, 0) == linux
+
+
+def test_an_accent_is_the_same_in_either_spelling(tmp_path):
+    both = []
+    for form in ("NFC", "NFD"):
+        names = {unicodedata.normalize(form, name): count for name, count in {"Éclair": 20, "Zebra": 20}.items()}
+        found = list_folder(put_classes(tmp_path / form, **names), None, None, 0)
+        parts = {
+            part: [unicodedata.normalize("NFC", file.path) for file in files] for part, files in found.parts.items()
+        }
+        both.append((found.classes, parts))
+    assert both[0] == both[1]
 
 
 def test_a_tilde_is_the_users_home(tmp_path, monkeypatch):

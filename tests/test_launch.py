@@ -58,6 +58,7 @@ from torch.utils.data import DataLoader
 from callbacks.ema import EMA
 from callbacks.lr_curve import Curve, plot
 from checkpoints.reading import read_checkpoint
+from cli.command import Command
 from cli.recipes import recipes
 from datamodules import CLASS_NAMES, FashionMNISTDataModule, class_of
 from errors import RunError, UserError
@@ -65,7 +66,7 @@ from launch import own_pictures
 from launch.launchers import take_over_processes
 from launch.learning_rate import STEPS, find_learning_rate
 from launch.memory import advice, is_out_of_memory, largest_batch_size
-from launch.start import _replace
+from launch.start import _replace, how_to_continue
 from launch.trainer import STEP_HOOKS, _leave_out_empty_hooks, cpu_has_bfloat16
 from lit_modules import LitClassifier
 from models import LeNet
@@ -764,6 +765,7 @@ HEAVY = {
         "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint --trainer.callbacks.save_weights_only=true",
         "save_weights_only leaves out how the network was trained",
     ),
+    "machines": ("--num_nodes 2", "--num_nodes 2 alone doesn't say where the machines meet"),
     "smoothing": ("--model.label_smoothing 1.5", "label_smoothing=1.5 must lie in [0, 1)"),
     "channels": ("--data.channels 2", "data.channels=2 must be 1 or 3"),
     "long devices": ("--trainer.accelerator cpu --trainer.devices abc", "devices"),
@@ -1487,6 +1489,47 @@ def test_continued_run_is_bit_equal(settings: dict, flags: tuple[str, ...], poin
         [round(epoch["images_per_second"] * epoch["seconds"]) for epoch in run] for run in (uninterrupted, continued)
     ]
     assert images[0] == images[1]
+
+
+def test_a_signal_that_comes_twice_at_once_asks_once(tmp_path: Path) -> None:
+    """As `timeout` sends it, to process and group; the batch lasts longer than a second request would be waited for."""
+    folder = write(tmp_path / "run")
+    process = start(folder)
+    (folder / "command.json").write_text(json.dumps({"sleep": 5}), encoding="utf-8")
+    time.sleep(1)
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    assert finish(process, 60).code == 143
+    assert checkpoint(folder)["epoch"] >= 0
+    assert (folder / SAVED / "last.ckpt").stat().st_mtime > (folder / "command.json").stat().st_mtime
+
+
+def test_a_run_whose_time_is_over_says_so(tmp_path: Path) -> None:
+    flags = ["fit", *LENET, "--batch_size=4", "--trainer.max_time=00:00:00:02", "--max_epochs=100"]
+    assert run_forked(*flags, folder=tmp_path).code == 0
+    answer = run_forked(*flags, "--ckpt_path=last", folder=tmp_path)
+    assert (answer.code, answer.err.count("\n")) == (0, 1)
+    assert "trainer.max_time has ended this run" in answer.err
+
+
+def test_the_command_that_continues_names_what_started_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Namespace()
+    config["data.batch_size"], config["model.optimizer.init_args.lr"] = 64, 0.5
+    command = Command(arguments=["--model", "lenet", "--lr", "auto", "--batch_size=auto"])  # found by an earlier start
+    rest = "train.py --model lenet --batch_size=64 --lr=0.5 --ckpt_path a.ckpt"
+    assert how_to_continue(command, config, Path("a.ckpt")) == f"python {rest}"
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert how_to_continue(command, config, Path("a.ckpt")) == f"srun python {rest}"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert how_to_continue(command, config, Path("a.ckpt")) == f"torchrun ... {rest}"
+
+
+def test_a_file_with_sections_overrides_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("fit: {trainer: {max_epochs: 3}, data: {batch_size: 77}}\n", encoding="utf-8")
+    out = good(run_forked("fit", "--model=lenet", "--config=mine.yaml", "--print_config", folder=tmp_path))
+    config = yaml.safe_load(out)
+    assert (config["trainer"]["max_epochs"], config["data"]["batch_size"]) == (3, 77)
 
 
 def test_own_pictures_continue_bit_equal(tmp_path: Path) -> None:

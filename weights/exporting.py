@@ -121,6 +121,7 @@ def _metadata(recipe: str, temperature: float, data: FashionMNISTDataModule) -> 
     if isinstance(data, PicturesDataModule):
         size = data.stored_size
         shape = f"{data.hparams['channels']}, {size}, {size}), {'RGB' if data.hparams['channels'] == 3 else 'grey'}"
+        shape += {"crop": ", cropped to squares", "pad": ", padded with black"}.get(data.hparams["fit"], ", stretched")
     return {
         "class_names": json.dumps(data.class_names),
         "recipe": recipe,

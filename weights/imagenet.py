@@ -49,7 +49,7 @@ def start_from_imagenet(net: nn.Module, mean: float, std: float) -> str:
     source = _state_dict(weights)
     own = net.state_dict()
     taken = {name: tensor for name, tensor in source.items() if name.startswith("features.")}
-    hidden_too = all(own[name].shape == source[name].shape for name in HIDDEN)
+    hidden_too = all(name in own and own[name].shape == source[name].shape for name in HIDDEN)
     if hidden_too:
         taken |= {name: source[name] for name in HIDDEN}
     transforms = weights.transforms()

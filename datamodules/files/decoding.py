@@ -57,9 +57,10 @@ def read_folder(
     val_size: int | None,
     test_size: int | None,
     seed: int,
+    known: tuple[str, ...] | None = None,
 ) -> Cache:
     """List and decode a folder, once in a process; see `list_folder`, `fit_square` and `decode`."""
-    listing = list_folder(folder, val_size, test_size, seed)
+    listing = list_folder(folder, val_size, test_size, seed, known)
 
     def read(file: File) -> np.ndarray:
         return fit_square(read_picture(folder / file.path, size), size, fit)
@@ -103,14 +104,15 @@ def decode(
         pixels = torch.from_numpy(np.load(images, mmap_mode="c"))
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise DatasetError(f"the decoded pictures can't be kept in {stem.parent}: {why}; set --data_dir") from None
+        where = f"{stem.parent}, where old ones may be removed"
+        raise DatasetError(f"the decoded pictures can't be kept in {where}: {why}; set --data_dir") from None
     _complain(name, found, bad_files)
     parts, start = {}, 0
     for part, labels in found["labels"].items():
         parts[part] = pixels[start : start + len(labels)], torch.tensor(labels, dtype=torch.int64)
         start += len(labels)
-    left = set(found["labels"]["train" if listing.parts["train"] else "val"])
-    if lost := [one for label, one in enumerate(listing.classes) if label not in left]:
+    left = set(found["labels"]["train"])
+    if lost := [one for label, one in enumerate(listing.classes) if label not in left and listing.parts["train"]]:
         raise DatasetError(f"{name}: no picture of {lost[0]} is left to train on")
     if listing.parts["test"] is listing.parts["val"]:
         parts["test"], found["names"]["test"] = parts["val"], found["names"]["val"]

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +36,9 @@ class Listing(NamedTuple):
     parts: dict[str, list[File]]
 
 
-def list_folder(folder: Path, val_size: int | None, test_size: int | None, seed: int) -> Listing:
+def list_folder(
+    folder: Path, val_size: int | None, test_size: int | None, seed: int, known: tuple[str, ...] | None = None
+) -> Listing:
     """Find classes and pictures, and split them where the folder does not.
 
     Args:
@@ -44,6 +46,7 @@ def list_folder(folder: Path, val_size: int | None, test_size: int | None, seed:
         val_size: Pictures held out for validation where there is no such folder; None takes a tenth, 0 none at all.
         test_size: The same for the test.
         seed: Of the split.
+        known: The classes of the network that is to be measured; a test folder alone may lack some.
 
     Raises:
         DatasetError: If that is not what the folder holds.
@@ -51,13 +54,15 @@ def list_folder(folder: Path, val_size: int | None, test_size: int | None, seed:
     inside = _sub_folders(folder)
     by_part = {part: next((path for path in inside if path.name.lower() in NAMES[part]), None) for part in NAMES}
     train = by_part["train"]
-    if len(inside) == 1 and (by_part["val"] or by_part["test"]) and len(of_part := _sub_folders(inside[0])) > 1:
-        classes, files = _classes(folder, inside[0], of_part)
+    alone = len(inside) == 1 and (by_part["val"] or by_part["test"])
+    if alone and len(of_part := _sub_folders(inside[0])) > (0 if known else 1):
+        classes, files = _classes(folder, inside[0], of_part, known)
         _check_classes(folder, classes, files)
         return Listing(classes, {"train": [], "val": files, "test": files})  # to measure a network on, all of them
     if train and (by_part["val"] or by_part["test"]) and not _sub_folders(train):
         raise DatasetError(f"{train} has no sub-folders; one for each class, named like it, is expected in each part")
     if not (train and (by_part["val"] or by_part["test"] or len(inside) == 1) and _sub_folders(train)):
+        _warn_of_parts(folder, inside)
         classes, files = _classes(folder, folder, inside)
         parts: dict[str, list[File]] = {"train": files, "val": [], "test": []}
         by_part = {}
@@ -103,10 +108,23 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in unicodedata.normalize("NFC", text))
 
 
+def _composed(name: str) -> str:
+    """One spelling of a name: systems and tools differ in whether an accent is a character of its own."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _warn_of_parts(folder: Path, inside: list[Path]) -> None:
+    """Folders that all hold the same ones are rather parts with unusual names than classes."""
+    below = [{path.name for path in _sub_folders(one)} for one in inside]
+    if len(inside) > 1 and len(same := set.intersection(*below)) > 1:
+        names, folders = (", ".join(map(printable, one[:5])) for one in ([path.name for path in inside], sorted(same)))
+        warn_once(f"{folder}: {names} all hold {folders}, but are taken for classes; parts are called train, val, test")
+
+
 def _sub_folders(folder: Path) -> list[Path]:
     try:
         found = (path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
-        return sorted(found, key=lambda path: path.name)  # Windows would compare paths in lower case
+        return sorted(found, key=lambda path: _composed(path.name))  # Windows would compare paths in lower case
     except OSError as error:
         hint = "give a folder that holds a sub-folder of pictures for each class"
         raise DatasetError(f"{folder} can't be read: {error.strerror}; {hint}") from None
@@ -125,13 +143,15 @@ def _classes(
     for name, path in zip(names, folders, strict=True):
         if name not in classes:
             raise DatasetError(f"{path} is a class that the training pictures don't have; remove it, or add it there")
-        below = sorted(pictures_below(path), key=lambda file: file.parts)
-        found = [File(file.relative_to(root).as_posix(), classes.index(name)) for file in below]
+        below = sorted(pictures_below(path), key=lambda file: tuple(map(_composed, file.parts)))
+        label = classes.index(name)
+        found = [File(file.relative_to(root).as_posix(), label) for file in below]
         if not found and known is None:
             raise DatasetError(f"{path} holds no picture; remove it, or put the pictures of that class there")
         files += found
     if known is not None and not files:
-        raise DatasetError(f"{parent} holds no pictures in sub-folders named like the classes")
+        hint = "sort them so, or rename it to leave it out"
+        raise DatasetError(f"{parent} holds no pictures in sub-folders named like the classes; {hint}")
     return classes, files
 
 
@@ -153,9 +173,10 @@ def _held_out(files: list[File], wanted: int | None, seed: int, setting: str) ->
     share = 0.1 if wanted is None else wanted / max(1, len(files))
     if share >= 1:
         raise DatasetError(f"data.{setting}={wanted} leaves none of the {len(files)} training pictures; lower it")
-    out = set()
-    for label in {file.label for file in files}:
-        of_class = [file for file in files if file.label == label]
+    out, by_class = set(), defaultdict(list)
+    for file in files:
+        by_class[file.label].append(file)
+    for of_class in by_class.values():
         # At least one, so that each class is measured; but a class is never emptied.
         count = min(max(1, round(share * len(of_class))), len(of_class) - 1) if share else 0
         out.update(sorted(of_class, key=lambda file: _lot(file, seed))[:count])
@@ -164,4 +185,4 @@ def _held_out(files: list[File], wanted: int | None, seed: int, setting: str) ->
 
 def _lot(file: File, seed: int) -> bytes:
     """A random number of the file's own, so that it stays in its part when others come and go."""
-    return hashlib.sha256(f"{seed} {file.path}".encode(errors="surrogatepass")).digest()
+    return hashlib.sha256(f"{seed} {_composed(file.path)}".encode(errors="surrogatepass")).digest()

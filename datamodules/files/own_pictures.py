@@ -124,7 +124,8 @@ class PicturesDataModule(FashionMNISTDataModule):
         rest = [settings[name] for name in ("bad_files", "val_size", "test_size", "split_seed")]
         if settings["folder"]:
             folder = Path(expanded(str(source)))
-            found = read_folder(folder, self.stored_size, settings["fit"], self.data_dir / "cache", *rest)
+            known = self.class_names or None
+            found = read_folder(folder, self.stored_size, settings["fit"], self.data_dir / "cache", *rest, known)
         else:
             sizes = self.image_size, settings["stored_size"]
             found = read_data_set(source, *sizes, settings["fit"], self.data_dir, *rest)
@@ -222,7 +223,7 @@ class PicturesDataModule(FashionMNISTDataModule):
             pixels = np.array(Image.fromarray(pixels).convert("L"))
         if pixels.ndim == 2 or (pixels == pixels[..., :1]).all():  # grey: colours are not negated unasked
             edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-            unlike = self.hparams["mean"] < DARK and np.median(edges) > 127
+            unlike = 0 < self.hparams["mean"] < DARK and np.median(edges) > 127
             invert = "always" if invert == "auto" and unlike else invert
         return 255 - pixels if invert == "always" else pixels
 

@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import resolve_name
 from tempfile import TemporaryDirectory
@@ -26,6 +27,7 @@ from datamodules.files.finding import DatasetError, locked
 from datamodules.files.listing import File, Listing, hold_out, printable
 from errors import one_line, replace_file
 
+NEEDS = {"svhn": ["scipy"], "flowers102": ["scipy"], "caltech101": ["scipy"], "pcam": ["h5py", "gdown"]}
 # Sets in which each picture has one class. The name is the class's in lower case; of EMNIST also with a split.
 EMNIST = {"emnist": "balanced", "emnist_letters": "letters", "emnist_digits": "digits", "emnist_byclass": "byclass"}
 CLASSES = (
@@ -128,6 +130,8 @@ def _class_of(name: str) -> tuple[Callable[..., Any], dict[str, Any]]:
 @cache
 def _opened(name: str, data_dir: Path) -> tuple[dict[str, Any], dict[str, list[int]], list[Image.Image]]:
     """The set's parts that there are, fetched if they are missing; the labels of each; and a few pictures."""
+    if missing := [package for package in NEEDS.get(name, ()) if not find_spec(package)]:  # before anything is fetched
+        raise DatasetError(f"{name} needs more packages: pip install {' '.join(missing)}")
     make, settings = _class_of(name)
     takes = {key for one in getattr(make, "__mro__", [make]) for key in _parameters(one)}
     if "download" in takes:
@@ -152,7 +156,7 @@ def _opened(name: str, data_dir: Path) -> tuple[dict[str, Any], dict[str, list[i
         why = one_line(str(error)) or type(error).__name__
         raise DatasetError(
             f"{name} can't be read from {data_dir} or fetched: {why[:400]}; get online, or put its files there as "
-            f"torchvision lays them out"
+            "torchvision lays them out, or remove what is there of it"
         ) from None
     found = {part: _labels(name, one) for part, one in sets.items()}
     pictures = [picture for _, few in found.values() for picture in few]
