@@ -27,7 +27,7 @@ from datamodules.files.finding import DatasetError, locked
 from datamodules.files.listing import File, Listing, hold_out, printable
 from errors import one_line, replace_file
 
-NEEDS = {"svhn": ["scipy"], "flowers102": ["scipy"], "caltech101": ["scipy"], "pcam": ["h5py", "gdown"]}
+NEEDS = {"svhn": ["scipy"], "flowers102": ["scipy"], "caltech101": ["scipy"], "pcam": ["h5py"]}
 # Sets in which each picture has one class. The name is the class's in lower case; of EMNIST also with a split.
 EMNIST = {"emnist": "balanced", "emnist_letters": "letters", "emnist_digits": "digits", "emnist_byclass": "byclass"}
 CLASSES = (
@@ -130,7 +130,8 @@ def _class_of(name: str) -> tuple[Callable[..., Any], dict[str, Any]]:
 @cache
 def _opened(name: str, data_dir: Path) -> tuple[dict[str, Any], dict[str, list[int]], list[Image.Image]]:
     """The set's parts that there are, fetched if they are missing; the labels of each; and a few pictures."""
-    if missing := [package for package in NEEDS.get(name, ()) if not find_spec(package)]:  # before anything is fetched
+    needed = [package for package in NEEDS.get(name, ()) if package not in sys.modules]
+    if missing := [package for package in needed if not find_spec(package)]:  # before anything is fetched
         raise DatasetError(f"{name} needs more packages: pip install {' '.join(missing)}")
     make, settings = _class_of(name)
     takes = {key for one in getattr(make, "__mro__", [make]) for key in _parameters(one)}
