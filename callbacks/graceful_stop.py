@@ -68,7 +68,7 @@ class GracefulStop(Callback):
         """Say that a run that is continued has used up its time: Lightning's Timer ends it without a word."""
         left = [timer.time_remaining() for timer in trainer.callbacks if isinstance(timer, Timer)]  # type: ignore[attr-defined]
         if self._tell and any(seconds is not None and seconds <= 0 for seconds in left):
-            print_warning("trainer.max_time has ended this run; a longer one, from its beginning, trains it further")
+            print_warning("trainer.max_time is over, counted from this run's beginning; a longer one trains it further")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the signals back from Lightning, which has set its own handlers for SLURM."""

@@ -78,20 +78,19 @@ def read_settings(text: Any, path: str, how: str = "add --model RECIPE") -> dict
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError, yaml.YAMLError):
         raise UserError(f"{path} does not say how it was trained; {how}") from None
     check_plain(config, path)
-    _check_names(config, path)
     return config
 
 
-def _check_names(content: Any, path: str) -> None:
+def check_names(content: Any, path: str) -> None:
     """Refuse names that the parser would take apart: net.init_args.x would get past what is checked about net."""
     if isinstance(content, Mapping):
         for name, value in content.items():
             if isinstance(name, str) and re.search(r"[.+]", name):
                 raise UserError(f"{path} holds a setting called {name[:80]!r}, as no run's file does; not loaded")
-            _check_names(value, path)
+            check_names(value, path)
     elif isinstance(content, list | tuple):
         for value in content:
-            _check_names(value, path)
+            check_names(value, path)
 
 
 def recipe_name(checkpoint: Mapping[str, Any]) -> str:

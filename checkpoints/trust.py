@@ -20,7 +20,7 @@ from torch.nn.modules import module as hooks
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from checkpoints.plain import OF_PICTURES, of_pictures
+from checkpoints.plain import OF_PICTURES, check_names, of_pictures
 from errors import UserError
 
 # What a file may name: packages that are imported to look for it, and its base class.
@@ -136,6 +136,7 @@ class Trusted:
         """
         if self.trust:
             return dict(settings)
+        check_names(settings, self.path)
         for part in used:
             if settings.get(part) is not None or part == "net":
                 self._check_named(part, settings.get(part))
@@ -155,6 +156,7 @@ class Trusted:
         """
         if self.trust:
             return dict(settings)
+        check_names(settings, self.path)
         own = "class_names" in settings  # of other pictures
         apart = ("data_dir", *(OF_PICTURES if own else ()))
         kept = {key: self._scalar(f"data.{key}", value) for key, value in settings.items() if key not in apart}
@@ -200,7 +202,9 @@ class Trusted:
                 if not given or (given[0] != "auto" and max(map(int, given[0].strip(",").split(","))) > most):
                     asked = f"asks for the devices {str(value)[:40]}, which this machine does not have"
                     raise UserError(f"{self.path} {asked}; give --devices")
-            elif (name == "strategy" and value not in STRATEGIES) or (name in ON_OR_OFF and not _is_switch(value)):
+            elif (name == "strategy" and value not in STRATEGIES) or (
+                name in ON_OR_OFF and value not in (None, True, False)
+            ):
                 self.refuse(value, name)
             elif name not in ("max_time", "val_check_interval") or not TIME.fullmatch(str(value)):
                 self._scalar(f"trainer.{name}", value)
@@ -301,10 +305,6 @@ def find(part: str, name: Any) -> Any:
     if not isinstance(found, type) or not issubclass(found, base):
         return None
     return found if f"{found.__module__}.".startswith(packages) or name == PLATEAU else None
-
-
-def _is_switch(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
 
 
 def _is_word(text: str) -> bool:

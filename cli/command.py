@@ -40,6 +40,7 @@ class Command:
         configs: YAML files, the recipe first; later ones win.
         overrides: Long flags, which win over the files.
         outer_configs: YAML files with a section for each subcommand.
+        files: Both, the recipe first, then in the order given; later ones win.
         ckpt_path: Checkpoint to start from.
         fallbacks: Older checkpoints to start from if that one is damaged, newest first.
         arguments: The command line as it was given.
@@ -62,6 +63,7 @@ class Command:
     configs: list[Path] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
     outer_configs: list[Path] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
     ckpt_path: str | None = None
     fallbacks: list[str] = field(default_factory=list)
     arguments: list[str] = field(default_factory=list)
@@ -77,16 +79,10 @@ class Command:
     sort: Literal["given", "unsure"] = "given"
     gradcam: bool = False
 
-    @property
-    def layers(self) -> list[Path]:
-        """All files of settings, the recipe first; later ones win."""
-        first = 1 if self.recipe else 0
-        return [*self.configs[:first], *self.outer_configs, *self.configs[first:]]
-
     def given(self) -> dict[str, str]:
         """Each setting that the user made, flags first, and the file that holds it ("" for a flag)."""
         given = {token.lstrip("-").partition("=")[0]: "" for token in self.overrides if token.startswith("--")}
-        for path in reversed(self.layers):  # a later file wins
+        for path in reversed(self.files):  # a later file wins
             for name in _dotted(load_yaml(path)):
                 given.setdefault(name.removeprefix(f"{self.subcommand}."), str(path))
         return given
@@ -176,10 +172,12 @@ def _apply(command: Command, name: str, flag: Flag, value: str) -> None:
         path = recipe_path(value)
         command.recipe = _recipe_name(path)
         command.configs.insert(0, path)
+        command.files.insert(0, path)
     elif name == "--config":
         path = Path(value)
         sectioned = bool(set(load_yaml(path)) & set(SUBCOMMANDS))
         (command.outer_configs if sectioned else command.configs).append(path)
+        command.files.append(path)
     elif name == "--data":
         named = ("--data.folder=", "--data.dataset=")  # by an earlier --data
         command.overrides = [token for token in command.overrides if not token.startswith(named)]
@@ -241,7 +239,7 @@ def _check_predict_flags(command: Command) -> None:
 
 def _check_configs(command: Command) -> None:
     given = {token.partition("=")[0] for token in command.arguments}
-    for path in command.layers:
+    for path in command.files:
         content: Any = load_yaml(path)
         content = content.get(command.subcommand) if path in command.outer_configs else content
         if not isinstance(content, dict):

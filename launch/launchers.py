@@ -8,6 +8,7 @@ from jsonargparse import Namespace
 
 from errors import UserError, count, is_first_process
 
+INTERACTIVE = ("bash", "interactive")  # SLURM's jobs of these names: Lightning starts the processes itself
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # in Lightning's order
 
 
@@ -82,7 +83,7 @@ def _torchrun() -> tuple[str, int, int] | None:
 
 def _slurm() -> tuple[str, int, int] | None:
     """The same for SLURM; within `salloc` (a job named bash or interactive) Lightning starts the processes itself."""
-    if "SLURM_NTASKS" not in os.environ or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+    if "SLURM_NTASKS" not in os.environ or os.environ.get("SLURM_JOB_NAME") in INTERACTIVE:
         return None
     tasks = _number("SLURM_NTASKS")
     if tasks > 1 and not {"SLURM_PROCID", "SLURM_STEP_ID"} <= os.environ.keys():

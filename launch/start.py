@@ -18,6 +18,7 @@ from cli.recipes import load_yaml
 from datamodules import PicturesDataModule
 from datamodules.files.finding import whole_below
 from errors import UserError, is_first_process, print_warning, shown, typed
+from launch.launchers import INTERACTIVE
 
 
 @dataclass
@@ -120,7 +121,7 @@ class Start:
                 base["patience"] = patience if type(patience) is int and patience > 0 else None
             arguments.append(f"--config={yaml.safe_dump(base)}")
         # Not as paths: the parser would read the files in the locale's encoding.
-        for path in command.layers:
+        for path in command.files:
             content = load_yaml(path)
             settings = content.get(command.subcommand) or {} if path in command.outer_configs else content
             arguments.append(f"--config={yaml.safe_dump(settings)}")
@@ -147,7 +148,7 @@ def how_to_continue(command: Command, config: Any, path: Path) -> str:
     program = ["python", "train.py"]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         program = ["torchrun", "...", "train.py"]  # whose own arguments it doesn't tell
-    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+    elif "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in INTERACTIVE:
         program = ["srun", *program]
     return typed([*program, *arguments, "--ckpt_path", shown(path)])
 

@@ -1510,7 +1510,7 @@ def test_a_run_whose_time_is_over_says_so(tmp_path: Path) -> None:
     assert run_forked(*flags, folder=tmp_path).code == 0
     answer = run_forked(*flags, "--ckpt_path=last", folder=tmp_path)
     assert (answer.code, answer.err.count("\n")) == (0, 1)
-    assert "trainer.max_time has ended this run" in answer.err
+    assert "trainer.max_time is over" in answer.err
 
 
 def test_the_command_that_continues_names_what_started_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1519,7 +1519,7 @@ def test_the_command_that_continues_names_what_started_the_processes(monkeypatch
     command = Command(arguments=["--model", "lenet", "--lr", "auto", "--batch_size=auto"])  # found by an earlier start
     rest = "train.py --model lenet --batch_size=64 --lr=0.5 --ckpt_path a.ckpt"
     assert how_to_continue(command, config, Path("a.ckpt")) == f"python {rest}"
-    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
     assert how_to_continue(command, config, Path("a.ckpt")) == f"srun python {rest}"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     assert how_to_continue(command, config, Path("a.ckpt")) == f"torchrun ... {rest}"
@@ -1530,6 +1530,11 @@ def test_a_file_with_sections_overrides_the_recipe(tmp_path: Path) -> None:
     out = good(run_forked("fit", "--model=lenet", "--config=mine.yaml", "--print_config", folder=tmp_path))
     config = yaml.safe_load(out)
     assert (config["trainer"]["max_epochs"], config["data"]["batch_size"]) == (3, 77)
+    (tmp_path / "plain.yaml").write_text("{trainer: {max_epochs: 4}, model: {net: models.lenet.LeNet}}\n")
+    for names, epochs in ((("mine", "plain"), 4), (("plain", "mine"), 3)):  # the last one wins
+        files = [f"--config={name}.yaml" for name in names]
+        out = good(run_forked("fit", *files, "--print_config", folder=tmp_path))
+        assert yaml.safe_load(out)["trainer"]["max_epochs"] == epochs
 
 
 def test_own_pictures_continue_bit_equal(tmp_path: Path) -> None:
