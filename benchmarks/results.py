@@ -32,7 +32,7 @@ from launch.trainer import precision
 from runs.reading import Run, find_runs, matches
 from runs.record import write_json
 from runs.settings import kind, shaping
-from runs.training import INTERRUPTED, STOPPED, Request, runs_of, train_one, training_lock
+from runs.training import INTERRUPTED, STOPPED, Request, names_precision, runs_of, train_one, training_lock
 
 BACKGROUND = "background"  # of runs beside other work: a key of their records, an empty file in their folders
 
@@ -176,10 +176,9 @@ def _train(jobs: list[Job], options: argparse.Namespace) -> int:
 
 def _lacks_bfloat16(job: Job, options: argparse.Namespace) -> bool:
     """Whether the job's recipe computes in bfloat16, and train.py would take float32 on this device."""
-    asked_for = any(flag.startswith(("--precision", "--trainer.precision")) for flag in options.flags)
     wanted = job.wanted.get("trainer.precision")
     trainer = Settings(precision=wanted, accelerator=options.accelerator, devices=1)
-    return wanted != "32-true" == precision(trainer, asked_for, None)[0]
+    return wanted != "32-true" == precision(trainer, names_precision(options.flags), None)[0]
 
 
 def _recorded(job: Job, options: argparse.Namespace) -> bool:

@@ -84,7 +84,8 @@ def main() -> int:
     parser.add_argument("--update", action="store_true", help="leave other networks in the record as they are")
     options = parser.parse_args()
     device = options.device
-    results, rows, failed = [], [], list[str]()
+    results, rows = [], []
+    failed: list[str] = []
     settings = [(model, size) for model in options.networks for size in options.batch_size or [None]]
     shares = sum(SHARES.get(model, 0.2) for model, _ in settings)
     for model, wanted in settings:

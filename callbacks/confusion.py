@@ -64,17 +64,9 @@ class Confusion(Callback):
         """Keep a batch's logits."""
         self._keep(trainer, outputs, batch[1], batch_idx)
 
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: tuple[Tensor, Tensor],
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *rest: Any) -> None:
         """Keep a batch's logits, calibrated as `predict` does, so that a mistake has one probability."""
-        self._keep(trainer, outputs / pl_module.temperature, batch[1], batch_idx)
+        self.on_validation_batch_end(trainer, pl_module, outputs / pl_module.temperature, *rest)
 
     def on_predict_batch_end(
         self,

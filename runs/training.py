@@ -67,7 +67,7 @@ def train_missing(request: Request) -> tuple[list[Run], list[str]]:
         if config["trainer"]["fast_dev_run"] or config["trainer"]["limit_test_batches"] == 0:
             raise UserError("--train compares tested runs: leave out fast_dev_run and limit_test_batches=0")
     wanted = {recipe: shaping(config) | _sample(config["data"]) for recipe, config in configs.items()}
-    if not any(flag.startswith(("--precision", "--trainer.precision")) for flag in request.flags):
+    if not names_precision(request.flags):
         for settings in wanted.values():
             if settings.get("trainer.precision") == "bf16-mixed":  # of a recipe, which train.py may not follow
                 settings["trainer.precision"] = WITHOUT_BFLOAT16
@@ -83,6 +83,11 @@ def train_missing(request: Request) -> tuple[list[Run], list[str]]:
                     failed.append(f"{recipe} with seed {seed} was not finished (exit code {code}); see above")
     runs = [run for recipe in request.recipes for run in runs_of(request, recipe, wanted[recipe])]
     return [run for run in runs if run.seed in range(request.seeds)], failed
+
+
+def names_precision(flags: Sequence[str]) -> bool:
+    """Whether the user's flags give the precision, which train.py then follows on every machine."""
+    return any(flag.startswith(("--precision", "--trainer.precision")) for flag in flags)
 
 
 @contextmanager
