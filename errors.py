@@ -23,6 +23,8 @@ if sys.version_info < (3, 10):  # noqa: UP036  # a system's own Python, where th
 
 # Errors caused by the disk, not by the program.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
+# Of locks, on a disk that has none.
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 # The modules of requirements.txt, and what they bring along.
 REQUIRED = "filelock jsonargparse lightning numpy PIL rich tensorboard torch torchmetrics torchvision yaml"
 # Signals that ask a program to stop; Windows has the first two alone.

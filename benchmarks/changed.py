@@ -40,7 +40,10 @@ def averaged(network: Literal["lenet", "alexnet", "vgg11"], image_size: int = 28
 
 
 def hidden(network: Literal["nin", "googlenet"], image_size: int = 28) -> nn.Module:
-    """Build the network with AlexNet's hidden layer of 4096 in place of NiN's last block or GoogLeNet's average."""
+    """Build the network with AlexNet's hidden layer of 4096 in place of NiN's last block, or before GoogLeNet's output.
+
+    The average goes too, which changes nothing at the sizes of configs/small: the maps are 1x1 before it.
+    """
     net = NETWORKS[network](image_size=image_size)
     last = net.features if network == "nin" else net.features.stage5
     last[-1] = nn.Flatten()

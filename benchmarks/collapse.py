@@ -208,13 +208,15 @@ def main() -> None:
     parser.add_argument("--val_size", type=int, default=5000, help="images held out (default: %(default)s)")
     options = parser.parse_args()
     given, begun = sys.argv[1:], time.monotonic()
-    groups = (side_by_side.recorded("collapse", options) or {"variants": []})["variants"]
+    measured = {"measured": side_by_side.occasion("collapse", options.place)}
+    known = side_by_side.recorded("collapse", options) or {"variants": [], "signal": []}
+    groups, signals = known["variants"], [one for one in known["signal"] if one["network"] not in options.networks]
     data = FashionMNISTDataModule(data_dir=options.data_dir, val_size=100)
     data.prepare_data()
     data.setup("fit")
     images = data.val_set.images[:32].float().reshape(-1, 1, 28, 28) / 255
-    signals = [
-        signal(name, initialization, size, images)
+    signals += [
+        signal(name, initialization, size, images) | measured
         for name in options.networks
         for initialization in ("default", "he")
         for size in (read_recipe(name)["data"]["image_size"], NETWORKS[name][0])
@@ -231,6 +233,7 @@ def main() -> None:
         if any(one["seed"] == seed for one in group["runs"]) or time.monotonic() - begun > options.seconds:
             continue
         group["runs"].append(run(name, seed, arguments, options))
+        group |= measured
         with redirect_stdout(io.StringIO()):
             write()
         _tell(name, variant, group["runs"][-1])

@@ -1,8 +1,8 @@
 """Every benchmark on this machine, one after the other, then the trainings of the READMEs' tables in the time left.
 
 One command for a machine that is available for a while, such as a rented GPU. With less than the usual time each
-benchmark gets its share; one that fails is named at the end. With `--results` the benchmarks get half of the time at
-most, those for which none is left are not started, and the rest goes into the trainings of `benchmarks.results`. Given
+benchmark gets its share; one that fails is named at the end. With `--results` the benchmarks get about half of the
+time, those for which none is left are not started, and the rest goes into the trainings of `benchmarks.results`. Given
 again within a day, that command continues: trainings where they stopped, benchmarks with those that have no record yet.
 
 Command: python -m benchmarks.suite --accelerator gpu --results --seconds 28800
@@ -55,7 +55,9 @@ def main() -> int:
         if options.results and (_has_record(name, options) or not share):
             rows.append((name, "", "no time left" if not share else "has a record"))
         else:
-            rows.append(_run(name, [*shared, "--seconds", f"{share * SECONDS[name]:.0f}"]))
+            # Which takes five turns of each loop at least, of 2 s unless told.
+            turn = ["--turn", f"{max(0.3, 2 * share):.1f}"] if name == "throughput" else []
+            rows.append(_run(name, [*shared, "--seconds", f"{share * SECONDS[name]:.0f}", *turn]))
     left = begun + options.seconds - time.monotonic()
     if options.results and left >= 1:
         rows.append(_run("results", [*shared, "--hours", f"{left / 3600:.4f}"]))

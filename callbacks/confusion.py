@@ -7,7 +7,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 from pictures.mistakes import Mistake
 
@@ -108,9 +107,11 @@ class Confusion(Callback):
         self._batches.clear()
         counted = labels >= 0  # a batch that only fills up a process's share has negative ones
         logits, labels, indices = logits[counted], labels[counted], first[counted]
-        matrix = MulticlassConfusionMatrix(len(self.class_names), validate_args=False).to(labels.device)
-        matrix.update(logits, labels)
-        self.matrix = matrix.compute().cpu()
+        # Not by torchmetrics, which on MPS, or if it is to be deterministic, takes images x classes² numbers.
+        size = len(self.class_names)
+        counts = torch.bincount((labels * size + logits.argmax(dim=1)).cpu(), minlength=size * size)
+        counts = pl_module.trainer.strategy.reduce(counts.to(labels.device), reduce_op="sum")
+        self.matrix = counts.cpu().view(size, size)
 
         probability, guesses = logits.softmax(dim=1).max(dim=1)
         rows = torch.stack([probability.nan_to_num(0.0), indices, labels, guesses], dim=1)[guesses != labels]

@@ -7,13 +7,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from filelock import FileLock
 from lightning.pytorch.callbacks import Callback
 
 from checkpoints.reading import read_checkpoint
 from checkpoints.writing import AtomicCheckpointIO
 from datamodules import FashionMNISTDataModule
 from datamodules.batches import ImageTensors
+from datamodules.files.finding import locked
 from errors import RunError, UserError, print_warning
 from lit_modules import LitClassifier
 from weights import WEIGHTS
@@ -88,7 +88,7 @@ class Distillation(Callback):
         logits = None
         with suppress(OSError, RunError):  # a folder that can't be written
             kept.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(kept.with_suffix(".lock")):  # of several processes the first one asks
+            with locked(kept.with_suffix(".lock")):  # of several processes the first one asks
                 try:
                     logits = read_checkpoint(kept)["state_dict"]["logits"]
                 except (UserError, KeyError):  # not asked yet, or the file is damaged

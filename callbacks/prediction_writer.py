@@ -58,6 +58,7 @@ class PredictionWriter(Callback):
         folder = str(next_folder(self.path, "predict")) if trainer.is_global_zero else ""
         number = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
         self.path = Path(trainer.strategy.broadcast(folder)) / f"predictions{number}.csv"
+        self.path.parent.mkdir(parents=True, exist_ok=True)  # the first process has made its own machine's alone
         named = ["picture"] if hasattr(trainer.datamodule, "test_names") else []  # type: ignore[attr-defined]
         with self.path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from callbacks.speed import Speed
 
-_DRAWINGS_A_SECOND = 5  # each holds up the training for milliseconds
+_DRAWINGS_A_SECOND = 2  # each holds up the training for milliseconds
 # Fields of an epoch's line, the first to go where a terminal is too narrow for all.
 _LEAST_IMPORTANT = ("lr", "images/s", "train accuracy", "seconds", "train loss", "val loss")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -19,6 +20,8 @@ from datamodules import DatasetError
 from errors import UserError, print_warning, shown
 
 OUTPUTS = Path("outputs")  # of predict; compare.py's pictures lie there too
+IN_USE = 5  # seconds to wait for a run's folder: what a run that was killed leaves, its loader's workers, may end late
+_LOCKS: dict[Path, FileLock] = {}  # of the folders in which this process trains; no part of what is pickled
 SLURM_JOB = "slurm_job"  # in the run's folder: job and command; launch/start.py finds a requeued job's run by it
 
 
@@ -59,6 +62,7 @@ class RunFolder(Callback):
                         f"the run goes on in {shown(self.path)}, not in {shown(start)}, where its best epoch so far "
                         "stays behind"
                     )
+            self._lock_it()
             if job := os.environ.get("SLURM_JOB_ID"):
                 (self.path / SLURM_JOB).write_text(json.dumps([job, self._arguments]), encoding="utf-8")
         return self.path
@@ -73,8 +77,31 @@ class RunFolder(Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave no folder behind of a run that was refused before its first step."""
+        self._unlock()
         if self._is_new and self.path and type(exception) in (UserError, DatasetError) and not trainer.global_step:
             shutil.rmtree(self.path, ignore_errors=True)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let another process train in the folder."""
+        self._unlock()
+
+    def _lock_it(self) -> None:
+        """Two processes that train in one folder would replace each other's checkpoints and records."""
+        assert self.path is not None
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=IN_USE)
+            _LOCKS[self.path] = lock
+        except Timeout:
+            raise UserError(
+                f"another process is training in {shown(self.path)}; wait for it, stop it, or leave --ckpt_path out"
+            ) from None
+        except (OSError, NotImplementedError):  # of a disk without locks
+            pass
+
+    def _unlock(self) -> None:
+        if self.path in _LOCKS:
+            _LOCKS.pop(self.path).release()
 
 
 class RunLogger(TensorBoardLogger):

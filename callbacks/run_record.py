@@ -83,7 +83,7 @@ class RunRecord(Callback):
             "precision": trainer.precision,
             "parameters": sum(parameter.numel() for parameter in pl_module.net.parameters()),  # type: ignore[union-attr, misc]
             "train_images": len(data.train_set),
-            "val_images": len(data.val_set),
+            "val_images": len(data.val_set) if trainer.enable_validation else 0,
             "batch_size": data.batch_size * trainer.world_size,
             "image_size": data.image_size,
             "max_epochs": trainer.max_epochs,
@@ -110,9 +110,14 @@ class RunRecord(Callback):
         batches = int(trainer.num_training_batches)
         if batches < len(TrainBatches(len(data.train_set), data.batch_size, 0, trainer.world_size)):
             self.record["train_images"] = batches * trainer.world_size * data.batch_size
-        self.record["val_images"] = images_measured(trainer, data.val_set, trainer.num_val_batches)
         self._continue_record(trainer)
         self._begun = True
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note how many images it takes; before a training's first validation its batches may not be known."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            images = trainer.datamodule.val_set  # type: ignore[attr-defined]
+            self.record["val_images"] = images_measured(trainer, images, trainer.num_val_batches)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add the epoch's line."""

@@ -1,8 +1,10 @@
 """Reading checkpoints without trusting them."""
 
+import codecs
 import hashlib
 import json
 import pickle
+import pickletools
 import re
 import warnings
 import zipfile
@@ -44,14 +46,19 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError  # torch never compresses; a few bytes could become any number
             damaged = archive.testzip()  # torch does not check the content against its checksums
-        if damaged:
-            raise UserError(f"{path} is damaged: {damaged} in it does not match its checksum")
+            if damaged:
+                raise UserError(f"{path} is damaged: {damaged} in it does not match its checksum")
+            _check_calls(archive)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Validating sparse tensor")  # which is then refused
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path} holds objects that a checkpoint of this project never holds; not loaded") from None
-    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, OSError, NotImplementedError):
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror or error}") from None
+    except Exception:  # whatever PyTorch's reader meets in such bytes
         raise UserError(f"{path} is damaged or is not a checkpoint") from None
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"{path} is not a checkpoint of a training run: it holds no state_dict")
@@ -85,6 +92,31 @@ def listed(path: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{listing} is damaged; restore it, for instance with git checkout") from None
+
+
+def _check_calls(archive: zipfile.ZipFile) -> None:
+    """Refuse what would make of few bytes as many as fill the memory, while PyTorch reads them: a bytearray of a given
+    length, and bytes that are encoded again and again.
+
+    Raises:
+        UnpicklingError: If the archive holds one of them.
+    """
+    for entry in archive.infolist():
+        if entry.filename.rpartition("/")[2] != "data.pkl":
+            continue
+        texts = {text for _, text, _ in pickletools.genops(archive.read(entry)) if isinstance(text, str)}
+        if texts & {"builtins bytearray", "__builtin__ bytearray"}:
+            raise pickle.UnpicklingError
+        if "_codecs encode" in texts and any(map(_takes_bytes, texts)):
+            raise pickle.UnpicklingError
+
+
+def _takes_bytes(text: str) -> bool:
+    """Whether a text names an encoding of bytes, not of text: hex, say."""
+    try:
+        return len(text) < 40 and not codecs.lookup(text)._is_text_encoding
+    except (LookupError, ValueError):
+        return False
 
 
 def _check_listed(path: Path) -> None:

@@ -158,7 +158,8 @@ def _checkpoints(state: dict[str, Any], callback: ModelCheckpoint, trainer: Any)
 
     best = {inside(path): score(value) for path, value in state["best_k_models"].items()}
     worst = inside(state["kth_best_model_path"])
-    if worst not in best or None in best.values() or "" in best:
+    full = 0 < callback.save_top_k <= len(best)  # until then Lightning doesn't say which is the worst
+    if None in best.values() or "" in best or (full and worst not in best):
         best, worst = {}, ""
     return {
         "monitor": callback.monitor,

@@ -9,18 +9,17 @@ import importlib
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from checkpoints.plain import OF_PICTURES, check_names, of_pictures
+from checkpoints.sizes import too_large
 from errors import UserError
 
 # What a file may name: packages that are imported to look for it, and its base class.
@@ -75,8 +74,6 @@ EXECUTION = ("compile", "checkpoint_activations")
 SIZES = ("stored_size", "image_size", "batch_size", "eval_batch_size", "crop_padding", "num_workers")
 LARGEST = 2**20  # of the numbers that say how large something is
 PIXELS = 2**30  # of one batch
-SPARE = 10**7  # numbers that a network may hold beyond what its file does: buffers that are not saved
-MODULES = 20_000  # parts of a network
 WORD = re.compile(r"[\w:,+ -]{0,200}", re.ASCII)
 # As max_time has it: a dict of numbers, or 00:00:01:00.
 TIME = re.compile(r"\{('\w+': [\d.e+-]+(, )?)+\}|\d{1,4}(:\d{1,2}){3}")
@@ -141,7 +138,7 @@ class Trusted:
             if settings.get(part) is not None or part == "net":
                 self._check_named(part, settings.get(part))
         if "net" in used:
-            self._check_size(settings["net"], data.get("image_size"))
+            self._check_size(settings["net"], data)
         return {
             key: value if key in NAMEABLE else self._scalar(f"model.{key}", value)
             for key, value in settings.items()
@@ -249,22 +246,14 @@ class Trusted:
         elif not (value is None or isinstance(value, int | float)):
             self.refuse(value, part)
 
-    def _check_size(self, net: dict[str, Any], side: Any) -> None:
-        """Build the network without memory for it, and stop when it gets larger than the file's own."""
-        self._check_numbers(net)
+    def _check_size(self, net: dict[str, Any], data: Mapping[str, Any]) -> None:
+        """Refuse a network that holds more than the file does, or makes more of an image than a machine can hold."""
+        side, nets = data.get("image_size"), [net]
         if side is not None and "image_size" in inspect.signature(find("net", net["class_path"])).parameters:
-            made = {**(net.get("init_args") or {}), "image_size": side}  # by train.py
-            self._check_numbers({**net, "init_args": made})
-
-    def _check_numbers(self, net: dict[str, Any]) -> None:
-        from lightning.pytorch.cli import instantiate_module  # here, not above: only this needs it
-
-        # Other errors are reported when the network is really built.
-        limited = _counted(self.numbers + SPARE)
-        with limited as left, suppress(Exception), torch.device("meta"), torch.random.fork_rng(devices=[]):
-            instantiate_module(_Holder, {"net": net})
-        if min(left.values()) < 0:
-            raise UserError(f"{self.path} names a larger network than the one whose weights it holds; not loaded")
+            nets.append({**net, "init_args": {**(net.get("init_args") or {}), "image_size": side}})  # as train.py does
+        for one in nets:
+            if problem := too_large(one, self.numbers, (data.get("channels") or 1, side or 28, side or 28)):
+                raise UserError(f"{self.path} {problem}; not loaded")
 
     def _scalar(self, name: str, value: Any) -> Any:
         """The value, if no reading of it imports or opens anything."""
@@ -311,38 +300,3 @@ def _is_word(text: str) -> bool:
     """Whether the parser takes a text only as itself: no class's name, no number (32-true is none), no file."""
     number = re.match(r"[\s+-]*\d(?!\d-(true|mixed)$)", text)
     return WORD.fullmatch(text) is not None and not number and not Path(text).is_file()
-
-
-class _Holder:
-    """What a network is given to, for the parser to build it."""
-
-    def __init__(self, net: nn.Module) -> None:
-        self.net = net
-
-
-@contextmanager
-def _counted(numbers: int) -> Iterator[dict[str, int]]:
-    """Stop the building of networks with more numbers than this, or more than `MODULES` parts.
-
-    Yields:
-        What is left of each: below 0 if it was stopped, which the parser may hide.
-    """
-    left = {"numbers": numbers, "parts": MODULES}
-
-    def count(module: nn.Module, name: str, part: Any) -> None:
-        left["parts"] -= 1
-        if isinstance(part, Tensor):
-            left["numbers"] -= part.numel()
-        if min(left.values()) < 0:
-            raise ValueError("too large")
-
-    handles: list[Any] = [
-        hooks.register_module_parameter_registration_hook(count),
-        hooks.register_module_buffer_registration_hook(count),
-        hooks.register_module_module_registration_hook(count),
-    ]
-    try:
-        yield left
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -107,6 +107,8 @@ def _normalised(checkpoint: dict[str, Any]) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if value is None or type(value) in (bool, int, float, str, bytes):
         return value
+    if isinstance(value, bytearray):
+        return bytes(value)
     for kind in (int, float, str, bytes):
         if isinstance(value, kind):  # such as an instance of jsonargparse's PositiveInt or NumPy's float64
             return kind(value)  # type: ignore[arg-type]

@@ -14,16 +14,18 @@ from typing import Any, Literal
 from cli.flags import (
     DATA_SETS,
     FLAGS,
+    FULL_NAMES,
     LINKED,
     LONG_FLAGS,
     LONG_GROUPS,
+    ON_OR_OFF,
     PREDICT_FLAGS,
     SUBCOMMANDS,
     Flag,
     is_value,
     refuse_pasted_dashes,
 )
-from cli.recipes import did_you_mean, load_yaml, recipe_path, recipes
+from cli.recipes import did_you_mean, is_recipe, load_yaml, recipe_path, recipes
 from errors import UserError, expanded, is_first_process
 
 LAST = "CLASSIC_CNNS_LAST"  # where the first process leaves what `last` was, for the processes that it starts
@@ -87,6 +89,18 @@ class Command:
                 given.setdefault(name.removeprefix(f"{self.subcommand}."), str(path))
         return given
 
+    def asked_for(self, name: str) -> bool:
+        """Whether the user made a setting, by a flag or in a file that is no recipe of this project."""
+        file = self.given().get(name)
+        return file is not None and not (file and is_recipe(file))
+
+    @property
+    def names_a_net(self) -> bool:
+        """Whether a file without sections names a network: then the files say what to build, not the checkpoint."""
+        models = [load_yaml(path).get("model") for path in self.configs]
+        nets = [model.get("net") for model in models if isinstance(model, dict)]
+        return any(isinstance(net, str) or (isinstance(net, dict) and "class_path" in net) for net in nets)
+
 
 def parse_command_line(arguments: list[str]) -> Command | None:
     """Check and translate the arguments of train.py.
@@ -118,6 +132,7 @@ def parse_command_line(arguments: list[str]) -> Command | None:
         if command.then_test or command.subcommand == "predict":
             return None
         command.overrides.append("--help")
+        command.ckpt_path = None  # which need not be there
         return command
     _check_predict_flags(command)
     _check_configs(command)
@@ -143,6 +158,12 @@ def _take_subcommand(command: Command, word: str) -> None:
 def _take_flag(command: Command, name: str, flag: Flag, value: str | None, tokens: list[str]) -> None:
     """Put a flag into the command; its values come from the front of the tokens unless one was given with `=`."""
     if flag.check is None:
+        if flag.target.endswith("=true"):
+            if value is None and tokens and tokens[0] in ON_OR_OFF:
+                value = tokens.pop(0)
+            if value in ON_OR_OFF:
+                command.overrides.append(f"{flag.target.partition('=')[0]}={value}")
+                return
         if value is not None:
             raise UserError(f"{name} takes no value, got {value!r}")
         if flag.target:
@@ -175,7 +196,11 @@ def _apply(command: Command, name: str, flag: Flag, value: str) -> None:
         command.files.insert(0, path)
     elif name == "--config":
         path = Path(value)
-        sectioned = bool(set(load_yaml(path)) & set(SUBCOMMANDS))
+        content = load_yaml(path)
+        sectioned = bool(content.keys() & SUBCOMMANDS.keys())
+        if sectioned and (beside := content.keys() - SUBCOMMANDS.keys()):
+            section = next(name for name in SUBCOMMANDS if name in content)
+            raise UserError(f"{path}: {sorted(beside)[0]} stands beside the section {section}; put it into a section")
         (command.outer_configs if sectioned else command.configs).append(path)
         command.files.append(path)
     elif name == "--data":
@@ -225,6 +250,8 @@ def _check_long_flag(name: str) -> None:
     if name in LINKED:
         raise UserError(f"{name} always follows the size of the images; set {LINKED[name]} instead")
     if name not in LONG_FLAGS and name.partition(".")[0] not in LONG_GROUPS:
+        if full := FULL_NAMES.get(name.lstrip("-")):
+            raise UserError(f"unknown flag {name}; did you mean {full}? (python train.py --help)")
         raise UserError(f"unknown flag {name}{did_you_mean(name, (*FLAGS, *LONG_FLAGS))} (python train.py --help)")
 
 
@@ -258,7 +285,7 @@ def _check_configs(command: Command) -> None:
             f"nothing to {command.subcommand}: a network needs trained weights; give --ckpt_path PATH (or last), "
             "for instance weights/lenet.ckpt"
         )
-    if command.recipe is None and command.configs:
+    if command.recipe is None and command.configs and (command.names_a_net or not from_checkpoint):
         command.recipe = _recipe_name(command.configs[0])
 
 
@@ -274,14 +301,13 @@ def _check_auto(command: Command) -> None:
 
 
 def _newest_checkpoints(command: Command) -> list[str]:
-    if command.recipe is None:
-        raise UserError("--ckpt_path last needs to know the recipe: add --model RECIPE")
-    runs = Path(command.log_dir) / command.recipe
+    own_net = any(token.startswith("--model.net") for token in command.overrides)
+    if command.recipe is None and not command.files and not own_net:
+        raise UserError("--ckpt_path last needs to know the recipe: add --model RECIPE, or give the checkpoint's path")
+    runs = Path(command.log_dir) / (command.recipe or "unnamed")
     found = sorted(runs.glob("version_*/checkpoints/*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.stem))
     if not found:
-        raise UserError(
-            f"there is no run of {command.recipe} to continue in {runs}; leave out --ckpt_path to start one"
-        )
+        raise UserError(f"there is no run of {runs.name} to continue in {runs}; leave out --ckpt_path to start one")
     return [str(path) for path in reversed(found)]
 
 

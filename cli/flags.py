@@ -156,6 +156,36 @@ PREDICT_FLAGS = {
 # LightningCLI's own flags, passed through and checked there.
 LONG_GROUPS = ("--trainer", "--model", "--data")
 LONG_FLAGS = ("--seed_everything", "--weights_only")
+ON_OR_OFF = ("true", "false")  # what a flag that needs no value may be given, to undo what a recipe says
+# What LightningCLI, other programs and papers call a setting, and its flag here.
+FULL_NAMES = {
+    **dict.fromkeys(("learning_rate", "learning-rate", "optimizer.lr"), "--lr"),
+    **dict.fromkeys(("epochs", "num_epochs", "n_epochs"), "--max_epochs"),
+    **dict.fromkeys(("gpus", "num_gpus", "n_gpus", "num_devices"), "--devices"),
+    **dict.fromkeys(("resume", "resume_from_checkpoint", "checkpoint", "ckpt", "weights"), "--ckpt_path"),
+    **dict.fromkeys(("recipe", "arch", "net", "network", "name"), "--model"),
+    **dict.fromkeys(("folder", "dataset"), "--data"),
+    **dict.fromkeys(("workers", "num_workers"), "--data.num_workers"),
+    **dict.fromkeys(("scheduler", "lr_scheduler"), "--model.scheduler"),
+    **{name: f"--model.optimizer.{name}" for name in ("weight_decay", "momentum")},
+    **{name: f"--model.{name}" for name in ("optimizer", "label_smoothing", "mixup", "cutmix")},
+    **{name: f"--data.{name}" for name in ("split_seed", "random_erasing", "horizontal_flip", "crop_padding")},
+    **{
+        name: f"--trainer.{name}"
+        for name in (
+            *("callbacks", "logger", "strategy", "deterministic", "profiler", "fast_dev_run", "max_steps", "max_time"),
+            *(
+                "limit_train_batches",
+                "limit_val_batches",
+                "limit_test_batches",
+                "overfit_batches",
+                "val_check_interval",
+            ),
+            *("check_val_every_n_epoch", "accumulate_grad_batches", "gradient_clip_val", "log_every_n_steps"),
+            *("enable_progress_bar", "enable_checkpointing", "num_sanity_val_steps", "sync_batchnorm", "benchmark"),
+        )
+    },
+}
 # The network's image size always follows the data's; see launch/classifier_cli.py.
 LINKED = {"--model.net.image_size": "--image_size", "--model.net.init_args.image_size": "--image_size"}
 
@@ -210,7 +240,10 @@ def take_flag(token: str, tokens: list[str], refused: Mapping[str, str]) -> list
     if name in refused:
         raise UserError(f"{name} can't be given here: {refused[name]}")
     takes_value = name not in FLAGS or FLAGS[name].check is not None
-    if takes_value and not has_value and tokens and is_value(tokens[0]):
+    on_or_off = (
+        not takes_value and FLAGS[name].target.endswith("=true") and tokens[:1] in ([word] for word in ON_OR_OFF)
+    )
+    if (takes_value or on_or_off) and not has_value and tokens and is_value(tokens[0]):
         return [token, tokens.pop(0)]
     return [token]
 

@@ -36,6 +36,8 @@ def explain(message: str, given: Mapping[str, str], known: Iterable[str]) -> str
     if match := re.match(r"unrecognized arguments: -*([^\s=]+)", message):
         hint = did_you_mean(match[1], known).replace("mean ", "mean --")
         return f"unknown flag --{match[1]}{hint}"
+    if re.search(r"arguments are required: model\.net\b", message):
+        return "no network is named: add --model RECIPE, or --model.net CLASS"
     # A class's own parser reports inside the report of the setting that names the class.
     keys = re.findall(r'Parser key "([^"]*)": ', message)
     body = re.split(r'Parser key "[^"]*": ', message)[-1]

@@ -21,6 +21,11 @@ def recipes() -> dict[str, Path]:
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 
 
+def is_recipe(path: str | Path) -> bool:
+    """Whether a file lies in configs/."""
+    return Path(path).resolve().is_relative_to(PROJECT / "configs")
+
+
 def recipe_path(value: str) -> Path:
     """The file of a recipe that is given by its name or its path.
 
@@ -30,6 +35,8 @@ def recipe_path(value: str) -> Path:
     known = recipes()
     if value in known:
         return known[value]
+    if value.endswith(".ckpt"):
+        raise UserError(f"--model {value} names a checkpoint, not a recipe; give --ckpt_path {value}")
     if value.endswith((".yaml", ".yml")) or os.sep in value:
         path = Path(value)
         if path.is_file():
@@ -92,7 +99,7 @@ def resolved(recipe: str, flags: Iterable[str]) -> dict[str, Any]:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """'; did you mean X?' or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
 

@@ -132,8 +132,10 @@ def words_of(module: nn.Module) -> tuple[str, ...]:
     """Its class and what distinguishes it; empty for a module that has no weights and does no pooling."""
     name = type(module).__name__
     if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
-        size, stride = (value if isinstance(value, int) else value[0] for value in (module.kernel_size, module.stride))
-        return (name, by((size, size)), f"stride {stride}") if stride > 1 else (name, by((size, size)))
+        sides = (module.kernel_size, module.stride)
+        kernel, stride = ((side, side) if isinstance(side, int) else tuple(side) for side in sides)
+        step = str(stride[0]) if stride[0] == stride[1] else by(stride)
+        return (name, by(kernel), f"stride {step}") if max(stride) > 1 else (name, by(kernel))
     weights = any(True for _ in module.parameters()) and not isinstance(module, nn.BatchNorm2d)
     return (name,) if weights or isinstance(module, nn.AdaptiveAvgPool2d) else ()
 

@@ -1,6 +1,7 @@
 """Contradictions between configuration, machine, network and checkpoint, found before anything is written."""
 
 import inspect
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cli.command import Command
 from cli.messages import own_words
-from errors import UserError, one_line
+from errors import UserError, is_first_process, one_line, print_warning
 from inspection.stages import run_without_data, stages
 from launch.lightning_flags import check_trainer_settings
 from launch.memory import is_out_of_memory
@@ -25,6 +26,7 @@ from runs.settings import is_kept, without_off
 
 # Must equal the checkpoint's even when it is only measured: the network, and the meaning of its outputs.
 LEARNED = ("model.net", "data.class_names")
+OF_BATCHES = ("WarmupDecay", "OneCycleLR", "CyclicLR")  # schedules that are meant to move after each batch
 
 
 def named(class_path: str) -> Any:
@@ -47,15 +49,27 @@ def check_configuration(config: Namespace, command: Command, data_class: type) -
         raise UserError("trainer is None; a mapping of settings was expected")
     check_nulls(config.model, LitClassifier, "model")
     check_nulls(config.data, data_class, "data")
-    check_accelerator(config.trainer.accelerator)
+    check_accelerator(config.trainer)
     check_trainer_settings(config.trainer, command.subcommand)
     check_accumulation(config.model.compile, config.trainer.accumulate_grad_batches)
     found = ["--model.optimizer.lr"] if command.find_lr else []
     check_learning_rate(config.model.scheduler, [*command.overrides, *found])
+    warn_of_interval(config.model, command)
 
 
-def check_accelerator(accelerator: Any) -> None:
+def check_accelerator(trainer: Namespace) -> None:
     """Refuse a device that this machine does not have."""
+    accelerator = trainer.accelerator
+    if not isinstance(accelerator, str):
+        return
+    forks = re.search("fork|notebook", str(trainer.strategy))  # which must find CUDA untouched
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() and not forks:
+        try:
+            torch.cuda.init()
+        except RuntimeError as error:  # GPUs are counted by NVIDIA's library, whose driver may be too old for PyTorch
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # then none is counted
+            if is_first_process():
+                print_warning(f"the GPU is not used: {one_line(str(error))}")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if {"gpu": cuda or mps, "cuda": cuda, "mps": mps}.get(accelerator, True):
         return
@@ -72,6 +86,19 @@ def check_learning_rate(scheduler: Any, flags: Sequence[str]) -> None:
         raise UserError(
             f"{scheduler.class_path} sets the learning rate itself, so --lr would change nothing; "
             f"set --model.scheduler.init_args.{own}"
+        )
+
+
+def warn_of_interval(model: Namespace, command: Command) -> None:
+    """Say that a schedule moves after each batch, where only the recipe, which had another one, has said so."""
+    own = command.given().get("model.scheduler") == "" or command.asked_for("model.scheduler.class_path")
+    if not own or not model.scheduler or model.scheduler_interval != "step":
+        return
+    name = model.scheduler.class_path.rpartition(".")[2]
+    if name not in OF_BATCHES and not command.asked_for("model.scheduler_interval") and is_first_process():
+        print_warning(
+            f"{name} moves after each batch, as the recipe's schedule does; with --model.scheduler_interval epoch it "
+            "moves after each epoch"
         )
 
 
@@ -151,11 +178,11 @@ def check_network(net: nn.Module, name: str, optimised: bool) -> None:
         )
 
 
-def check_input(net: nn.Module, shape: tuple[int, int, int], num_classes: int) -> None:
-    """Try the network on the shape (C, H, W) of one image."""
+def check_input(net: nn.Module, shape: tuple[int, int, int], num_classes: int, batch_size: int = 2) -> None:
+    """Try the network on the shape (C, H, W) of one image, in training in batches of at most this size."""
     name = type(net).__name__
     try:
-        output = _output_in_training(net, shape)
+        output = _output_in_training(net, (min(batch_size, 2), *shape))
         if isinstance(output, torch.Tensor):
             _, total = stages(net, shape)
     except NotImplementedError:
@@ -173,12 +200,12 @@ def check_input(net: nn.Module, shape: tuple[int, int, int], num_classes: int) -
         )
 
 
-def _output_in_training(net: nn.Module, shape: tuple[int, int, int]) -> Any:
-    """The network's output for two images without data (batch normalisation needs two), in training mode."""
+def _output_in_training(net: nn.Module, shape: tuple[int, ...]) -> Any:
+    """The network's output for images without data (batch normalisation may need two), in training mode."""
     was_training = net.training
     try:
         with torch.no_grad(), FlopCounterMode(display=False):  # which disables compilation
-            return run_without_data(net.train(), torch.empty(2, *shape, device="meta"))
+            return run_without_data(net.train(), torch.empty(shape, device="meta"))
     finally:
         net.train(was_training)
 

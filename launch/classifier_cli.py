@@ -105,7 +105,7 @@ class ClassifierCLI(LightningCLI):
     @property
     def data_class(self) -> type[FashionMNISTDataModule]:
         """The class of the data set that command or checkpoint name."""
-        stored = {} if self.command.configs else self.start.settings.get("data", {})
+        stored = {} if self.command.names_a_net and not self.command.images else self.start.settings.get("data", {})
         return class_of(stored | {name.removeprefix("data."): "" for name in self.command.given()})
 
     def build(self) -> None:
@@ -171,7 +171,7 @@ class ClassifierCLI(LightningCLI):
         net = config.model.net
         follow = {"image_size": config.data.image_size}
         if issubclass(self.data_class, PicturesDataModule):
-            follow |= follow_pictures(config, command, self.start.settings.get("data", {}))
+            follow |= follow_pictures(config, command, self.start.seen or self.start.settings.get("data", {}))
         flags = {name.replace(".init_args", "") for name, file in command.given().items() if not file}
         for name in follow.keys() & inspect.signature(named(net.class_path)).parameters:
             if f"model.net.{name}" in flags and net.init_args[name] != follow[name]:
@@ -180,7 +180,7 @@ class ClassifierCLI(LightningCLI):
                     f"model.net.{name}={given} does not fit the pictures, which need {follow[name]}; leave it out"
                 )
             net.init_args[name] = follow[name]
-        asked_for = any(token.startswith("--trainer.precision") for token in command.overrides)
+        asked_for = command.asked_for("trainer.precision") or bool(command.images)  # which are computed in float32
         config.trainer.precision, self.why_precision = precision(config.trainer, asked_for, self.start.precision)
         if self.start.settings:
             wanted = yaml.safe_load(self._text())
@@ -198,7 +198,8 @@ class ClassifierCLI(LightningCLI):
         shape, classes = self.datamodule.input_shape, len(self.datamodule.class_names)
         if (given := self.model.hparams["num_classes"]) != classes:
             raise UserError(f"model.num_classes={given}, but the pictures have {classes} classes; leave it out")
-        check_input(self.model.net, shape, classes)
+        fit = self.command.subcommand == "fit"
+        check_input(self.model.net, shape, classes, self.config.data.batch_size if fit else 2)
         if self.command.print_model:
             print(table(self.model.net, shape))
             sys.exit(0)

@@ -69,7 +69,7 @@ class Trials:
     def _throwaway(self, config: Namespace) -> Namespace:
         """A network and data for a trial, so that the run's own are initialised as if there had been none."""
         net = config.model.net.class_path
-        with torch.random.fork_rng(), explained(net):
+        with torch.random.fork_rng(devices=[]), explained(net):
             own = self._parser.instantiate_classes(config)
         check_network(own.model.net, net, optimised=True)
         check_input(own.model.net, own.data.input_shape, own.model.hparams["num_classes"])
@@ -87,7 +87,7 @@ class Trials:
         own.data.setup("fit")
         each = len(own.data.train_set) // (STEPS_AN_EPOCH * trainer.world_size * config.trainer.accumulate_grad_batches)
         most = 1 << max(each, given, 1).bit_length() - 1  # the recipe's own is never too large
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             net = own.model.net.to(WEIGHTS.get(str(config.trainer.precision), torch.float32))
             own.model.scheduler = None  # the optimiser alone is made
             size = largest_batch_size(net, own.model.configure_optimizers, shape, device, dtype, most)

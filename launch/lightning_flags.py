@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import re
 import warnings
 from collections.abc import Callable, Sized
 from functools import partial
@@ -37,7 +38,8 @@ from cli.messages import MADE_OF_SCHEDULES
 from cli.recipes import did_you_mean
 from datamodules import FashionMNISTDataModule
 from datamodules.batches import EvalBatches, TrainBatches
-from errors import UserError, count, one_line
+from errors import RunError, UserError, count, one_line
+from launch.memory import is_out_of_memory
 from lit_modules import LitClassifier
 from lit_modules.schedules import of_length, open_lengths
 
@@ -309,14 +311,22 @@ def _tried(setting: str, names: Namespace, trial: Callable[[], Any]) -> Any:
     except UserError:
         raise
     except Exception as error:  # of a class from anywhere
-        if is_overflow(error):
+        if is_overflow(error) or is_out_of_memory(error):
             raise  # launch/run.py says what to do
+        refuse_broken_gpu(error)
         name = _name(setting, names)
         if "has no len()" in str(error) or name.endswith("ChainedScheduler"):
             raise UserError(f"{name} {MADE_OF_SCHEDULES}") from None
         reason = one_line(str(error)) or type(error).__name__
         channels = " (--model.channels_last false may help)" if "view size is not compatible" in str(error) else ""
         raise UserError(f"{name} can't be used with these settings: {reason}{channels}") from None
+
+
+def refuse_broken_gpu(error: Exception) -> None:
+    """Raise `RunError` if it is the GPU that fails, whatever was computed on it: too old, taken, without its driver."""
+    if isinstance(error, RuntimeError) and re.search(r"\b(CUDA|NVIDIA|HIP) ", str(error)):
+        reason = one_line(str(error))[:200]
+        raise RunError(f"the GPU can't be used: {reason}; --accelerator cpu does without it") from None
 
 
 def _name(setting: str, names: Namespace) -> str:

@@ -1,13 +1,12 @@
 """A run on other pictures than Fashion-MNIST's: what of its settings the pictures decide."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 
 from cli.command import Command
-from cli.recipes import PROJECT
+from cli.recipes import is_recipe
 from datamodules import PicturesDataModule
 from errors import UserError, one_line
 from runs.settings import DECIDED
@@ -31,11 +30,13 @@ def follow_pictures(config: Namespace, command: Command, stored: Mapping[str, An
     if command.configs:
         given = command.given()
         source = given.get("data.folder"), given.get("data.dataset")  # a file's path; "" is a flag
-        for name in DECIDED:  # those of this project's recipes are Fashion-MNIST's, unless they name the pictures
+        # Those of this project's recipes are Fashion-MNIST's, unless they name the pictures.
+        for name in (*DECIDED, "val_size"):
             file = given.get(f"data.{name}")
-            if file and Path(file).resolve().is_relative_to(PROJECT / "configs") and file not in source:
-                config.data[name] = None
-    for name in ("mean", "std"):  # a trained network expects its own, whatever the pictures are now
+            if file and is_recipe(file) and file not in source:
+                config.data[name] = stored.get(name) if name == "val_size" else None
+    # A trained network expects its own, whatever the pictures are now.
+    for name in ("mean", "std") if command.subcommand == "fit" else DECIDED:
         if config.data[name] is None:
             config.data[name] = stored.get(name)
     if any(config.data[name] is None for name in DECIDED):

@@ -23,6 +23,7 @@ from datamodules import DatasetError
 from errors import UNWRITABLE, Diverged, RunError, UserError, is_first_process, one_line, run_program, shown, unwritable
 from launch import verbs
 from launch.classifier_cli import ClassifierCLI
+from launch.lightning_flags import refuse_broken_gpu
 from launch.memory import advice, is_out_of_memory, keep_freed_memory
 from launch.start import Start
 
@@ -100,6 +101,7 @@ def _one_line_errors(cli: ClassifierCLI) -> Iterator[None]:
         if "view size is not compatible" in str(error):  # a callback's or a network's own, like ModelPruning's
             raise UserError(f"{one_line(str(error))}; set --model.channels_last false") from None
         if not is_out_of_memory(error):
+            refuse_broken_gpu(error)
             raise
         data = cli.config.data
         size, flag = data.batch_size, "--batch_size"
@@ -145,6 +147,7 @@ def _quiet() -> None:
         "You're using the WeightAveraging callback, but loading a checkpoint outside",  # which holds the average
         "Be aware that when using `ckpt_path`, callbacks",  # a test needs no checkpoint callback
         "Checkpoint directory .* exists and is not empty",  # a continued run uses its own folder
+        "Please use the new API settings to control TF32",  # of PyTorch 2.9, whose old ones work
         "You are using a custom batch sampler `EvalBatches`",  # which returns every image
         r"\s*Unable to serialize instance",  # of a callback's default device: it is not needed again
         ".*LeafSpec.* is deprecated",  # inside Lightning

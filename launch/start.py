@@ -19,6 +19,7 @@ from datamodules import PicturesDataModule
 from datamodules.files.finding import whole_below
 from errors import UserError, is_first_process, print_warning, shown, typed
 from launch.launchers import INTERACTIVE
+from runs.settings import SEEN
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Start:
         shapes: Name and shape of its tensors.
         processes: How many processes trained it; None in checkpoints of earlier versions.
         pictures: What is known of the pictures it was trained on, if they are not Fashion-MNIST's.
+        seen: If it is only measured and a recipe is named too: how its network sees images.
     """
 
     command: Command
@@ -40,6 +42,7 @@ class Start:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     processes: int | None = None
     pictures: dict[str, Any] = field(default_factory=dict)
+    seen: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, command: Command) -> "Start":
@@ -62,23 +65,25 @@ class Start:
                 f"{path} holds weights alone, without the optimiser's state: training can't continue from it"
             )
         settings: dict[str, Any] = {}
-        if "config" in checkpoint or not command.configs:
+        if "config" in checkpoint or not command.names_a_net:
             settings = stored_config(checkpoint, path)
         if settings:
             _check_pictures("class_names" in settings["data"], command)
-        if settings and not command.configs:  # which say what to build
+        seen: dict[str, Any] = {}
+        rules = Trusted(path, command.trust_checkpoint, "add --trust_checkpoint", checkpoint["state_dict"], whole_below)
+        if settings and not command.names_a_net:  # which say what to build
             if "trainer.devices" in command.given():  # then those of the file don't matter
                 (settings.get("trainer") or {}).pop("devices", None)
-            how = "add --trust_checkpoint"
-            rules = Trusted(path, command.trust_checkpoint, how, checkpoint["state_dict"], whole_below)
             settings = rules.to_train(settings) if command.subcommand == "fit" else rules.to_use(settings)
+        elif settings and command.subcommand != "fit":
+            seen = {name: value for name, value in rules.data(settings["data"]).items() if name in SEEN}
         if requeued:
             _keep_what_was_found(command, checkpoint, path)
         shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
         processes = checkpoint.get("processes")
         recipe = command.recipe or recipe_name(checkpoint)
         pictures = checkpoint.get(PicturesDataModule.__qualname__) or {}
-        return cls(command, recipe, settings, shapes, processes if type(processes) is int else None, pictures)
+        return cls(command, recipe, settings, shapes, processes if type(processes) is int else None, pictures, seen)
 
     def check_processes(self, number: int) -> None:
         """Refuse to continue with a different number of processes, as each would see other images.
@@ -110,7 +115,7 @@ class Start:
         """For LightningCLI: the checkpoint's settings, then the recipe, then the flags; later ones win."""
         command = self.command
         arguments = []
-        if self.settings and not command.configs:
+        if self.settings and not command.names_a_net:
             base = {"model": self.settings["model"], "data": self.settings["data"]}
             base["seed_everything"] = self.settings.get("seed_everything", 0)
             base["trainer"] = {"precision": self.precision}
@@ -125,6 +130,8 @@ class Start:
             content = load_yaml(path)
             settings = content.get(command.subcommand) or {} if path in command.outer_configs else content
             arguments.append(f"--config={yaml.safe_dump(settings)}")
+            if self.seen and path == command.files[0]:  # the recipe; the user's own files and flags still win
+                arguments.append(f"--config={yaml.safe_dump({'data': self.seen})}")
         if command.ckpt_path:
             arguments.append(f"--ckpt_path={command.ckpt_path}")
         if command.images:
@@ -186,7 +193,7 @@ def _check_pictures(own: bool, command: Command) -> None:
         raise UserError(f"{command.ckpt_path} was trained on other pictures; leave --data fashion_mnist out")
     if given and not own:
         raise UserError(f"{command.ckpt_path} was trained on Fashion-MNIST; leave --data out, or train on the pictures")
-    if own and command.configs and not given:
+    if own and command.names_a_net and not given and not command.images:
         raise UserError(f"{command.ckpt_path} was trained on other pictures than Fashion-MNIST's; say which: --data")
 
 

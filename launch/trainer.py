@@ -157,18 +157,19 @@ def validates(config: Namespace) -> bool:
 def precision(trainer: Namespace, asked_for: bool, saved: str | None) -> tuple[str | None, str]:
     """The precision to compute in.
 
-    That of the settings; else that of the checkpoint; else bfloat16 where the device has instructions for it. A
-    recipe's bf16-mixed becomes 32-true on a CPU or GPU that only imitates bfloat16, many times slower.
+    The one asked for; else that of the checkpoint, which its run keeps; else the recipe's; else bfloat16 where the
+    device has instructions for it. A recipe's bf16-mixed becomes 32-true on a CPU or GPU that only imitates bfloat16,
+    many times slower.
 
     Args:
         trainer: The Trainer's settings.
-        asked_for: Whether the user gave the precision on the command line.
+        asked_for: Whether the user gave the precision, by a flag or in a file of settings.
         saved: The precision of the checkpoint's run, if there is one.
 
     Returns:
         It, and what the log says beside it.
     """
-    wanted = trainer.precision or saved
+    wanted = (asked_for and trainer.precision) or saved or trainer.precision
     on_gpu = trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     left_open = trainer.precision is None and wanted in (None, "bf16-mixed")
     if left_open and on_gpu and _gpus_have_bfloat16(trainer.devices):
@@ -178,6 +179,10 @@ def precision(trainer: Namespace, asked_for: bool, saved: str | None) -> tuple[s
     if of_a_recipe and on_gpu and not _gpus_have_bfloat16(trainer.devices):
         return "32-true", "this GPU has no bfloat16 instructions"
     on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.accelerator.is_available())
+    if (
+        wanted == "16-mixed" and not asked_for and on_cpu
+    ):  # of a network that a GPU trained; Lightning imitates bfloat16
+        return "bf16-mixed" if cpu_has_bfloat16() else "32-true", "float16 is for GPUs"
     if wanted is None and on_cpu and cpu_has_bfloat16():
         return "bf16-mixed", "--precision 32 for float32"
     if of_a_recipe and on_cpu and not cpu_has_bfloat16():

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import torch
 from lightning.pytorch.callbacks import WeightAveraging
 
 from callbacks.run_folder import OUTPUTS, next_folder
@@ -96,6 +97,7 @@ def predict(cli: ClassifierCLI) -> None:
     if command.images:
         from pictures.predict import predict_pictures  # here, not above: only this needs it
 
+        torch.backends.cudnn.allow_tf32 = False  # the same numbers as on a CPU
         wanted = {name: getattr(command, name) for name in ("images", "invert", "output", "sort", "gradcam")}
         wanted |= {"ckpt_path": str(command.ckpt_path), "new_folder": partial(next_folder, OUTPUTS, "predict")}
         predict_pictures(trainer, model, data, data.class_names, **wanted)

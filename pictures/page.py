@@ -125,13 +125,13 @@ def build(networks: Sequence[Network], folder: Path) -> gr.Blocks:
         seen = gr.State()
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
-                with gr.Tab("Photograph · 照片"):
+                with gr.Tab("Photograph · 照片") as of_photographs:
                     photograph = gr.Image(
                         sources=["upload", "clipboard"], height=320, buttons=[], show_label=False, elem_id="photograph"
                     )
                     examples = [[str(file)] for file in _examples(folder)]
                     gr.Examples(examples, photograph, label="Examples · 示例", elem_id="examples")
-                with gr.Tab("Drawing · 手绘"):
+                with gr.Tab("Drawing · 手绘") as of_drawings:
                     drawing = gr.HTML(html_template=PAD, js_on_load=PAD_SCRIPT, elem_id="drawing")
                 chosen = gr.CheckboxGroup(titles, value=titles, label="Networks · 网络", elem_id="networks")
             with gr.Column(scale=2, min_width=320), gr.Row(elem_classes="cards"):
@@ -158,11 +158,14 @@ def build(networks: Sequence[Network], folder: Path) -> gr.Blocks:
         # One picture at a time: LayerCAM and the stages hook into the networks.
         latest: Any = {"show_progress": "hidden", "trigger_mode": "always_last", "concurrency_limit": 1}
         latest["concurrency_id"] = "networks"
+        uploaded, drawn = gr.State(), gr.State()
         # Not read by Gradio, so that our message says what is wrong with a file.
-        of_file = photograph.change(partial(_photograph, folder), photograph, seen, preprocess=False)
-        for read in (of_file, drawing.submit(_drawing, None, seen, trigger_mode="multiple")):  # no stroke is lost
-            answer = read.then(of_networks, [seen, chosen], outputs, **latest)
-            answer.then(of_stages, [seen, opened], gallery, **latest)
+        of_file = photograph.change(partial(_photograph, folder), photograph, uploaded, preprocess=False)
+        of_pad = drawing.submit(_drawing, None, drawn, trigger_mode="multiple")  # no stroke is lost
+        for tab, read, picture in ((of_photographs, of_file, uploaded), (of_drawings, of_pad, drawn)):
+            for comes_up in (tab.select, read.then):
+                answer = comes_up(_same, picture, seen).then(of_networks, [seen, chosen], outputs, **latest)
+                answer.then(of_stages, [seen, opened], gallery, **latest)
         chosen.change(of_networks, [seen, chosen], outputs, **latest)
         opened.change(of_stages, [seen, opened], gallery, **latest)
     return page
@@ -245,6 +248,10 @@ def _seen(picture: Image.Image) -> Seen:
         gr.Warning(f"The picture {error}. · 图片上看不出主体。")
     picture.thumbnail((LONGEST_EDGE, LONGEST_EDGE))  # each visitor's last one stays in memory
     return Seen(picture, garment)
+
+
+def _same(picture: Seen | None) -> Seen | None:
+    return picture
 
 
 def _picture() -> gr.Image:

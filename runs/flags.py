@@ -79,7 +79,7 @@ def yaml_file(text: str) -> Path:
     """The YAML file in a flag's value."""
     if not text.endswith((".yaml", ".yml")):
         raise argparse.ArgumentTypeError(f"must be a file name that ends in .yaml, got {text!r}")
-    return Path(text)
+    return path(text)
 
 
 def one_of(*names: str) -> Callable[[str], str]:

@@ -112,8 +112,8 @@ def draw_trials(space: Space, tried: Sequence[tuple[Mapping[str, Any], float]], 
         tidy(axes)
     for axes in panels:  # those left over
         axes.remove()
-    figure.axes[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-    figure.supylabel("validation accuracy of the finished trials (orange: the best)", fontsize=9)
+    figure.axes[0].yaxis.set_major_formatter(PercentFormatter(1))
+    figure.supylabel("validation accuracy of the finished trials\n(orange: the best)", fontsize=9)
     figure.savefig(path, dpi=110)
 
 
@@ -174,7 +174,7 @@ def _curves(groups: Sequence[Group]) -> Any:
         axes.set(xlabel="epoch", ylabel=metric)
         _log_if_wide(axes, [len(run.record["epochs"]) for group in groups for run in group.runs])
         tidy(axes)
-    panels[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    panels[1].yaxis.set_major_formatter(PercentFormatter(1))
     handles = [Line2D([], [], color="#555555", linestyle=line) for line, _ in _STAGES]
     for number, _ in named:
         colour, marker = _style(number, len(named))

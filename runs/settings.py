@@ -92,6 +92,8 @@ SETTINGS = {
 DECIDED = ("class_names", "channels", "mean", "std", "stored_size")
 FOLLOWING = {*(f"data.{name}" for name in DECIDED), "model.num_classes", "model.net.num_classes"}
 FOLLOWING.add("model.net.in_channels")
+# How a network sees images, and which are held out: a checkpoint that is measured says so, not the recipe.
+SEEN = (*DECIDED, "image_size", "fit", "val_size", "test_size", "split_seed")
 SAMPLE = "data.sample"  # no setting, but what data_dir held: tests/data's sample of Fashion-MNIST
 GROUPS = {"model": SHAPING, "data": SHAPING, "trainer": EXECUTION}
 

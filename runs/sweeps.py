@@ -293,11 +293,12 @@ def _write_recipe(
         return name.endswith(".class_path") or any(name == prefix or name.startswith(f"{prefix}.") for prefix in given)
 
     config = _selected(record["config"], wanted)
-    epoch = max(record["epochs"], key=lambda epoch: epoch.get("val/accuracy", 0))["epoch"]
+    epoch = next((one["epoch"] for one in _epochs(record) if one["val/accuracy"] == best.value), None)
+    where = f" (epoch {epoch})" if epoch else ""  # it may have been measured within an epoch
     header = [
         f"# {request.recipe} {MARK}",
         f"# Command: {_to_train(output)}",
-        f"# Expected: {best.value:.4f} validation accuracy (epoch {epoch}); not measured on the test images",
+        f"# Expected: {best.value:.4f} validation accuracy{where}; not measured on the test images",
         f"# Source: {request.command}",
     ]
     output.parent.mkdir(parents=True, exist_ok=True)

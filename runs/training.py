@@ -1,7 +1,6 @@
 """Training the runs that are missing, each as a plain `train.py` in a process of its own; one at a time per folder."""
 
 import ctypes
-import errno
 import os
 import signal
 import subprocess
@@ -17,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from cli.command import parse_command_line
 from cli.recipes import PROJECT, resolved
-from errors import SIGNALS, Stopped, UserError, expanded, plain, signal_name, stopped_code
+from errors import SIGNALS, WITHOUT_LOCKS, Stopped, UserError, expanded, plain, signal_name, stopped_code
 from runs.reading import LARGEST_SAMPLE, Run, find_runs, matches
 from runs.settings import SAMPLE, shaping
 
@@ -28,7 +27,6 @@ except ImportError:  # on Windows
 
 # Exit codes of a training that was asked to stop: before it could save a checkpoint, and after.
 STOPPED = (*(-signum for signum in SIGNALS), 128 + signal.SIGTERM, 128 + signal.SIGINT)
-WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system that has none: train without
 LAST_SECONDS = 10.0  # that a training has to end when it was asked twice
 _HELD: list[int] = []  # file descriptors of the locks, which trainings inherit
 WITHOUT_BFLOAT16 = ("bf16-mixed", "32-true")  # either, as the machine can

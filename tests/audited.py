@@ -13,7 +13,10 @@ from typing import Any
 from commands import DATA
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "shutil.rmtree", "shutil.move", "os.truncate", "os.link")
+# Events that change files, and how many paths each begins with. Of a link both count: its target is changed through it.
+CHANGES = dict.fromkeys(("os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod", "os.chown", "os.utime"), 1)
+CHANGES |= dict.fromkeys(("shutil.rmtree", "os.setxattr", "os.removexattr"), 1)
+CHANGES |= dict.fromkeys(("os.rename", "os.link", "os.symlink", "shutil.move"), 2)
 STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "socket.connect")
 FLAGS = [f"--data_dir={DATA}", "--accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.devices=1"]
 SHORT = ["--max_epochs=2", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
@@ -29,10 +32,10 @@ def noticed(event: str, args: tuple[Any, ...], mine: Path) -> str | None:
     if event in STARTS:
         harmless = event == "subprocess.Popen" and args[1][:2] in (["git", "describe"], ["uname", "-p"])
         return None if harmless else f"{event} {args[:2]}"
-    if event in CHANGES or (event == "open" and isinstance(args[2], int) and args[2] & WRITING):
-        path = named(args[0])
-        allowed = (str(mine), "/dev/", "/proc/self/")
-        if path is not None and not os.path.abspath(path).startswith(allowed):  # noqa: PTH100 - links as they stand
+    writes = event == "open" and isinstance(args[2], int) and args[2] & WRITING
+    for path in map(named, args[: 1 if writes else CHANGES.get(event, 0)]):
+        place = Path(os.path.abspath(path or ""))  # noqa: PTH100 - links as they stand
+        if path is not None and not any(place.is_relative_to(allowed) for allowed in (mine, "/dev", "/proc/self")):
             return f"{event} {path}"
     return None
 

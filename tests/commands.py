@@ -8,12 +8,14 @@ import tempfile
 from collections.abc import Callable
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from datamodules.files.finding import SYSTEM_DIR, DatasetError, load
 
 REPO = Path(__file__).parents[1]
 DATA = REPO / "tests" / "data"
+# Windows forks nothing.
+METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 # Two cores at most are free on a small machine, and idle OpenMP threads spin.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -36,11 +38,11 @@ def run(*arguments: str, folder: Path, timeout: float = 600) -> Answer:
 def run_forked(
     *arguments: str, folder: Path, timeout: float = 600, prepare: Callable[[], None] | None = None
 ) -> Answer:
-    """The same, in a process that is forked from one that has imported torch and Lightning: seconds less.
+    """The same, in a process that is forked, where possible, from one that has imported torch: seconds less.
 
     `prepare` is called there first.
     """
-    context = multiprocessing.get_context("forkserver")
+    context: Any = multiprocessing.get_context(METHOD)
     with tempfile.TemporaryDirectory() as streams:
         process = context.Process(target=_child, args=(arguments, folder, streams, prepare))
         process.start()
@@ -55,7 +57,9 @@ def run_forked(
 
 def start_server() -> None:
     """Start the process that the others are forked from."""
-    context = multiprocessing.get_context("forkserver")
+    if METHOD != "forkserver":
+        return
+    context = multiprocessing.get_context(METHOD)
     context.set_forkserver_preload(["launch.run"])
     kept = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
     os.environ |= {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
@@ -69,7 +73,8 @@ def start_server() -> None:
 
 
 def _child(arguments: tuple[str, ...], folder: Path, streams: str, prepare: Callable[[], None] | None) -> None:
-    multiprocessing.set_start_method("fork", force=True)  # else a loader's workers import everything anew
+    if METHOD == "forkserver":
+        multiprocessing.set_start_method("fork", force=True)  # else a loader's workers import everything anew
     os.chdir(folder)
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(Path(streams, name), os.O_WRONLY | os.O_CREAT), descriptor)

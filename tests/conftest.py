@@ -8,6 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# The tests' processes are no part of a job that the shell belongs to, and their output does not go to its terminal.
+if held := [
+    name
+    for name in os.environ
+    if name.startswith(("SLURM_", "TORCHELASTIC_", "PL_", "MASTER_", "TTY_"))
+    or name.endswith(("RANK", "WORLD_SIZE"))
+    or name in ("FORCE_COLOR", "COLUMNS", "LINES")
+]:
+    for name in held:
+        del os.environ[name]
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; idle OpenMP threads spin
 os.environ["no_proxy"] = "127.0.0.1,localhost"  # the tests' own servers
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

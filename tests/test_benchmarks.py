@@ -111,6 +111,15 @@ def test_a_records_command_names_no_folder_of_the_machine(monkeypatch):
     assert occasion("throughput", {})["command"] == "python -m benchmarks.throughput --turn 0.5 --update"
 
 
+@pytest.mark.parametrize("count", ["0", "-1", "x", "1.5"])
+def test_a_number_of_anything_is_at_least_one(count: str) -> None:
+    parser = Parser("", budget=1)
+    parser.add_argument("--seeds", type=int, default=3)
+    assert (parser.parse_args([]).seeds, parser.parse_args(["--seeds", "2"]).seeds) == (3, 2)
+    with pytest.raises(UserError, match=f"--seeds: must be an integer of at least 1, got '{count}'"):
+        parser.parse_args([f"--seeds={count}"])
+
+
 def test_medians_and_ratios():
     ours, theirs = ([{"rate": rate} for rate in rates] for rates in ((10, 30, 20), (10, 10, 5)))
 
@@ -250,6 +259,17 @@ def test_benchmark_writes_a_record(name, tmp_path):
     assert all(math.isfinite(number) and number >= 0 for number in numbers)
     assert "|" in done.stdout  # the table
     assert "Record:" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_signals_of_other_networks_stay_on_record(tmp_path: Path) -> None:
+    for name in ("nin", "googlenet"):
+        flags = [*SMALL.split(), "--networks", name, "--seconds", "0", "--out", str(tmp_path)]
+        command = [sys.executable, "-m", "benchmarks.collapse", *flags]
+        done = subprocess.run(command, cwd=PROJECT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    signals = json.loads((tmp_path / "collapse-cpu.json").read_text(encoding="utf-8"))["results"]["signal"]
+    assert [signal["network"] for signal in signals] == 4 * ["nin"] + 4 * ["googlenet"]
 
 
 @pytest.mark.slow
@@ -393,11 +413,12 @@ def test_changes_are_those_of_the_records(results: Results) -> None:
         (line,) = (line for line in lines if line[0] == entry.network[0])
         cell = line[header.index(names[entry.recipe])]
         own = {other.suffix: every for other, every in entries.items() if other.recipe == entry.recipe}
-        means = {key: statistics.mean(round(run.accuracy, 4) for run in every) for key, every in own.items()}
-        assert -1e-9 < means[entry.suffix] - float(cell.split()[0]) < 1e-4 + 1e-9
+        right = {key: [round(10_000 * run.accuracy) for run in every] for key, every in own.items()}
+        means = {key: Fraction(sum(counts), 10_000 * len(counts)) for key, counts in right.items()}
+        assert 0 <= means[entry.suffix] - Fraction(cell.split()[0]) < Fraction(1, 10_000)
         if entry.suffix:
             points = 100 * (means[entry.suffix] - means[""])
-            assert -1e-9 < abs(points) - float(re.findall(r"[+−](\d+\.\d)", cell)[0]) < 0.1 + 1e-9
+            assert 0 <= abs(points) - Fraction(re.findall(r"[+−](\d+\.\d)", cell)[0]) < Fraction(1, 10)
             assert ("−" in cell) == (points <= 0)
 
 
@@ -426,8 +447,13 @@ def test_larger_kernels_see_as_much_and_a_block_without_1x1_keeps_its_size() -> 
 
 def test_one_part_alone_is_changed() -> None:
     sizes: dict[Any, int] = {"lenet": 28, "alexnet": 67, "vgg11": 32, "nin": 67, "googlenet": 32}
+    idle: list[bool] = []  # whether an average of the network as it is leaves the maps as they are
     for name, size in sizes.items():
         own = NETWORKS[name](image_size=size)
+        for layer in own.modules():
+            if isinstance(layer, nn.AdaptiveAvgPool2d):
+                layer.register_forward_hook(lambda _layer, maps, mean: idle.append(torch.equal(maps[0], mean)))
+        own(torch.rand(2, 1, size, size))
         assert sum(weight.numel() for weight in own.parameters()) == Entry("ablation", f"small/{name}").size[0]
         net = sigmoid(name, size)
         kinds, own_kinds = ([type(module) for module in one.modules()] for one in (net, own))
@@ -437,6 +463,7 @@ def test_one_part_alone_is_changed() -> None:
         assert other(torch.zeros(2, 1, size, size)).shape == (2, 10)
         linear = [sum(isinstance(module, nn.Linear) for module in one.modules()) for one in (own, other)]
         assert linear == {"nin": [0, 2], "googlenet": [1, 2], "lenet": [3, 1], "alexnet": [2, 1], "vgg11": [3, 1]}[name]
+    assert idle == [True, True]  # NiN's and GoogLeNet's, as docs/results.md says
 
 
 def table(family: str, results: Results) -> str:
@@ -698,11 +725,18 @@ def test_a_region_without_an_end_is_one_line(tmp_path: Path, results: Results) -
         written(page, results, RESULTS)
 
 
-def test_the_plot_knows_what_it_shows(tmp_path: Path, results: Results) -> None:
-    pytest.importorskip("matplotlib")
+def test_the_plot_knows_what_it_shows(tmp_path: Path, results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    drawn, save = [], figure.savefig
+    monkeypatch.setattr(
+        figure, "savefig", lambda self, *given, **named: drawn.append((self, save(self, *given, **named)))
+    )
     found = accuracy_time.points(results)
     assert len({(point.name, point.device) for point in found}) == len(found) >= 3
     accuracy_time.draw(found, tmp_path / "plot.png")
+    (axes,) = drawn[0][0].axes
+    places = axes.transData.transform([(point.seconds[0], 1 - point.accuracy[0]) for point in found])
+    assert not axes.get_legend().get_window_extent().count_contains(places)  # the legend hides no point
     assert accuracy_time.is_current(found, tmp_path / "plot.png")
     assert not accuracy_time.is_current(found[1:], tmp_path / "plot.png")
     assert not accuracy_time.is_current(found, tmp_path / "none.png")

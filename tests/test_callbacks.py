@@ -10,6 +10,7 @@ import os
 import pty
 import re
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -834,6 +835,37 @@ def test_hyperparameters_have_the_curves_as_metrics(
     assert values["data.batch_size"].number_value == 32
 
 
+@pytest.mark.parametrize(
+    ("flags", "images"),
+    [("--trainer.check_val_every_n_epoch 2 --trainer.limit_val_batches 3", 96), ("--trainer.limit_val_batches 0", 0)],
+)
+def test_the_record_says_how_many_images_a_validation_takes(flags: str, images: int, tmp_path: Path) -> None:
+    fast = "--max_epochs 2 --batch_size 32 --trainer.limit_train_batches 1 --trainer.logger false"
+    arguments = f"--model lenet --val_size 297 --accelerator cpu --devices 1 --data_dir {DATA} {fast} {flags}"
+    answer = run_forked("fit", *arguments.split(), folder=tmp_path)
+    assert answer.code == 0, answer.err
+    (path,) = tmp_path.rglob("record.json")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert (record["val_images"], ["val/loss" in epoch for epoch in record["epochs"]]) == (images, [False, images > 0])
+
+
+@pytest.mark.slow
+def test_machines_without_a_shared_disk_each_write_their_predictions(trained: Run, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    flags = f"--ckpt_path={trained.best} --data_dir={DATA} --accelerator=cpu --devices=1 --num_nodes=2".split()
+    command, machines = [sys.executable, str(REPO / "train.py"), "predict", *flags], []
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()  # stands for the machine's disk: the file's path is relative
+        environment = ENVIRONMENT | meeting | {"NODE_RANK": str(number)}
+        machines.append(subprocess.Popen(command, cwd=tmp_path / str(number), env=environment))
+    assert [machine.wait(timeout=200) for machine in machines] == [0, 0]
+    files = [tmp_path / f"{number}/outputs/predict_0/predictions-{number}.csv" for number in range(2)]
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()[1:]]
+    assert sorted(int(line.partition(",")[0]) for line in lines) == list(range(500))
+
+
 def test_a_long_run_draws_about_ten_times(tmp_path: Path) -> None:
     flags = "--model lenet --val_size 297 --max_epochs 25 --accelerator cpu --devices 1 --patience 21 --lr 1e-12"
     fast = "--trainer.limit_train_batches 1 --trainer.limit_val_batches 1 --batch_size 297"
@@ -940,6 +972,13 @@ def test_confusion_matrix_is_blue_where_right_and_orange_where_wrong() -> None:
     assert (blue > red).tolist() == [[True, False], [False, True]]
     assert corners[0, 1].tolist() == [255, 255, 255]
     assert red[1, 0] > blue[1, 0]
+
+
+def test_a_class_without_images_has_no_accuracy() -> None:
+    picture = pixels(drawing.confusion_matrix(torch.tensor([[0, 3], [0, 0]]), ["first", "second"]))
+    cell, left, head = 36, 86, 84
+    none_right, no_images = ((picture[head + row * cell :][:cell, left + 2 * cell :] < 128).sum() for row in range(2))
+    assert 0 < no_images < none_right / 4  # "-" and "0.0%"
 
 
 def test_confusion_matrix_of_many_classes_stays_small() -> None:

@@ -1,5 +1,6 @@
 """Checkpoint files: written so that a crash loses nothing, read without trust."""
 
+import codecs
 import copy
 import errno
 import fcntl
@@ -346,6 +347,61 @@ def exported(path: str) -> None:
     assert export.main([f"--ckpt_path={path}", "--format=torch_export"]) == 2
 
 
+class LongBytes:
+    """A few bytes that are read as gigabytes."""
+
+    def __init__(self, called: Callable, *arguments: Any) -> None:
+        self.call = called, arguments
+
+    def __reduce__(self) -> tuple:
+        return self.call
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        LongBytes(bytearray, 10**9),
+        LongBytes(codecs.encode, LongBytes(codecs.encode, b"x", "hex_codec"), "hex-codec"),
+    ],
+)
+def test_few_bytes_do_not_become_many(content: Any, trained: Run, folder: Path) -> None:
+    torch.save(torch.load(trained.best, weights_only=True) | {"callbacks": {"Own": content}}, "spoilt.ckpt")
+    with pytest.raises(UserError, match="holds objects that a checkpoint of this project never holds"):
+        read_checkpoint("spoilt.ckpt")
+
+
+def test_bytes_of_ones_own_are_read_again(trained: Run, folder: Path) -> None:
+    states = {"callbacks": {"Own": {"a": b"\xff", "b": bytearray(b"\0")}}}
+    AtomicCheckpointIO().save_checkpoint(torch.load(trained.best, weights_only=True) | states, "own.ckpt")
+    assert read_checkpoint("own.ckpt")["callbacks"]["Own"] == {"a": b"\xff", "b": b"\0"}
+
+
+@pytest.mark.parametrize("operations", [b"R.", b")\x81.", b"K\x01K\x02s.", b"t.", b""])
+def test_any_other_pickle_is_damaged(operations: bytes, folder: Path) -> None:
+    with zipfile.ZipFile("spoilt.ckpt", "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + operations)
+        archive.writestr("archive/version", "3\n")
+    with pytest.raises(UserError, match=r"is damaged or is not a checkpoint|never holds"):
+        read_checkpoint("spoilt.ckpt")
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        {"class_path": "torch.nn.ConvTranspose2d", "init_args": dict.fromkeys(("in_channels", "out_channels"), 1)},
+        {"class_path": "torch.nn.Upsample"},
+    ],
+)
+def test_one_image_does_not_become_many_numbers(
+    net: dict[str, Any], trained: Run, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    large = {"Upsample": {"scale_factor": 1000}, "ConvTranspose2d": {"kernel_size": 1, "stride": 1000}}
+    net["init_args"] = net.get("init_args", {}) | large[net["class_path"].rpartition(".")[2]]
+    torch.save(spoilt(trained, net=net), "spoilt.ckpt")
+    exported("spoilt.ckpt")
+    check(folder, capsys.readouterr().err, "makes far too many numbers of one image")
+
+
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_classes_from_elsewhere_are_not_imported(
     kind: str, trained: Run, folder: Path, capsys: pytest.CaptureFixture[str]
@@ -494,6 +550,17 @@ def test_plain_values_of_a_callback_are_saved_as_such(tmp_path: Path) -> None:
     assert answer.code == 2
     assert len(answer.err.strip().splitlines()) == 1 and "the callback Hoarder" in answer.err
     assert not (tmp_path / "logs/lenet/version_1/checkpoints/last.ckpt").exists()
+
+
+def test_a_callback_goes_on_with_the_checkpoints_that_it_kept(tmp_path: Path) -> None:
+    keeping = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.monitor=val/accuracy"]
+    keeping += ["--trainer.callbacks.filename={epoch}", "--trainer.callbacks.save_top_k=3"]
+    arguments = ["fit", "--model=lenet_classic", f"--data_dir={DATA}", "--val_size=200", "--accelerator=cpu", *keeping]
+    for more in (["--max_epochs=2"], ["--max_epochs=6", "--ckpt_path=last"]):
+        answer = run_forked(*arguments, *more, folder=tmp_path)
+        assert answer.code == 0, answer.err
+    saved = tmp_path / "logs/lenet_classic/version_0"
+    assert len(list(saved.rglob("epoch=*.ckpt"))) == 3, sorted(saved.rglob("*.ckpt"))
 
 
 def test_the_best_checkpoint_is_the_projects_own(tmp_path: Path) -> None:

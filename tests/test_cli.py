@@ -247,6 +247,7 @@ def test_help_is_asked_for(line):
 
 def test_help_of_a_subcommand_is_lightning_clis():
     assert parse("fit --help").overrides == ["--help"]
+    assert parse("fit --model lenet --ckpt_path last --help").overrides == ["--help"]
 
 
 def test_help_fits_a_screen_and_names_everything():
@@ -284,12 +285,54 @@ def test_help_does_not_import_torch():
         ("--model lenet --acelerator cpu", "--accelerator"),
         ("--model lenet --device 2", "--devices"),
         ("--model lenet --checkpoint_path x", "--ckpt_path"),
+        ("--model lenet --learning_rate 0.1", "--lr"),
+        ("--model lenet --optimizer SGD", "--model.optimizer"),
+        ("--model lenet --lr_scheduler StepLR", "--model.scheduler"),
+        ("--model lenet --num_workers=2", "--data.num_workers"),
+        ("--model lenet --fast_dev_run", "--trainer.fast_dev_run"),
+        ("--model lenet --gpus 2", "--devices"),
+        ("--model lenet --resume x", "--ckpt_path"),
+        ("--recipe lenet", "--model"),
         ("tets --model lenet", "test"),
         ("lenet", "--model lenet"),
     ],
 )
 def test_did_you_mean(line, meant):
     assert f"did you mean {meant}?" in refusal(line)
+
+
+def test_what_is_on_can_be_switched_off():
+    for line in ("--model lenet --class_weights=false", "--model lenet --class_weights false"):
+        assert parse(line).overrides == ["--class_weights=false"]
+    assert parse("--pretrained true --model vgg16").overrides == ["--pretrained=true"]
+    request = compare.parse(["--train", "lenet", "--class_weights", "false"])
+    assert request is not None and request.flags == ["--class_weights", "false"]
+
+
+def test_settings_beside_sections_are_not_passed_over(tmp_path):
+    file = tmp_path / "all.yaml"
+    file.write_text("seed_everything: 3\nfit: {data: {batch_size: 64}}\n")
+    assert "all.yaml: seed_everything stands beside the section fit" in refusal(f"--model lenet --config {file}")
+
+
+def test_a_checkpoint_in_place_of_a_recipe():
+    assert "give --ckpt_path weights/lenet.ckpt" in refusal("--model weights/lenet.ckpt")
+
+
+def test_the_last_run_of_a_network_without_a_recipe(tmp_path):
+    found = tmp_path / "unnamed" / "version_0" / "checkpoints" / "last.ckpt"
+    found.parent.mkdir(parents=True)
+    found.touch()
+    line = f"fit --model.net models.lenet.LeNet --log_dir {tmp_path} --ckpt_path last"
+    assert parse(line).ckpt_path == str(found)
+    assert "add --model RECIPE" in refusal(f"test --log_dir {tmp_path} --ckpt_path last")
+
+
+def test_settings_without_a_network_go_on_top_of_a_checkpoint(tmp_path):
+    (tmp_path / "more.yaml").write_text("data: {batch_size: 64}\n")
+    command = parse(f"fit --config {tmp_path / 'more.yaml'} --ckpt_path x.ckpt")
+    assert (command.names_a_net, command.recipe) == (False, None)
+    assert parse("fit --model lenet --ckpt_path x.ckpt").names_a_net
 
 
 def test_an_unlike_name_is_answered_with_the_list():

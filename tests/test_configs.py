@@ -1,6 +1,7 @@
 """The recipes."""
 
 import json
+import re
 from functools import partial
 from itertools import pairwise
 
@@ -11,6 +12,7 @@ from commands import DATA, run_forked
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
+from benchmarks.readme.entries import read_entries
 from callbacks.ema import EMA
 from cli.recipes import read_recipe, recipes
 from datamodules import FashionMNISTDataModule
@@ -18,6 +20,38 @@ from lit_modules import LitClassifier
 from models import AlexNet, GoogLeNet, LeNet, NiN
 
 BEST = [name for name in recipes() if name.startswith("best/")]
+# How a header tells of a setting that differs from the recipe it starts from; {} is the setting's value.
+TOLD = {
+    "model.net.init_args.width_divisor": "width",
+    "model.net.init_args.batch_norm": "batch norm",
+    "model.optimizer.class_path": "{}",
+    "model.scheduler.init_args.warmup": "warm-up",
+    "model.scheduler.init_args.shape": "{}",
+    "model.initialization": "He initialisation",
+    "model.output_bias": "class maps",
+    "model.label_smoothing": "label smoothing",
+    "model.mixup": "mixup",
+    "model.cutmix": "cutmix",
+    "data.batch_size": "batch {}",
+    "data.image_size": "{0}x{0}",
+    "data.mean": "normalised pixels",
+    "data.crop_padding": "shifts",
+    "data.horizontal_flip": "flips",
+    "data.random_erasing": "erasing",
+    "trainer.max_epochs": " {} epochs",
+    "trainer.precision": "float32",
+    "trainer.callbacks.EMA": "EMA",
+    "trainer.callbacks.Distillation": "teacher",
+}
+
+
+def settings(node, name=""):
+    """Every setting by its full name; callbacks by their class's; of a class, the last part."""
+    if isinstance(node, list):
+        node = {callback["class_path"].rpartition(".")[2]: True for callback in node}
+    if not isinstance(node, dict):
+        return {name: node.rpartition(".")[2] if isinstance(node, str) else node}
+    return {key: value for part in node for key, value in settings(node[part], f"{name}.{part}".strip(".")).items()}
 
 
 def test_there_is_one_for_each_architecture():
@@ -30,9 +64,20 @@ def test_header_and_settings(recipe):
     start = {"best/lenet_distilled": "best/lenet"}.get(recipe, recipe.removeprefix("best/"))
     plain, best = read_recipe(start), read_recipe(recipe)
     assert f"# Differs from configs/{start}.yaml:" in text
+    (differs,) = re.findall(rf"# Differs from configs/{start}.yaml:(.*(?:\n#  .*)*)", text)
+    told = re.sub(r"\s*#?\s+", " ", differs)
+    before, now = settings(plain), settings(best)
+    for name, words in TOLD.items():
+        assert (words.format(now.get(name)) in told) == (now.get(name) != before.get(name)), name
     assert best["model"]["net"]["class_path"] == plain["model"]["net"]["class_path"]
     assert best["model"]["net"]["init_args"]["batch_norm"] is True
     assert best["data"].get("val_size") is None, "selected on validation images, not on all"
+
+
+@pytest.mark.parametrize("recipe", [one.recipe for one in read_entries() if one.flags == ("--precision", "32-true")])
+def test_the_header_names_the_precision_of_the_records(recipe):
+    (expected,) = re.findall(r"# Expected: (.*(?:\n#  .*)*)", recipes()[recipe].read_text())
+    assert "--precision 32" in expected
 
 
 @pytest.mark.parametrize(

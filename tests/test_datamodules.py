@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import fcntl
 import gzip
 import hashlib
@@ -24,7 +25,7 @@ import unicodedata
 import zipfile
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path, PurePath, PureWindowsPath
+from pathlib import Path, PurePath
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -634,6 +635,17 @@ def test_different_data_sets_are_not_mixed(tmp_path, monkeypatch):
     assert names_in(folder) == sorted(NAMES)
 
 
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_another_set_of_the_same_format_is_refused_and_left_alone(tmp_path, ending):
+    """MNIST's files have the same names and lengths."""
+    for name in NAMES:
+        content = one_bit_changed(gzip.decompress((SAMPLE / f"{name}.gz").read_bytes()))
+        (tmp_path / f"{name}{ending}").write_bytes(gzip.compress(content) if ending else content)
+    with pytest.raises(DatasetError, match=r"holds another data set in the same format \(MNIST\?\): choose another"):
+        prepare_sample(tmp_path, system_dir=SAMPLE)
+    assert names_in(tmp_path) == sorted(f"{name}{ending}" for name in NAMES)
+
+
 def test_part_of_the_sample_is_not_filled_up_with_the_full_set(tmp_path):
     folder = put_sample(tmp_path / "data")
     (folder / GZ_NAMES[0]).unlink()
@@ -897,9 +909,11 @@ for child in children:
 @pytest.fixture
 def open_tmp_path():
     """A temporary folder that another user may enter, which pytest's is not."""
+    before = os.umask(0o022)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
+    os.umask(before)
 
 
 def test_read_only_folder(open_tmp_path):
@@ -925,6 +939,20 @@ print(attempt(bad + "/new"))
     warning = f"{bad / GZ_NAMES[0]} holds 3 bytes instead of 47,040,016; it cannot be set aside (Permission denied)"
     assert done.stderr.splitlines() == [warning] * 2
     assert sorted(path.name for path in good.iterdir()) == sorted(GZ_NAMES)
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported on this filesystem")  # filelock's, which has a way of its own
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_holds_the_data(tmp_path, server, monkeypatch, number):
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (put_sample(tmp_path / "data") / GZ_NAMES[0]).write_bytes(b"bad")
+    assert prepare_sample(tmp_path / "data", server.mirror("healthy")) == tmp_path / "data"
+    check_sample(tmp_path / "data")
+    assert (tmp_path / "data" / f"{GZ_NAMES[0]}.corrupt").read_bytes() == b"bad"
+    assert len(of_folder(put_classes(tmp_path / "own", cat=6, dog=6), tmp_path).train_set)
 
 
 def test_file_that_another_process_has_just_replaced_is_not_set_aside(tmp_path, caplog):
@@ -1127,7 +1155,6 @@ def test_order_and_names_are_the_same_on_all_systems(tmp_path, monkeypatch):
     linux = list_folder(folder, None, None, 0)
     assert linux.classes == ("C", "a", "b")
     monkeypatch.setattr(PurePath, "__lt__", lambda one, other: str(one).lower() < str(other).lower())  # as on Windows
-    monkeypatch.setattr(os.path, "relpath", lambda *paths: str(PureWindowsPath(Path(paths[0]).relative_to(paths[1]))))
     assert list_folder(folder, None, None, 0) == linux
 
 
@@ -1167,6 +1194,36 @@ def test_folders_of_systems_are_no_classes(tmp_path):
     data = of_folder(folder, tmp_path)
     assert list(data.class_names) == ["cat", "dog"]
     assert sum(map(len, (data.train_set, data.val_set, data.test_set))) == 20
+
+
+def test_what_runs_leave_among_the_pictures_is_no_class(tmp_path):
+    folder = put_classes(tmp_path / "own", cat=20, dog=20)
+    flags = ["--model=lenet", "--data=.", "--max_epochs=1", "--batch_size=8", "--accelerator=cpu"]
+    run = Path("logs", "lenet", "version_0")
+    for number in range(2):
+        answer = run_forked(*flags, folder=folder)
+        assert answer.code == 0, answer.err
+        assert ("logs holds runs, and is left out" in answer.err) == bool(number)
+        names = yaml.safe_load((folder / run.with_name(f"version_{number}") / "config.yaml").read_text())["data"]
+        assert names["class_names"] == ["cat", "dog"]
+        if not number:
+            checkpoint = f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"
+            picture = f"--images={Path('cat', '0.png')}"
+            for more in (["--data=."], [picture]):  # which write a table, and a contact sheet
+                assert run_forked("predict", checkpoint, *more, "--accelerator=cpu", folder=folder).code == 0
+            draw(folder / run / "lr_finder.png")  # of --lr auto
+    assert {path.name for path in folder.iterdir()} == {"cat", "dog", "data", "logs", "outputs"}
+
+
+def test_a_cache_beside_classes_or_parts_is_no_class(tmp_path):
+    for folder in (put_classes(tmp_path / "own", cat=6, dog=6), tmp_path / "split"):
+        put_classes(tmp_path / "split" / "train", cat=6, dog=6)
+        for _ in range(2):
+            read_folder.cache_clear()
+            data = PicturesDataModule(str(folder), data_dir=str(folder), image_size=16)
+            data.setup("fit")
+            assert data.class_names == ("cat", "dog")
+        assert (folder / "cache").is_dir()
 
 
 @pytest.mark.parametrize("names", [("training_set", "test_set"), ("TRAIN", "eval"), ("Train_Set", "dev")])
@@ -1226,6 +1283,27 @@ def test_classes_may_bear_the_names_of_splits(tmp_path):
         (
             lambda folder: (put_classes(folder / "train", a=5, b=5), put_classes(folder / "test", c=5)),
             "test/c is a class that the training pictures don't have",
+        ),
+        (
+            lambda folder: (put_classes(folder / "train", a=5, b=5), put_classes(folder, test=5)),
+            r"test holds no pictures in sub-folders named like the classes; sort them so, or move it out of .*own$",
+        ),
+        (
+            lambda folder: (put_classes(folder / "train", a=5, b=5), put_classes(folder, test1=5)),
+            r"train looks like a part, not like a class; move test1 out of .*own; or rename it",
+        ),
+        (
+            lambda folder: (put_classes(folder / "train", a=5, b=5), put_classes(folder, more=5, unlabeled=5)),
+            r"train looks like a part, not like a class; move more, unlabeled out of .*own; or rename it",
+        ),
+        (
+            lambda folder: (put_classes(folder / "train", train=5), put_classes(folder / "test1", test1=5)),
+            r"train looks like a part, not like a class; move test1 out of .*own; or rename it",
+        ),
+        (lambda folder: put_classes(folder, train=5, test1=5), "train has no sub-folders; one for each class"),
+        (
+            lambda folder: (put_classes(folder, a=5, b=5), put_classes(folder / "Test", a=5, b=5)),
+            r"Test looks like a part, not like a class; add a train folder beside it, or move it out of .*own; or",
         ),
         (lambda folder: None, "can't be read: No such file or directory"),
         (
@@ -1347,9 +1425,9 @@ def test_pictures_are_decoded_once_and_anew_when_they_change(tmp_path, monkeypat
     assert not torch.equal(of_folder(folder, tmp_path).train_set.images, before)
     assert len(decoded) == 12
     assert sorted(path for path in folder.rglob("*") if path.is_file()) == files
-    for spoil in (Path.unlink, lambda path: os.truncate(path, 500)):
-        for stored in (tmp_path / "made" / "cache").glob("*.npy"):
-            spoil(stored)
+    for ending, length in (("npy", None), ("npy", 500), ("npy", 0), ("json", None), ("json", 50), ("json", 0)):
+        for stored in (tmp_path / "made" / "cache").glob(f"*.{ending}"):
+            stored.unlink() if length is None else os.truncate(stored, length)
         folders.read_folder.cache_clear()
         assert len(of_folder(folder, tmp_path).train_set) == len(before)
     monkeypatch.undo()
@@ -1377,6 +1455,32 @@ print(len(data.train_set))
     done = python(code, folder, made)
     assert done.stdout == f"{count}\n", done.stderr
     for path in [made, *made.rglob("*")]:
+        path.chmod(0o777)  # so that it can be removed
+
+
+def test_a_set_in_a_folder_that_can_not_be_written_is_decoded_here(open_tmp_path):
+    shared, here = open_tmp_path / "shared", open_tmp_path / "here"
+    put_sample(shared / "MNIST" / "raw", raw=NAMES)
+    here.mkdir()
+    here.chmod(0o777)
+    for path in [*shared.rglob("*"), shared]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    code = """
+del sys.modules["datamodules"]
+from datamodules import PicturesDataModule
+import torchvision
+torchvision.datasets.MNIST(sys.argv[1])  # imports what it needs, from where others may not read
+if os.geteuid() == 0:  # no mode keeps root from writing
+    os.setgroups([]), os.setgid(65534), os.setuid(65534)
+os.chdir(sys.argv[2])
+data = PicturesDataModule(dataset="mnist", data_dir=sys.argv[1], image_size=28)
+data.setup("fit")
+print(len(data.train_set))
+"""
+    done = python(code, shared, here)
+    assert done.stdout == "1350\n", done.stderr
+    assert {path.suffix for path in (here / "data" / "cache").iterdir()} == {".npy", ".json", ".lock"}
+    for path in [shared, *shared.rglob("*")]:
         path.chmod(0o777)  # so that it can be removed
 
 
@@ -1708,6 +1812,43 @@ def test_a_run_knows_the_pictures_it_was_trained_on(tmp_path):
         assert message in answer.err.splitlines()[-1]
 
 
+def test_what_is_drawn_from_the_training_pictures_is_known(tmp_path):
+    for number in range(24):  # each picture has a folder of its own
+        draw(tmp_path / "own" / ("cat", "dog")[number % 2] / str(number) / "a.png", (number, 0, 0))
+    drawn, apart = of_folder(tmp_path / "own", tmp_path), of_folder(PHOTOS, tmp_path)
+    assert drawn.held_out("val") and drawn.held_out("test")
+    assert not apart.held_out("val") and not apart.held_out("test")
+
+
+def test_a_recipes_val_size_is_for_fashion_mnist(tmp_path):
+    folder = put_classes(tmp_path / "own", cat=20, dog=20)
+    common = ["--model=small/lenet", f"--data={folder}", f"--data_dir={tmp_path}", "--accelerator=cpu"]
+    for number, (own, held_out) in enumerate((([], 4), (["--val_size=8"], 8))):
+        trained = run_forked(*common, "--max_epochs=1", *own, folder=tmp_path)
+        assert trained.code == 0, trained.err
+        run = tmp_path / "logs" / "small" / "lenet" / f"version_{number}"
+        assert json.loads((run / "record.json").read_text())["val_images"] == held_out
+        measured = run_forked("validate", *common, f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}", folder=tmp_path)
+        assert f"validate on {held_out} images" in measured.out, measured.err
+        assert "may have been trained on" not in measured.err
+
+
+def test_a_limit_that_leaves_out_classes_is_named(tmp_path, caplog):
+    data = of_folder(put_classes(tmp_path / "own", cat=40, dog=40), tmp_path, eval_batch_size=4)
+    silent: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    silent |= {"enable_checkpointing": False, "enable_model_summary": False, "use_distributed_sampler": False}
+    lit = LitClassifier(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 2)), num_classes=2)
+    for limits in ({"limit_val_batches": 2, "limit_test_batches": 1.0}, {"fast_dev_run": 1}):
+        trainer = pl.Trainer(**silent, **limits)
+        trainer.validate(lit, data, verbose=False)
+        trainer.test(lit, data, verbose=False)
+        assert "leaves out" not in caplog.text
+    pl.Trainer(**silent, limit_test_batches=0.5).test(lit, data, verbose=False)
+    assert "trainer.limit_test_batches=0.5 leaves out the last classes of" in caplog.text
+    pl.Trainer(**silent, limit_val_batches=1).validate(lit, data, verbose=False)
+    assert "trainer.limit_val_batches=1 leaves out the last classes of" in caplog.text
+
+
 def test_a_photograph_is_seen_as_it_was_trained_on(tmp_path):
     """Large JPEGs are decoded at a fraction of their size, which depends on the edge that is asked for."""
     for name in ("cat", "dog"):
@@ -1807,6 +1948,16 @@ def test_a_set_is_fetched_from_a_mirror_once(tmp_path, server, monkeypatch, capf
     fetched = server.requests.copy()
     assert torch.equal(of_set(tmp_path, "mnist", image_size=28).val_set.images, data.val_set.images)
     assert server.requests == fetched
+
+
+def test_letters_that_lie_on_their_sides_are_put_upright(tmp_path):
+    raw = tmp_path / "EMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in NAMES:  # the sample of Fashion-MNIST, whose files are in the same format
+        as_digits = name.replace("train-", "emnist-digits-train-").replace("t10k-", "emnist-digits-test-")
+        (raw / as_digits).write_bytes(gzip.decompress((SAMPLE / f"{name}.gz").read_bytes()))
+    data = of_set(tmp_path, "emnist_digits")
+    assert torch.equal(data.test_set.images[:, 0], load(DATA, "test")[0].mT)
 
 
 @pytest.mark.parametrize(("manner", "problem"), [("truncated", "corrupted"), ("web_page", "corrup")])

@@ -9,8 +9,9 @@ import sys
 import threading
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -20,6 +21,10 @@ from commands import DATA, ENVIRONMENT, run_forked
 from nbclient import NotebookClient
 from tree_sitter import Language, Parser
 
+import compare
+import demo
+import export
+import sweep
 from cli.command import parse_command_line
 from docs.course import exercises
 from docs.course.check import COURSE, TEXTS, findings
@@ -27,6 +32,7 @@ from docs.course.check import main as check_answer
 from docs.drawing import build
 from docs.make_docs import main as make_docs
 from inspection.receptive_field import WHOLE, receptive_fields
+from inspection.table import describe
 
 PROJECT = Path(__file__).parents[1]
 DOCS = PROJECT / "docs"
@@ -39,15 +45,30 @@ NOTEBOOK = PROJECT / "notebooks" / "walkthrough.ipynb"
 CHINESE_NOTEBOOK = NOTEBOOK.with_suffix(".zh-CN.ipynb")
 
 
-def commands(page: Path) -> Iterator[list[str]]:
-    """The arguments of every `train.py` in the page's bash blocks."""
+def commands(page: Path, program: str = "train.py") -> Iterator[list[str]]:
+    """The arguments of every call of a program in the page's bash blocks."""
     for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
-            if "train.py" in words:
-                yield words[words.index("train.py") + 1 :]
+            if program in words:
+                yield words[words.index(program) + 1 :]
 
 
+# What the other programs do with their arguments before anything is imported or read.
+PARSERS: dict[str, Callable[[list[str]], Any]] = {
+    "compare.py": compare.parse,
+    "sweep.py": sweep.parse,
+    "export.py": export.parser().parse_args,
+    "demo.py": demo.parser().parse_args,
+}
+OTHERS = sorted(
+    {
+        (name, *words)
+        for page in (*PAGES, *CHINESE_PAGES, *READMES)
+        for name in PARSERS
+        for words in commands(page, name)
+    }
+)
 DOCS_COMMANDS = sorted({tuple(command) for page in PAGES if page not in GUIDES for command in commands(page)})
 
 
@@ -165,6 +186,13 @@ def test_the_readmes_commands_are_understood(page: Path, tmp_path: Path, monkeyp
         parse_command_line(command)
 
 
+@pytest.mark.parametrize("command", OTHERS, ids=" ".join)
+def test_the_other_programs_commands_are_understood(command: tuple[str, ...]) -> None:
+    assert {name for name, *_ in OTHERS} == set(PARSERS)
+    name, *arguments = command
+    assert PARSERS[name](arguments)
+
+
 def buildable(page: Path) -> Iterator[tuple[str, ...]]:
     """The trainings in a page, with what this machine lacks left out; others are run in the other tests."""
     for command in commands(page):
@@ -189,9 +217,9 @@ def test_the_readmes_trainings_are_valid(arguments: tuple[str, ...], tmp_path: P
 @pytest.mark.slow
 def test_the_two_files_of_the_guide_are_a_network_and_its_recipe(tmp_path: Path) -> None:
     for room in PROJECT.iterdir():
-        if room.name in ("train.py", "errors.py"):
+        if room.suffix in (".py", ".toml"):
             shutil.copy(room, tmp_path)
-        elif room.name == "configs" or (room / "__init__.py").exists():
+        elif room.name in ("configs", "tests") or (room / "__init__.py").exists():
             leave = shutil.ignore_patterns("*.ckpt", "__pycache__", "results", "images")
             shutil.copytree(room, tmp_path / room.name, ignore=leave)
     text = (DOCS / "guide.md").read_text(encoding="utf-8").partition("### Add a network")[2]
@@ -208,6 +236,10 @@ def test_the_two_files_of_the_guide_are_a_network_and_its_recipe(tmp_path: Path)
     assert "Test on 500 images" in train("--model", "mine", "--val_size", "200", "--max_epochs", "1")
     best = "logs/mine/version_0/checkpoints/best.ckpt"
     assert "test on 500 images" in train("test", "--ckpt_path", best)  # trusted: its class lies in models/
+    recipes = "tests/test_launch.py::test_every_recipe_is_built"  # the tests go on to pass
+    tested = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", f"{recipes}[mine]"]
+    done = subprocess.run(tested, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    assert "1 passed" in done.stdout, done
 
 
 def powershell(text: str) -> list[str]:
@@ -341,6 +373,10 @@ def test_answers_that_are_nearly_right_are_not_accepted(tmp_path: Path) -> None:
     )
     found = findings("alexnet-2", tmp_path / "each.py")  # each image by its own
     assert [finding.text for finding in found if not finding.right] == ["known"]
+    recipe = (COURSE / "solutions" / "nin_2.yaml").read_text(encoding="utf-8")
+    other = recipe.replace("models.nin.NiN\n", "models.nin.NiN\n    init_args: {dropout: 0.0}\n")
+    (tmp_path / "other.yaml").write_text(other, encoding="utf-8")
+    assert [finding.text for finding in findings("nin-2", tmp_path / "other.yaml")] == ["kept"]  # a NiN of its own
 
 
 def test_every_finding_is_told_in_both_languages() -> None:
@@ -418,6 +454,20 @@ def test_the_receptive_field_of_an_adaptive_pooling(windows: int, field: int) ->
     assert receptive_fields(net, (1, 28, 28))["1"] == field
 
 
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (torch.nn.Conv2d(1, 1, 11, stride=4), "Conv2d 11×11 stride 4"),
+        (torch.nn.Conv2d(1, 1, (1, 7)), "Conv2d 1×7"),
+        (torch.nn.Conv2d(1, 1, (3, 5), stride=(1, 2)), "Conv2d 3×5 stride 1×2"),
+        (torch.nn.MaxPool2d((2, 1)), "MaxPool2d 2×1 stride 2×1"),
+        (torch.nn.AvgPool2d(3, stride=1), "AvgPool2d 3×3"),
+    ],
+)
+def test_a_layer_is_named_with_both_sides(layer: torch.nn.Module, words: str) -> None:
+    assert describe(layer) == words
+
+
 PAIRS = [tuple(READMES), *((page, DOCS / "zh-CN" / page.name) for page in PAGES)]
 
 
@@ -482,12 +532,13 @@ def test_the_chinese_notebook_has_the_code_of_the_english_one() -> None:
 
 
 def test_the_messages_are_those_of_the_code() -> None:
-    folders = ("cli", "launch", "checkpoints", "datamodules", "callbacks", "weights")
+    folders = ("cli", "launch", "checkpoints", "datamodules", "callbacks", "weights", "models")
     files = [PROJECT / "errors.py", *(path for folder in folders for path in (PROJECT / folder).rglob("*.py"))]
     source = re.sub(r'"\s*f?"', "", "".join(path.read_text(encoding="utf-8") for path in files))
     source = re.sub(r"{.*?}", "…", source)
-    listed = re.findall(r"^\| `(.+?)` \|", (DOCS / "messages.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert len(listed) > 10
+    pages = [DOCS / "messages.md", DOCS / "zh-CN" / "messages.md"]
+    listed, chinese = (re.findall(r"^\| `(.+?)` \|", page.read_text(encoding="utf-8"), re.MULTILINE) for page in pages)
+    assert len(listed) > 10 and chinese == listed
     for message in listed:
         for part in filter(None, message.split("…")):
             assert part.strip() in source, message

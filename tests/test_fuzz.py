@@ -9,10 +9,13 @@ import gzip
 import hashlib
 import io
 import json
+import math
+import os
 import shutil
+import struct
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +235,24 @@ def test_any_bytes_as_idx(content: bytes, shape: tuple[int, ...]) -> None:
         assert _parse_idx(content, shape).shape[1:] == shape
 
 
+@MANY
+@given(
+    st.lists(st.integers(0, 10), max_size=24).map(bytes) | st.binary(max_size=24),
+    st.sampled_from([(), (2, 3)]),
+    st.integers(-1, 1),
+)
+def test_idx_files_are_read_if_the_header_counts_right(content: bytes, shape: tuple[int, ...], more: int) -> None:
+    """Labels, and images of 2x3 pixels."""
+    size = math.prod(shape)
+    count = max(0, len(content) // size + more)
+    header = struct.pack(f">4B{1 + len(shape)}I", 0, 0, 8, 1 + len(shape), count, *shape)
+    right = 0 < len(content) == count * size and (shape or max(content) <= 9)
+    try:
+        assert bytes(_parse_idx(header + content, shape).flatten().tolist()) == content and right
+    except ValueError:
+        assert not right
+
+
 @pytest.fixture(scope="module")
 def saved(folder: Path) -> bytes:
     state = {"state_dict": {"weights": torch.arange(3000.0)}, "config": "model: {}", "epoch": 3}
@@ -286,10 +307,50 @@ WATCHED: list[list[str]] = []  # what happens is added to the last one, while th
 @pytest.fixture(scope="module")
 def audit(folder: Path) -> None:
     def see(event: str, args: tuple[Any, ...]) -> None:
-        if WATCHED and (seen := noticed(event, args, folder / "none")):
+        if WATCHED and (seen := noticed(event, args, folder / "mine")):
             WATCHED[-1].append(seen)
 
     sys.addaudithook(see)  # for good: a hook can't be taken away
+
+
+@pytest.mark.parametrize("place", ["mine", "mine-not", "."])
+@pytest.mark.usefixtures("audit")
+def test_every_change_outside_of_the_allowed_folder_is_noticed(folder: Path, place: str) -> None:
+    target, source = folder / place / "target", folder / "mine" / "source"
+    target.parent.mkdir(exist_ok=True)
+    source.parent.mkdir(exist_ok=True)
+    link = source.with_name("link")
+    new: list[Callable[[], Any]] = [
+        lambda: source.rename(target),
+        lambda: source.replace(target),
+        lambda: shutil.move(source, target),
+        lambda: shutil.copy(source, target),
+        lambda: target.hardlink_to(source),
+        lambda: target.symlink_to(source),
+        target.touch,
+        target.mkdir,
+    ]
+    old: list[Callable[[], Any]] = [
+        lambda: link.hardlink_to(target),
+        lambda: link.symlink_to(target),
+        lambda: target.chmod(0o600),
+        lambda: os.utime(target, (0, 0)),
+        lambda: os.truncate(target, 0),
+        target.unlink,
+    ]
+    for number, change in enumerate([*new, *old]):
+        source.touch()
+        if change in old:
+            target.touch()
+        seen: list[str] = []
+        WATCHED.append(seen)
+        try:
+            change()
+        finally:
+            WATCHED.pop()
+        assert bool(seen) == (place != "mine"), number
+        for path in (target, source, link):
+            path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def mutated(content: Any, where: float, kind: str, value: Any, name: str) -> Any:

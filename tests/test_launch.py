@@ -33,6 +33,7 @@ import slurm
 import torch
 import yaml
 from commands import DATA, ENVIRONMENT, REPO, Answer, run, run_forked
+from filelock import FileLock
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import cpu
@@ -55,6 +56,7 @@ from stoppable import (
 from torch import nn
 from torch.utils.data import DataLoader
 
+import cli.recipes as recipe_files
 from callbacks.ema import EMA
 from callbacks.lr_curve import Curve, plot
 from checkpoints.reading import read_checkpoint
@@ -62,7 +64,6 @@ from cli.command import Command
 from cli.recipes import recipes
 from datamodules import CLASS_NAMES, FashionMNISTDataModule, class_of
 from errors import RunError, UserError
-from launch import own_pictures
 from launch.launchers import take_over_processes
 from launch.learning_rate import STEPS, find_learning_rate
 from launch.memory import advice, is_out_of_memory, largest_batch_size
@@ -466,7 +467,7 @@ def test_a_recipe_of_the_users_own(tmp_path):
 
 
 def _recipes_are_here():
-    own_pictures.PROJECT = Path.cwd()
+    recipe_files.PROJECT = Path.cwd()
 
 
 def _no_psutil():
@@ -677,6 +678,14 @@ def test_a_run_goes_on_in_the_precision_that_it_began_in(tmp_path, recipe):
     assert "precision 32-true" in out
 
 
+def test_the_precision_of_a_run_outlives_that_of_its_recipe(tmp_path):
+    run = ["fit", "--model=fast/30s", *LENET[2:], *FAST, "--accelerator=cpu"]
+    assert "precision 32-true" in good(run_forked(*run, "--precision=32", folder=tmp_path))
+    for more, precision in (([], "32-true"), (["--precision=bf16-mixed"], "bf16-mixed")):
+        answer = run_forked(*run, "--ckpt_path=last", *more, folder=tmp_path, prepare=_bfloat16)
+        assert f"precision {precision}" in good(answer)
+
+
 @pytest.mark.parametrize(("precision", "recipe"), [("bf16-true", "lenet"), ("64-true", "best/lenet")])
 def test_weights_may_have_another_precision_than_float32(tmp_path, precision, recipe):
     """With class weights, and with averages where these can move; losses are summed in float64 all the same."""
@@ -740,6 +749,14 @@ HEAVY = {
     "prefix of a long flag": (
         "--trainer.max_epoch 3",
         "unknown flag --trainer.max_epoch; did you mean --trainer.max_epochs?",
+    ),
+    "batch that normalises nothing": (
+        "--model.net models.googlenet.GoogLeNet --model.net.batch_norm true --image_size 32 --batch_size 1",
+        "Expected more than 1 value per channel",
+    ),
+    "layers that ImageNet's network has not": (
+        "--pretrained --model.net models.vgg.VGG --model.net.pool_first true --image_size 64",
+        "is missing in this network",
     ),
     "misspelt group": ("--model.nett 3", "unknown flag --model.nett; did you mean --model.net?"),
     "misspelt argument": ("--model.net.paddin 1", "unknown setting model.net.paddin; did you mean padding?"),
@@ -994,6 +1011,63 @@ def test_no_flipped_bit_passes_unnoticed(trained, tmp_path):
             assert torch.equal(content["state_dict"][name], tensor), f"byte {offset} changed {name}"
         assert content["config"] == whole["config"]
     assert refused > 100
+
+
+def test_a_network_is_measured_on_images_like_those_that_it_was_trained_on(tmp_path):
+    """Also where a recipe, which the last run has to be found by, says otherwise."""
+    data = [*LENET[2:], "--accelerator=cpu"]
+    own = ["--model=small/googlenet", "--image_size=40", "--data.mean=0.4", "--val_size=100"]
+    good(run_forked("fit", *data, *FAST, *own, folder=tmp_path))
+    best = "logs/small/googlenet/version_0/checkpoints/best.ckpt"
+    for subcommand in ("test", "validate"):
+        right = good(run_forked(subcommand, f"--ckpt_path={best}", *data[:2], folder=tmp_path))
+        for more in ([], ["--model=small/googlenet"]):
+            where = "--ckpt_path=last" if more else f"--ckpt_path={best}"
+            assert good(run_forked(subcommand, *more, where, *data[:2], folder=tmp_path)) == right
+        other = ["--model=small/googlenet", "--ckpt_path=last", "--image_size=32"]
+        assert good(run_forked(subcommand, *other, *data[:2], folder=tmp_path)) != right
+    (tmp_path / "place.yaml").write_text(yaml.safe_dump({"data": {"data_dir": str(DATA)}}))
+    answer = run_forked("fit", "--config=place.yaml", folder=tmp_path)
+    assert answer.code == 2 and "no network is named: add --model RECIPE" in answer.err
+    assert good(run_forked("validate", f"--ckpt_path={best}", "--config=place.yaml", folder=tmp_path)) == right
+
+
+def test_pictures_of_ones_own_are_measured_like_those_trained_on(tmp_path):
+    """With the recipe as without it: grey ones by a network for colours, in which a class is missing."""
+    run = f"--model photos/10min --image_size 32 --data {DATA / 'photos'} --accelerator cpu --max_epochs 1"
+    assert run_forked("fit", *run.split(), "--data.fit=pad", folder=tmp_path).code == 0
+    for number, picture in enumerate(sorted((DATA / "photos").rglob("*.jpg"))[:3]):
+        folder = tmp_path / "grey" / "test" / picture.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.open(picture).convert("L").save(folder / f"{number}.png")
+    best = "logs/photos/10min/version_0/checkpoints/best.ckpt"
+    measured = [
+        run_forked("test", *which.split(), "--data", "grey", "--accelerator=cpu", folder=tmp_path)
+        for which in (f"--ckpt_path {best}", "--model photos/10min --ckpt_path last")
+    ]
+    assert measured[0] == measured[1] and measured[0].code == 0, measured
+    command = ["predict", "--model=photos/10min", "--ckpt_path=last", "--images=grey", "--accelerator=cpu"]
+    assert run_forked(*command, folder=tmp_path).code == 0
+
+
+def test_a_folder_in_which_a_process_trains_is_left_to_it(tmp_path):
+    run = ["fit", *LENET, *FAST, "--accelerator=cpu"]
+    good(run_forked(*run, folder=tmp_path))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.ckpt")}
+    with FileLock(tmp_path / "logs/lenet/version_0/.lock"):
+        answer = run_forked(*run, "--ckpt_path=last", folder=tmp_path)
+    assert (answer.code, answer.err.count("\n")) == (2, 1), answer
+    assert "another process is training in logs/lenet/version_0" in answer.err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.ckpt")} == before
+    good(run_forked(*run, "--ckpt_path=last", folder=tmp_path))
+
+
+def test_a_schedule_that_moves_with_the_recipes_batches_is_mentioned(tmp_path):
+    run = [*LENET, "--model.scheduler=torch.optim.lr_scheduler.StepLR", "--model.scheduler.step_size=2"]
+    answer = run_forked(*run, "--print_model", folder=tmp_path)
+    assert answer.code == 0 and "StepLR moves after each batch" in answer.err
+    for interval in ("step", "epoch"):
+        good(run_forked(*run, f"--model.scheduler_interval={interval}", "--print_model", folder=tmp_path))
 
 
 def test_a_setting_that_contradicts_the_checkpoint(trained, tmp_path):

@@ -524,7 +524,7 @@ class Losses(Callback):
 
 
 def tutorial_data(image_size: int, batch_size: int, **settings) -> FashionMNISTDataModule:
-    return FashionMNISTDataModule("tests/data", batch_size, image_size, val_size=100, **settings)
+    return FashionMNISTDataModule(str(DATA), batch_size, image_size, val_size=100, **settings)
 
 
 def trainer_losses(net, image_size, batch_size, lr, precision, **settings) -> list[float]:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from chromium import Page, find_chromium
-from commands import DATA, ENVIRONMENT, REPO, run_forked
+from commands import DATA, ENVIRONMENT, REPO, run_forked, whole_set
 from conftest import train_once
 from PIL import Image, ImageDraw, ImageFont
 
@@ -28,7 +28,7 @@ import demo
 from cli.command import parse_command_line
 from cli.flags import PREDICT_FLAGS, help_text
 from datamodules import CLASS_NAMES, FashionMNISTDataModule
-from datamodules.files.finding import NAMES, SYSTEM_DIR, load
+from datamodules.files.finding import SYSTEM_DIR, load
 from datamodules.files.pictures import LONGEST_EDGE, PictureError, find_pictures, read_picture
 from errors import UserError
 from inspection.layer_cam import explained_stage, layer_cam
@@ -43,7 +43,6 @@ from pictures.sheet import fitting, legible
 # ---- One's own pictures: what is read, what the network gets to see, and what it makes of them.
 
 EDGE = 300
-FULL = all((SYSTEM_DIR / f"{name}.gz").exists() for name in NAMES)
 
 
 def shirt(draw, ink):
@@ -321,9 +320,9 @@ def checkpoint():
 
 @pytest.fixture(scope="module")
 def full_checkpoint(tmp_path_factory):
-    if not FULL:
-        pytest.skip(f"the full data set is not in {SYSTEM_DIR}")
-    return train_once("full", tmp_path_factory, "--model=lenet", "--max_epochs=2", f"--data_dir={SYSTEM_DIR}").best
+    if (folder := whole_set()) is None:
+        pytest.skip(f"the full data set lies neither in data/ nor in {SYSTEM_DIR}")
+    return train_once("full", tmp_path_factory, "--model=lenet", "--max_epochs=2", f"--data_dir={folder}").best
 
 
 def classify(path, images):
@@ -348,7 +347,7 @@ def test_photographs_of_the_sample_are_recognized_like_the_originals(checkpoint)
 @pytest.mark.slow
 @pytest.mark.long
 def test_photographs_of_the_full_set_are_recognized_like_the_originals(full_checkpoint):
-    images, labels = load(SYSTEM_DIR, "test")
+    images, labels = load(whole_set(), "test")
     originals, photographs = accuracies(full_checkpoint, images[:1500].numpy(), labels[:1500])
     assert originals > 0.84
     assert photographs > originals - 0.01
@@ -857,7 +856,11 @@ def the_first_stroke_is_answered(browser, networks):
     box = "document.querySelector('#drawing canvas').getBoundingClientRect()"
     left, top = browser.evaluate(f"[{box}.left, {box}.top]")
     browser.drag((left + 60, top + 150), (left + 160, top + 150), (left + 260, top + 150))
-    browser.wait(f"{SHOWN} > 1 && {ANSWERS}.filter(rows => rows.length).length == {networks}")
+    answered = f"{SHOWN} > 1 && {ANSWERS}.filter(rows => rows.length).length == {networks}"
+    browser.wait(answered)
+    for tab, shown in ((0, f"{SHOWN} == 0"), (-1, answered)):  # each with its own picture
+        browser.evaluate(f"[...document.querySelectorAll('button[role=tab]')].at({tab}).click()")
+        browser.wait(shown)
     browser.evaluate("document.querySelector('#drawing button').click()")
     browser.wait(f"{SHOWN} == 0")
 

@@ -33,16 +33,17 @@ from PIL import Image
 import compare
 import sweep
 from benchmarks.harness.side_by_side import RESULTS
+from cli.command import parse_command_line
 from cli.recipes import resolved
 from datamodules import CLASS_NAMES, PicturesDataModule
 from errors import UserError
 from models import AlexNet
 from runs import report, training
 from runs import sweeps as sweeping
-from runs.differences import critical, difference, differences, mcnemar, seeds_needed, two_sided
+from runs.differences import Difference, critical, difference, differences, mcnemar, seeds_needed, two_sided
 from runs.groups import Group, fold, wilson
 from runs.names import class_defaults, name_all, recipe_settings
-from runs.plots import _class_accuracy, _scatter
+from runs.plots import _class_accuracy, _scatter, draw, draw_trials
 from runs.reading import Run as Record
 from runs.reading import find_runs, matches
 from runs.record import SCHEMA, machine, pack_right, unpack_right
@@ -434,6 +435,28 @@ def test_a_group_left_out_of_a_plot_leaves_the_others_their_numbers(logs: Path) 
     figure = _scatter(groups, [1.0, None, 3.0], "x")
     names = [text.get_text().split()[0] for text in figure.legends[0].get_texts()]
     assert names == ["1", "3"]
+
+
+def test_no_two_ticks_of_a_plot_are_labelled_alike(
+    trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    drawn, save = [], figure.savefig
+    monkeypatch.setattr(
+        figure, "savefig", lambda self, *given, **named: drawn.append((self, save(self, *given, **named)))
+    )
+    record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
+    for epoch, accuracy in zip(record["epochs"], (0.914, 0.916, 0.917), strict=True):
+        epoch |= {"train/accuracy": accuracy, "val/accuracy": accuracy}
+    write(tmp_path / "run", record, accuracy=0.9)
+    draw(fold(find_runs([tmp_path])), tmp_path)
+    tried = [({"data.batch_size": "64"}, 0.9118), ({"data.batch_size": "128"}, 0.9114)]
+    draw_trials({"data.batch_size": Choice(("64", "128"))}, tried, tmp_path / "trials.png")
+    assert len(drawn) >= 4
+    for axes in [axes for one, _ in drawn for axes in one.axes]:
+        for axis in (axes.xaxis, axes.yaxis):
+            labels = [label.get_text() for label in axis.get_ticklabels() if label.get_text()]
+            assert len(set(labels)) == len(labels), labels
 
 
 def test_runs_behind_links_are_found_once(trained: Run, tmp_path: Path) -> None:
@@ -917,13 +940,45 @@ def test_seeds_needed(image_variance: float, comparisons: int, seeds: int | None
     assert seeds_needed(0.002**2, image_variance, comparisons) == seeds
 
 
-def test_many_comparisons_are_corrected(logs: Path) -> None:
-    groups = fold(find_runs([logs]))
-    alone = [difference(groups[0], other).p for other in groups[1:]]
-    for best_first, factor in ((True, 3), (False, 2)):
-        together = [one.p for one in differences(groups, best_first)]
-        assert together == sorted(together, reverse=True)
-        assert min(together) == pytest.approx(min(1, factor * min(alone)))
+@pytest.mark.parametrize(
+    ("alone", "best_first", "together"),
+    [
+        ((0.02, 0.01), True, [0.03, 0.03]),  # 1.5 x 0.02 and 3 x 0.01
+        ((0.02, 0.01), False, [0.02, 0.02]),  # as they are and 2 x 0.01
+        ((0.011, 0.01), True, [0.03, 0.03]),  # no less than that of the larger difference
+        ((0.9, 0.5), True, [1, 1]),
+    ],
+)
+def test_many_comparisons_are_corrected(
+    alone: tuple[float, ...], best_first: bool, together: list[float], logs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *others = fold(find_runs([logs]))[:3]
+    left = dict(zip(map(id, others), alone, strict=True))
+    monkeypatch.setattr(
+        "runs.differences.difference", lambda one, other, _: Difference(one, other, 0.1, left[id(other)], True, None)
+    )
+    found = differences([first, *others], best_first)
+    assert [one.second for one in found] == others
+    assert [one.p for one in found] == pytest.approx(together)
+
+
+def test_what_is_more_than_chance_is_said_with_the_seeds_that_show_less(
+    trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
+    for recipe, wrong in (("better", (50, 51, 52)), ("worse", (100, 102, 104)), ("equal", (50, 52, 54))):
+        for seed, count in enumerate(wrong):
+            right = [not 110 * seed <= image < 110 * seed + count for image in range(500)]  # each seed in its own way
+            one = copy.deepcopy(record) | {"recipe": recipe}
+            one["test"]["right"] = pack_right(right)
+            write(tmp_path / recipe / str(seed), one, seed=seed, accuracy=sum(right) / 500)
+    out = []
+    for other in ("worse", "equal"):
+        assert compare.main([str(tmp_path / "better"), str(tmp_path / other)]) == 0
+        out.append(" ".join(capsys.readouterr().out.split()))
+    assert re.search(r"better\*? over worse\*?: 10\.20 points, more than chance \(p < 0\.0001\)", out[0])
+    assert re.search(r"To see 0\.2 points takes \d+ seeds of each\.", out[0])
+    assert "may be chance (p = " in out[1] and "more than chance" not in out[1]
 
 
 @pytest.mark.parametrize("count", [5, 10])
@@ -1152,8 +1207,29 @@ def test_a_sweep_outlives_a_failing_trial_and_goes_on_after_ctrl_c(tmp_path: Pat
     assert shaping(yaml.safe_load(printed.stdout)) == {name: value for name, value in wanted.items() if value}
     best = max(epoch["val/accuracy"] for epoch in run.record["epochs"])
     header = (tmp_path / "mine.yaml").read_text(encoding="utf-8")
-    assert f"Expected: {best:.4f} validation accuracy" in header
+    epoch = next(epoch["epoch"] for epoch in run.record["epochs"] if epoch["val/accuracy"] == best)
+    assert f"Expected: {best:.4f} validation accuracy (epoch {epoch}); not measured on the test images" in header
     assert "--pruner" in header
+
+
+def test_a_recipe_names_no_epoch_whose_accuracy_it_does_not_have(trained: Run, tmp_path: Path) -> None:
+    record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
+    request = sweep.parse(["lenet", "--space", "lr=1,2"])
+    command = parse_command_line(["fit", "--model", "lenet"])
+    assert request is not None and command is not None
+    for number, epoch in enumerate(record["epochs"]):
+        epoch["val/accuracy"] = 0.8 + number / 100
+    for best, said in ((0.81, "0.8100 validation accuracy (epoch 2);"), (0.83, "0.8300 validation accuracy;")):
+        trial = optuna.trial.create_trial(value=best)
+        sweeping._write_recipe(tmp_path / "best.yaml", record, trial, request, command, request.space)
+        assert f"# Expected: {said} not measured" in (tmp_path / "best.yaml").read_text(encoding="utf-8")
+
+
+def test_a_recipe_is_written_into_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # Windows'
+    request = sweep.parse(["lenet", "--space", "lr=1,2", "--output=~/best.yaml"])
+    assert request is not None and request.output == tmp_path / "best.yaml"
 
 
 def test_a_bad_trial_is_given_up(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """The house as it is built: which room imports which, how large its parts are, and what stays light."""
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -41,10 +43,13 @@ CORE_LINES, FILE_LINES, CLASS_LINES, FUNCTION_LINES, CLI_LINES = 1300, 350, 215,
 @cache
 def product() -> tuple[Path, ...]:
     """Every Python file of the project, tests and benchmarks aside."""
-    listed = subprocess.run(
-        ["git", "-c", "safe.directory=*", "ls-files", "*.py"], cwd=REPO, capture_output=True, text=True, check=True
-    )
-    paths = [Path(name) for name in listed.stdout.split()]
+    try:
+        command = ["git", "-c", "safe.directory=*", "ls-files", "*.py"]
+        listed = subprocess.run(command, cwd=REPO, capture_output=True, text=True).stdout.split()
+    except OSError:
+        listed = []  # no git
+    found = [*REPO.glob("*.py"), *(path for room in REPO.glob("*/__init__.py") for path in room.parent.rglob("*.py"))]
+    paths = [Path(name) for name in listed] or [path.relative_to(REPO) for path in found]  # no repository, but a ZIP
     return tuple(path for path in paths if path.parts[0] not in ("tests", "benchmarks") and (REPO / path).exists())
 
 
@@ -73,6 +78,28 @@ def own_imports(path: Path) -> set[str]:
     """Those of other rooms of this project."""
     rooms = {room(path) for path in product()} | {"tests", "benchmarks"}
     return {name for name in imports(path) if name.partition(".")[0] in rooms - {room(path)}}
+
+
+@pytest.mark.parametrize("path", ["", os.environ["PATH"]], ids=["without git", "without a repository"])
+def test_what_is_downloaded_without_its_history_has_the_same_files(tmp_path: Path, path: str) -> None:
+    for file in (*product(), Path("tests/test_structure.py")):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPO / file, tmp_path / file)
+    (tmp_path / ".venv" / "package").mkdir(parents=True)
+    (tmp_path / ".venv" / "package" / "__init__.py").touch()
+    command = [sys.executable, "-c", "import test_structure; print(*test_structure.product())"]
+    environment = os.environ | {"PATH": path}
+    done = subprocess.run(command, cwd=tmp_path / "tests", env=environment, capture_output=True, text=True, timeout=60)
+    assert sorted(done.stdout.split()) == sorted(map(str, product())), done.stderr
+
+
+def test_no_test_is_part_of_the_shells_job() -> None:
+    job = "SLURM_NTASKS RANK LOCAL_RANK WORLD_SIZE NODE_RANK GROUP_RANK MASTER_ADDR TORCHELASTIC_RUN_ID PL_GLOBAL_SEED"
+    held = dict.fromkeys([*job.split(), "FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS", "LINES"], "2")
+    command = [sys.executable, "-c", "import conftest, commands; print(*commands.ENVIRONMENT)"]
+    environment = os.environ | held | {"PYTHONPATH": str(REPO)}
+    done = subprocess.run(command, cwd=REPO / "tests", env=environment, capture_output=True, text=True, timeout=60)
+    assert "OMP_NUM_THREADS" in done.stdout.split() and not held.keys() & set(done.stdout.split()), done.stderr
 
 
 def test_every_room_has_its_rule() -> None:

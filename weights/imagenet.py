@@ -9,10 +9,10 @@ from pathlib import Path
 from urllib.error import HTTPError, URLError
 
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models
 
+from datamodules.files.finding import locked
 from errors import UserError, one_line
 
 TIMEOUT = 30.0  # seconds without a byte
@@ -63,7 +63,7 @@ def start_from_imagenet(net: nn.Module, mean: float, std: float) -> str:
     net.load_state_dict(taken, strict=False)
     what = "convolutions and hidden layers; the last layer is new"
     if not hidden_too:
-        what = "convolutions; the classifier is new, since ImageNet's takes images of 224x224"
+        what = "convolutions; the classifier is new: ImageNet's has hidden layers for images of 224x224"
     return f"Starting from {weights}: {what}"
 
 
@@ -85,9 +85,14 @@ def _weights_for(net: nn.Module) -> WeightsEnum:
         fits = [tuple(tensor.shape)]
         if key == f"{FIRST}.weight":
             fits.append((tensor.shape[0], 1, *tensor.shape[2:]))
-        if key.startswith("features.") and own.get(key) not in fits:
+        if key.startswith("features.") and key not in own:
             raise UserError(
-                f"--pretrained needs a VGG of full width: {key} is {own.get(key, 'missing')} in this network, "
+                f"--pretrained needs the layers of ImageNet's VGG: {key} is missing in this network; leave its blocks "
+                "and pool_first as they are, or leave --pretrained out"
+            )
+        if key.startswith("features.") and own[key] not in fits:
+            raise UserError(
+                f"--pretrained needs a VGG of full width: {key} is {own[key]} in this network, "
                 f"{tuple(tensor.shape)} in ImageNet's; set width_divisor to 1, or leave --pretrained out"
             )
     return get_model_weights(name)["IMAGENET1K_V1"]
@@ -110,7 +115,7 @@ def _state_dict(weights: WeightsEnum) -> dict[str, Tensor]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # A file that is there is complete, and its folder may be read-only: no lock.
-        with nullcontext() if path.exists() else FileLock(f"{path}.lock"):
+        with nullcontext() if path.exists() else locked(Path(f"{path}.lock"), tolerated=()):
             if path.exists():
                 _verify(path)  # torch.hub verifies only what it fetches
             return weights.get_state_dict(

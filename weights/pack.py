@@ -97,6 +97,8 @@ def pack(ckpt_path: Path, output: Path | None, record_path: Path | None, data_di
         checkpoint["out_of_distribution"] = _fit_out_of_distribution(classifier, data)
     with written_aside(output) as partial:  # not listed, so that it can be loaded before it is
         torch.save(_small(checkpoint), partial)
+        epoch = checkpoint.get("epoch", 0) + 1
+        del checkpoint  # Windows replaces no file that is mapped, and `output` may be the one it was read from
         classifier, data = load_trained(partial)[:2]
         data.data_dir = data_dir
         scores, images = _measure(classifier, data)
@@ -114,7 +116,7 @@ def pack(ckpt_path: Path, output: Path | None, record_path: Path | None, data_di
         entry = {
             "recipe": recipe,
             "seed": record.get("seed"),
-            "epoch": checkpoint.get("epoch", 0) + 1,
+            "epoch": epoch,
             "epochs": record.get("max_epochs"),
             **scores,
             "bytes": partial.stat().st_size,

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import OneLineParser, UserError, printed_error
+from runs.flags import at_least_one
 from runs.record import commit, machine, peak_memory, write_json
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -309,6 +310,7 @@ class Parser(OneLineParser):
 
     def __init__(self, description: str | None, budget: float, flags: bool = False) -> None:
         super().__init__(description=description, allow_abbrev=False)
+        self.register("type", int, at_least_one)  # a number of seeds, steps or images
         self.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
         self.add_argument("--seconds", type=float, default=budget, help="time budget (default: %(default)g)")
         self.add_argument("--data_dir", type=Path, default=Path("data"), help="folder of Fashion-MNIST (default: data)")

@@ -91,7 +91,7 @@ def draw(found: Sequence[Point], path: Path) -> None:
         fill = "#555555" if device == "gpu" else "white"
         symbol: Any = {"color": "#555555", "markerfacecolor": fill, "marker": marker, "ls": ""}
         handles.append(Line2D([], [], label=f"on {machine}", **symbol))
-    axes.legend(handles=handles, loc="lower right", frameon=False, fontsize=9)
+    axes.legend(handles=handles, loc="best", frameon=False, fontsize=9)
     _label(figure, axes, found)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={DIGEST: digest(found)})

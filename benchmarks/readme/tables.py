@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, mean, median
 from typing import Any, NamedTuple
 
 import jinja2
@@ -202,7 +202,8 @@ def _ablation(network: str, results: Results, language: Language) -> str:
             continue  # the network as it is has no record yet
         plain, *changed = groups
         found = differences([groups[entry] for entry in (plain, *changed)], best_first=False)
-        sizes = [(100 * -one.size, one.p < LEVEL) for one in found]
+        means = [mean(accuracies(group.runs)) for group in groups.values()]
+        sizes = [(100 * (own - means[0]), one.p < LEVEL) for own, one in zip(means[1:], found, strict=True)]
         points = [f"{'+' if size > 0 else '−'}{down(abs(size), 1)}" for size, _ in sizes]
         marks = [
             "",

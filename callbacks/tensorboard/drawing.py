@@ -20,7 +20,8 @@ MOST_CLASSES = 1440  # of a confusion matrix, whose sides have as many pixels at
 
 
 def confusion_matrix(matrix: Tensor, class_names: Sequence[str]) -> Image.Image:
-    """Table of the numbers of images: a row for each true class, a column for each guess, and the row's accuracy.
+    """Table of the numbers of images: a row for each true class, a column for each guess, and the row's accuracy,
+    "-" where the class has no images.
 
     Right answers are blue and wrong ones orange, darker the larger their share of the row. The more classes, the
     smaller the cells: then numbers stand only where they fit, and names at every few rows and columns.
@@ -51,7 +52,7 @@ def confusion_matrix(matrix: Tensor, class_names: Sequence[str]) -> Image.Image:
     for row in range(0, classes, every):
         middle = head + row * cell + cell // 2
         draw.text((left - 6, middle), sheet.fitting(class_names[row], left - 8), INK, _font(14), anchor="rm")
-        accuracy = f"{100 * shares[row, row]:.1f}%"
+        accuracy = f"{100 * shares[row, row]:.1f}%" if matrix[row].any() else "-"
         draw.text((left + side + 46, middle), accuracy, INK, _font(13), anchor="rm")
     for row, column in matrix.nonzero().tolist() if every == 1 else ():
         count = str(int(matrix[row, column]))

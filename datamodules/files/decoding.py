@@ -60,7 +60,7 @@ def read_folder(
     known: tuple[str, ...] | None = None,
 ) -> Cache:
     """List and decode a folder, once in a process; see `list_folder`, `fit_square` and `decode`."""
-    listing = list_folder(folder, val_size, test_size, seed, known)
+    listing = list_folder(folder, val_size, test_size, seed, known, cached)
 
     def read(file: File) -> np.ndarray:
         return fit_square(read_picture(folder / file.path, size), size, fit)
@@ -95,11 +95,10 @@ def decode(
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
         with locked(stem.with_suffix(".lock")):
-            if facts.exists() and (not _can_map(images) or _mended(listing, read, facts)):
-                facts.unlink()  # first, so that new pixels never lie beside old labels
-            if not facts.exists():
-                _fill(listing, read, size, images, facts, parallel)
-        found: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8"))
+            found = _kept(images, facts)
+            if not found or _mended(listing, read, found["bad"]):
+                facts.unlink(missing_ok=True)  # first, so that new pixels never lie beside old labels
+                found = _fill(listing, read, size, images, facts, parallel)
         # Copied on write, which PyTorch takes for writable; nothing is ever written.
         pixels = torch.from_numpy(np.load(images, mmap_mode="c"))
     except (OSError, ValueError) as error:
@@ -147,12 +146,13 @@ def fit_square(picture: Image.Image, size: int, fit: Fit = "crop") -> np.ndarray
     return np.array(picture.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0))
 
 
-def _can_map(images: Path) -> bool:
+def _kept(images: Path, facts: Path) -> dict[str, Any]:
+    """What is known of the decoded pictures; empty if there are none, or one of the two files was cut short."""
     try:
         np.load(images, mmap_mode="r")
-    except (OSError, ValueError):  # deleted, or cut short
-        return False
-    return True
+        return json.loads(facts.read_text(encoding="utf-8"))
+    except (OSError, ValueError, EOFError):
+        return {}
 
 
 def _rows(listing: Listing) -> list[tuple[str, File]]:
@@ -176,8 +176,8 @@ def _key(folder: Path, listing: Listing, size: int, fit: Fit) -> str:
 
 def _fill(
     listing: Listing, reader: Callable[[File], np.ndarray], size: int, images: Path, facts: Path, parallel: bool
-) -> None:
-    """Decode into temporary files, which are renamed when they are whole."""
+) -> dict[str, Any]:
+    """Decode into temporary files, which are renamed when they are whole; returns what `facts` then holds."""
     rows = _rows(listing)
     temporary = images.with_name(f".{images.name}")  # what a killed process has left is written over
 
@@ -227,8 +227,10 @@ def _fill(
         pixels = None
         replace_file(temporary, images)
         content = {"labels": labels, "names": names, "mean": mean, "std": std, "bad": bad, "twice": twice}
-        temporary.write_text(json.dumps(content), encoding="utf-8")
+        text = json.dumps(content)
+        temporary.write_text(text, encoding="utf-8")
         replace_file(temporary, facts)
+        return json.loads(text)  # the same as whoever reads it later
     finally:
         kept = pixels = None
         temporary.unlink(missing_ok=True)
@@ -243,10 +245,10 @@ def _attempt(reader: Callable[[File], np.ndarray], row: tuple[str, File]) -> np.
         return one_line(str(error))
 
 
-def _mended(listing: Listing, reader: Callable[[File], np.ndarray], facts: Path) -> bool:
+def _mended(listing: Listing, reader: Callable[[File], np.ndarray], bad: list[tuple[str, str]]) -> bool:
     """Whether a picture that could not be read can be read now: permissions and programs change, not only files."""
-    bad = {name for name, _ in json.loads(facts.read_text(encoding="utf-8"))["bad"]}
-    rows = [row for row in _rows(listing) if printable(row[1].path) in bad] if bad else []
+    names = {name for name, _ in bad}
+    rows = [row for row in _rows(listing) if printable(row[1].path) in names] if bad else []
     return any(not isinstance(_attempt(reader, row), str) for row in rows)
 
 

@@ -12,17 +12,17 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Literal
 
 import torch
-from filelock import BaseFileLock, FileLock
+from filelock import FileLock
 from torch import Tensor
 
 from datamodules.files.download import MIRRORS, TIMEOUT, fetch
-from errors import UserError, expanded, written_aside
+from errors import WITHOUT_LOCKS, UserError, expanded, written_aside
 
 # Data set -> name of the uncompressed file -> its length in bytes and the SHA-256 of its content.
 KNOWN = {
@@ -44,6 +44,7 @@ HOMEPAGE = "https://github.com/zalandoresearch/fashion-mnist"
 SYSTEM_DIR = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 LOCK_TIMEOUT = 3600.0  # seconds; more than another process can need to fetch the files
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 log = logging.getLogger(__name__)
 
 
@@ -73,7 +74,7 @@ def prepare(
         timeout: Seconds without progress after which a mirror is given up.
 
     Raises:
-        DatasetError: Nothing worked, or `data_dir` mixes data sets, or it can't be read or written.
+        DatasetError: Nothing worked, or `data_dir` mixes data sets or holds another, or it can't be read or written.
     """
     data_dir = Path(expanded(str(data_dir)))
     good = _survey_and_set_aside(data_dir)
@@ -195,6 +196,10 @@ def _survey_and_set_aside(folder: Path) -> dict[str, str]:
         good, bad = _survey(folder)
     except OSError as error:
         raise DatasetError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
+    if not good and len(_whole(bad)) > 1:
+        raise DatasetError(
+            f"{folder} holds another data set in the same format (MNIST?): choose another --data_dir, or --data mnist"
+        )
     if bad:
         try:
             with _lock(folder):
@@ -209,20 +214,37 @@ def _survey_and_set_aside(folder: Path) -> dict[str, str]:
     return good
 
 
-def _lock(folder: Path) -> BaseFileLock:
-    return FileLock(folder / ".fashion-mnist.lock", timeout=LOCK_TIMEOUT)
+def _whole(bad: Iterable[Path]) -> set[str]:
+    """The names of those bad files that are not damaged, but hold other images or labels."""
+    names = set()
+    for path in bad:
+        name = path.name.removesuffix(".gz")
+        with suppress(OSError, ValueError):
+            _parse_idx(_unpacked(name, _read(path, name)), (28, 28) if "images" in name else ())
+            names.add(name)
+    return names
+
+
+def _lock(folder: Path) -> AbstractContextManager[None]:
+    return locked(folder / ".fashion-mnist.lock", LOCK_TIMEOUT, tolerated=())
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock; where its folder can't be written, go on without: what is there can still be read."""
+def locked(path: Path, timeout: float = -1, tolerated: Sequence[int] = READ_ONLY) -> Iterator[None]:
+    """Hold a lock; where its disk has none, or its folder can't be written, go on without.
+
+    Args:
+        path: Its file.
+        timeout: Seconds to wait for it; negative for ever.
+        tolerated: Numbers of further errors to go on after; by default the folder's, which can still be read.
+    """
+    lock: AbstractContextManager[object]
     try:
-        lock = FileLock(path).acquire()
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        lock = FileLock(path, timeout=timeout).acquire()
+    except (OSError, NotImplementedError) as error:  # the latter is some versions' for ENOSYS
+        if getattr(error, "errno", errno.ENOSYS) not in (*WITHOUT_LOCKS, *tolerated):
             raise
-        yield
-        return
+        lock = nullcontext()
     with lock:
         yield
 
@@ -231,13 +253,17 @@ def _find(folder: Path, name: str, bad: dict[Path, str]) -> tuple[bytes, str] | 
     """Content and data set of the first good version of a file; adds to `bad` what is wrong with others."""
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():
-            with path.open("rb") as file:
-                data = file.read(_most_bytes(name))
+            data = _read(path, name)
             try:
                 return _verify(name, data)
             except ValueError as error:
                 bad[path] = str(error)
     return None
+
+
+def _read(path: Path, name: str) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_most_bytes(name))
 
 
 def _most_bytes(name: str) -> int:
@@ -248,8 +274,22 @@ def _most_bytes(name: str) -> int:
 def _verify(name: str, data: bytes) -> tuple[bytes, str]:
     """Unpacks `data` and returns it with the data set whose file `name` it is. Raises ValueError with what is wrong.
 
-    Gzip is known by its first bytes, not by the file's name: browsers unpack a .gz file and keep its name. Only the
-    unpacked content counts, since copies exist that were recompressed.
+    Only the unpacked content counts, since copies exist that were recompressed.
+    """
+    content = _unpacked(name, data)
+    digest = hashlib.sha256(content).hexdigest()
+    for data_set, files in KNOWN.items():
+        if digest == files[name][1]:
+            return content, data_set
+    if len(content) in (files[name][0] for files in KNOWN.values()):
+        raise ValueError(f"has the right length but wrong content (SHA-256 {digest[:8]}...)")
+    raise ValueError(f"holds {len(content):,} bytes instead of {KNOWN['full'][name][0]:,}")
+
+
+def _unpacked(name: str, data: bytes) -> bytes:
+    """The content of a file called `name`. Raises ValueError if it is damaged, or more than it can hold.
+
+    Gzip is known by its first bytes, not by the file's name: browsers unpack a .gz file and keep its name.
     """
     limit = KNOWN["full"][name][0]
     content = data
@@ -263,13 +303,7 @@ def _verify(name: str, data: bytes) -> tuple[bytes, str]:
             raise ValueError(f"is truncated (it ends after {len(data):,} bytes)")
     if len(content) > limit:
         raise ValueError(f"holds more than the {limit:,} bytes expected")
-    digest = hashlib.sha256(content).hexdigest()
-    for data_set, files in KNOWN.items():
-        if digest == files[name][1]:
-            return content, data_set
-    if len(content) in (files[name][0] for files in KNOWN.values()):
-        raise ValueError(f"has the right length but wrong content (SHA-256 {digest[:8]}...)")
-    raise ValueError(f"holds {len(content):,} bytes instead of {limit:,}")
+    return content
 
 
 def _install(folder: Path, name: str, data: bytes, data_set: str) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import unicodedata
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,11 @@ NAMES = {
     "val": {"val", "valid", "validation", "dev", "eval", "evaluation", "val_set", "validation_set", "valset"},
     "test": {"test", "testing", "test_set", "testset"},
 }
+# What runs leave, in logs and outputs.
+RUNS = (
+    *("version_*/config.yaml", "*/version_*/config.yaml", "*/*/version_*/config.yaml"),
+    *("predict_*/predictions*.csv", "predict_*/pictures.png"),
+)
 FEW = 5  # pictures of a class, with which little can be learned or measured
 log = logging.getLogger(__name__)
 
@@ -37,7 +43,12 @@ class Listing(NamedTuple):
 
 
 def list_folder(
-    folder: Path, val_size: int | None, test_size: int | None, seed: int, known: tuple[str, ...] | None = None
+    folder: Path,
+    val_size: int | None,
+    test_size: int | None,
+    seed: int,
+    known: tuple[str, ...] | None = None,
+    cached: Path | None = None,
 ) -> Listing:
     """Find classes and pictures, and split them where the folder does not.
 
@@ -47,11 +58,12 @@ def list_folder(
         test_size: The same for the test.
         seed: Of the split.
         known: The classes of the network that is to be measured; a test folder alone may lack some.
+        cached: Folder of the decoded pictures; that it may lie in `folder` makes no class of it.
 
     Raises:
         DatasetError: If that is not what the folder holds.
     """
-    inside = _sub_folders(folder)
+    inside = [path for path in _sub_folders(folder) if not _left_by_runs(path, cached)]
     by_part = {part: next((path for path in inside if path.name.lower() in NAMES[part]), None) for part in NAMES}
     train = by_part["train"]
     alone = len(inside) == 1 and (by_part["val"] or by_part["test"])
@@ -59,9 +71,12 @@ def list_folder(
         classes, files = _classes(folder, inside[0], of_part, known)
         _check_classes(folder, classes, files)
         return Listing(classes, {"train": [], "val": files, "test": files})  # to measure a network on, all of them
-    if train and (by_part["val"] or by_part["test"]) and not _sub_folders(train):
+    # Kaggle's test1, say, which is no part, but no class beside train either.
+    like_test = any(path.name.lower().rstrip("0123456789_-") in NAMES["val"] | NAMES["test"] for path in inside)
+    if train and like_test and not _sub_folders(train):
         raise DatasetError(f"{train} has no sub-folders; one for each class, named like it, is expected in each part")
     if not (train and (by_part["val"] or by_part["test"] or len(inside) == 1) and _sub_folders(train)):
+        _refuse_parts(folder, inside, like_test, known)
         _warn_of_parts(folder, inside)
         classes, files = _classes(folder, folder, inside)
         parts: dict[str, list[File]] = {"train": files, "val": [], "test": []}
@@ -108,16 +123,44 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in unicodedata.normalize("NFC", text))
 
 
+def listed(names: Sequence[str]) -> str:
+    """The first five names, and how many more there are."""
+    return ", ".join(map(printable, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 def _composed(name: str) -> str:
     """One spelling of a name: systems and tools differ in whether an accent is a character of its own."""
     return unicodedata.normalize("NFC", name)
+
+
+def _left_by_runs(folder: Path, cached: Path | None) -> bool:
+    """Whether a folder is none of the pictures', but made by runs that were started beside them."""
+    first = next(pictures_below(folder), None)
+    if first and first.parent == folder:
+        return False
+    if any(path for pattern in RUNS for path in folder.glob(pattern)):
+        warn_once(f"{folder} holds runs, and is left out")
+        return True
+    return not first and cached is not None and cached.resolve().is_relative_to(folder.resolve())
+
+
+def _refuse_parts(folder: Path, inside: list[Path], like_test: bool, known: tuple[str, ...] | None) -> None:
+    """A part beside anything but parts would become a class: the network would tell training from test pictures."""
+    for path in inside:
+        part = next((part for part, names in NAMES.items() if path.name.lower() in names), "")
+        holding = [one for one in _sub_folders(path) if any(pictures_below(one))] if part else []
+        if len(holding) > 1 or (part == "train" and like_test):
+            hint = f"move {listed([one.name for one in inside if one != path])} out of {folder}"
+            if part != "train" and not known:
+                hint = f"add a train folder beside it, or move it out of {folder}"
+            raise DatasetError(f"{path} looks like a part, not like a class; {hint}; or rename it, if it is a class")
 
 
 def _warn_of_parts(folder: Path, inside: list[Path]) -> None:
     """Folders that all hold the same ones are rather parts with unusual names than classes."""
     below = [{path.name for path in _sub_folders(one)} for one in inside]
     if len(inside) > 1 and len(same := set.intersection(*below)) > 1:
-        names, folders = (", ".join(map(printable, one[:5])) for one in ([path.name for path in inside], sorted(same)))
+        names, folders = listed([path.name for path in inside]), listed(sorted(same))
         warn_once(f"{folder}: {names} all hold {folders}, but are taken for classes; parts are called train, val, test")
 
 
@@ -150,7 +193,7 @@ def _classes(
             raise DatasetError(f"{path} holds no picture; remove it, or put the pictures of that class there")
         files += found
     if known is not None and not files:
-        hint = "sort them so, or rename it to leave it out"
+        hint = f"sort them so, or move it out of {root}"
         raise DatasetError(f"{parent} holds no pictures in sub-folders named like the classes; {hint}")
     return classes, files
 

@@ -17,7 +17,7 @@ from datamodules.batches import ImageTensors
 from datamodules.fashion_mnist import FashionMNISTDataModule
 from datamodules.files.decoding import Cache, Fit, fit_square, read_folder
 from datamodules.files.finding import DatasetError
-from datamodules.files.listing import printable
+from datamodules.files.listing import listed, printable, warn_once
 from datamodules.files.photographs import saturate, warp
 from datamodules.files.torchvision_sets import read_data_set
 from errors import expanded
@@ -131,7 +131,7 @@ class PicturesDataModule(FashionMNISTDataModule):
             found = read_data_set(source, *sizes, settings["fit"], self.data_dir, *rest)
         if self.class_names and found.classes != self.class_names:
             raise DatasetError(
-                f"{source} has the classes {_listed(found.classes)}; the network knows {_listed(self.class_names)}"
+                f"{source} has the classes {listed(found.classes)}; the network knows {listed(self.class_names)}"
             )
         self._cache = found
         self.class_names = found.classes
@@ -166,7 +166,7 @@ class PicturesDataModule(FashionMNISTDataModule):
     def held_out(self, part: Literal["val", "test"]) -> bool:
         """Whether a part was drawn from the training pictures, and does not come from a place of its own."""
         assert self._cache is not None
-        of_part, of_training = ({name.rpartition("/")[0] for name in self._cache.names[one]} for one in (part, "train"))
+        of_part, of_training = ({name.partition("/")[0] for name in self._cache.names[one]} for one in (part, "train"))
         return bool(of_part & of_training)
 
     @cached_property
@@ -190,6 +190,19 @@ class PicturesDataModule(FashionMNISTDataModule):
         self.prepare_data()
         assert self._cache is not None
         return self._cache.names["test"]
+
+    def _eval_loader(self, images: ImageTensors, kind: str = "sampler") -> DataLoader:
+        """The pictures in their order: a folder's come class by class, so that a limit leaves out whole classes."""
+        loader = super()._eval_loader(images, kind)
+        name = "limit_val_batches" if images is self.val_set else "limit_test_batches"
+        trainer: Any = self.trainer
+        limit = getattr(trainer, name, 1.0)
+        spares = kind == "sampler" and 0 < limit < (len(loader) if isinstance(limit, int) else 1)
+        by_class = len(images.labels.unique_consecutive()) == len(images.labels.unique())
+        if spares and by_class and not trainer.fast_dev_run:
+            hint = "set it to 1.0, or hold out fewer pictures"
+            warn_once(f"trainer.{name}={limit} leaves out the last classes of {self.source}; {hint}")
+        return loader
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches; with `balanced` an epoch's images are drawn so that all classes are as likely."""
@@ -231,7 +244,3 @@ class PicturesDataModule(FashionMNISTDataModule):
 def class_of(settings: Mapping[str, Any]) -> type[FashionMNISTDataModule]:
     """The class to which the settings of a data set belong."""
     return PicturesDataModule if {"folder", "dataset"} & settings.keys() else FashionMNISTDataModule
-
-
-def _listed(names: Any) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

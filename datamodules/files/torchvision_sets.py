@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import inspect
 import json
+import os
 import shutil
 import socket
 import sys
@@ -66,7 +67,8 @@ def read_data_set(
         image_size: Pixels of the images that the network sees.
         stored_size: Pixels of a stored picture's edge; None takes that of small pictures themselves, or `image_size`.
         fit: As for `fit_square`.
-        data_dir: Folder of the data set's files; what is decoded goes into `cache` there.
+        data_dir: Folder of the data set's files; what is decoded goes into `cache` there, or, if that can't be
+            written, into data/cache.
         bad_files: Whether pictures that can't be read are left out or refused.
         val_size: As for `list_folder`.
         test_size: As for `list_folder`.
@@ -109,6 +111,9 @@ def read_data_set(
     for picture in looked_at:
         digest.update(picture.tobytes())
     stem = data_dir / "cache" / digest.hexdigest()[:32]
+    place = stem.parent if stem.parent.exists() else data_dir
+    if not stem.with_suffix(".json").exists() and not os.access(place, os.W_OK):  # a set that many share
+        stem = Path("data", "cache", stem.name)
     return decode(name, Listing(classes, parts), read, size, stem, bad_files, parallel=name in NAMED)
 
 

@@ -155,8 +155,10 @@ def nin_2(answer: Any) -> Iterator[Finding]:
     from lit_modules import LitClassifier
     from models import NiN
 
-    kept = "models.nin.NiN" in (setting(answer, "model.net"), setting(answer, "model.net.class_path"))
+    kept = setting(answer, "model.net") in ("models.nin.NiN", {"class_path": "models.nin.NiN"})
     yield Finding(kept, "kept")
+    if not kept:
+        return
     torch.manual_seed(0)
     start: dict[str, Any] = {name: setting(answer, f"model.{name}") for name in ("initialization", "output_bias")}
     net = LitClassifier(NiN(), **{name: value for name, value in start.items() if value is not None}).net.eval()
@@ -186,7 +188,7 @@ def googlenet_2(answer: Any) -> Iterator[Finding]:
     net = torch.nn.Sequential(own)
     field = receptive_fields(net, (192, 12, 12)).get("0", 1)
     yield Finding(field == 5, "field", {"given": field})
-    kernels = [module.kernel_size[0] for module in own.modules() if isinstance(module, torch.nn.Conv2d)]
+    kernels = [max(module.kernel_size) for module in own.modules() if isinstance(module, torch.nn.Conv2d)]
     yield Finding(max(kernels) == 3, "kernel", {"given": max(kernels)})
     counts = [sum(parameter.numel() for parameter in block.parameters()) for block in (own, known)]
     yield Finding(counts[0] < counts[1], "parameters", {"given": f"{counts[0]:,}", "known": f"{counts[1]:,}"})
