@@ -319,10 +319,15 @@ def checkpoint():
 
 
 @pytest.fixture(scope="module")
-def full_checkpoint(tmp_path_factory):
+def full_set():
     if (folder := whole_set()) is None:
         pytest.skip(f"the full data set lies neither in data/ nor in {SYSTEM_DIR}")
-    return train_once("full", tmp_path_factory, "--model=lenet", "--max_epochs=2", f"--data_dir={folder}").best
+    return folder
+
+
+@pytest.fixture(scope="module")
+def full_checkpoint(full_set, tmp_path_factory):
+    return train_once("full", tmp_path_factory, "--model=lenet", "--max_epochs=2", f"--data_dir={full_set}").best
 
 
 def classify(path, images):
@@ -346,8 +351,8 @@ def test_photographs_of_the_sample_are_recognized_like_the_originals(checkpoint)
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_photographs_of_the_full_set_are_recognized_like_the_originals(full_checkpoint):
-    images, labels = load(whole_set(), "test")
+def test_photographs_of_the_full_set_are_recognized_like_the_originals(full_set, full_checkpoint):
+    images, labels = load(full_set, "test")
     originals, photographs = accuracies(full_checkpoint, images[:1500].numpy(), labels[:1500])
     assert originals > 0.84
     assert photographs > originals - 0.01
