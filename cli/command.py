@@ -90,9 +90,10 @@ class Command:
         return given
 
     def asked_for(self, name: str) -> bool:
-        """Whether the user made a setting, by a flag or in a file that is no recipe of this project."""
+        """Whether the user made a setting, by a flag or in a file beside the recipe."""
         file = self.given().get(name)
-        return file is not None and not (file and is_recipe(file))
+        own_recipe = self.names_a_net and file == str(self.files[0])
+        return file is not None and not (file and (own_recipe or is_recipe(file)))
 
     @property
     def names_a_net(self) -> bool:

@@ -54,7 +54,6 @@ def check_configuration(config: Namespace, command: Command, data_class: type) -
     check_accumulation(config.model.compile, config.trainer.accumulate_grad_batches)
     found = ["--model.optimizer.lr"] if command.find_lr else []
     check_learning_rate(config.model.scheduler, [*command.overrides, *found])
-    warn_of_interval(config.model, command)
 
 
 def check_accelerator(trainer: Namespace) -> None:

@@ -29,6 +29,7 @@ from launch.checks import (
     check_weights,
     explained,
     named,
+    warn_of_interval,
 )
 from launch.found import Trials
 from launch.launchers import check_rank, take_over_processes
@@ -208,6 +209,7 @@ class ClassifierCLI(LightningCLI):
         check_trainer(self.trainer, self.config.trainer, self.model.net)
         if self.command.subcommand == "fit":
             check_training(self.trainer, self.model, self.config.model, validates(self.config))
+            warn_of_interval(self.config.model, self.command)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with this project's logger and callbacks beside the user's own."""

@@ -1131,7 +1131,7 @@ def test_another_image_size_gets_a_new_classifier(cache):
     line = start_from_imagenet(net, MEAN, STD)
     assert torch.equal(net.features[3].weight, cache["vgg11"]["features.3.weight"])
     assert not any(parameter.any() for parameter in net.classifier.parameters())
-    assert line.endswith(": convolutions; the classifier is new, since ImageNet's takes images of 224x224")
+    assert line.endswith(": convolutions; the classifier is new: ImageNet's has hidden layers for images of 224x224")
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
