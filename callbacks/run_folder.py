@@ -93,9 +93,9 @@ class RunFolder(Callback):
             lock.acquire(timeout=IN_USE)
             _LOCKS[self.path] = lock
         except Timeout:
-            raise UserError(
-                f"another process is training in {shown(self.path)}; wait for it, stop it, or leave --ckpt_path out"
-            ) from None
+            folder, file = shown(self.path), shown(self.path / ".lock")
+            hint = f"wait for it, stop it, or leave --ckpt_path out; if there is none, remove {file}"
+            raise UserError(f"another process is training in {folder}; {hint}") from None
         except (OSError, NotImplementedError):  # of a disk without locks
             pass
 

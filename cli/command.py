@@ -92,15 +92,25 @@ class Command:
     def asked_for(self, name: str) -> bool:
         """Whether the user made a setting, by a flag or in a file beside the recipe."""
         file = self.given().get(name)
-        own_recipe = self.names_a_net and file == str(self.files[0])
-        return file is not None and not (file and (own_recipe or is_recipe(file)))
+        return file is not None and not (file and (Path(file) == self.with_net or is_recipe(file)))
+
+    @property
+    def with_net(self) -> Path | None:
+        """The first file that names a network: the recipe."""
+        for path in self.files:
+            content = load_yaml(path)
+            settings = content.get(self.subcommand) if path in self.outer_configs else content
+            model = settings.get("model") if isinstance(settings, dict) else None
+            net = model.get("net") if isinstance(model, dict) else None
+            if isinstance(net, str) or (isinstance(net, dict) and "class_path" in net):
+                return path
+        return None
 
     @property
     def names_a_net(self) -> bool:
-        """Whether a file without sections names a network: then the files say what to build, not the checkpoint."""
-        models = [load_yaml(path).get("model") for path in self.configs]
-        nets = [model.get("net") for model in models if isinstance(model, dict)]
-        return any(isinstance(net, str) or (isinstance(net, dict) and "class_path" in net) for net in nets)
+        """Whether files and flags say what to build, not the checkpoint, to which sections or flags alone only add."""
+        by_flag = any(re.match(r"--model\.net(\.class_path)?(=|$)", token) for token in self.overrides)
+        return bool(self.configs) and (by_flag or self.with_net is not None)
 
 
 def parse_command_line(arguments: list[str]) -> Command | None:
@@ -201,7 +211,9 @@ def _apply(command: Command, name: str, flag: Flag, value: str) -> None:
         sectioned = bool(content.keys() & SUBCOMMANDS.keys())
         if sectioned and (beside := content.keys() - SUBCOMMANDS.keys()):
             section = next(name for name in SUBCOMMANDS if name in content)
-            raise UserError(f"{path}: {sorted(beside)[0]} stands beside the section {section}; put it into a section")
+            raise UserError(
+                f"{path}: {sorted(beside, key=str)[0]} stands beside the section {section}; put it into a section"
+            )
         (command.outer_configs if sectioned else command.configs).append(path)
         command.files.append(path)
     elif name == "--data":

@@ -65,7 +65,8 @@ def check_accelerator(trainer: Namespace) -> None:
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() and not forks:
         try:
             torch.cuda.init()
-        except RuntimeError as error:  # GPUs are counted by NVIDIA's library, whose driver may be too old for PyTorch
+        # GPUs are counted by NVIDIA's library, whose driver may be too old for PyTorch.
+        except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # then none is counted
             if is_first_process():
                 print_warning(f"the GPU is not used: {one_line(str(error))}")

@@ -199,8 +199,8 @@ class ClassifierCLI(LightningCLI):
         shape, classes = self.datamodule.input_shape, len(self.datamodule.class_names)
         if (given := self.model.hparams["num_classes"]) != classes:
             raise UserError(f"model.num_classes={given}, but the pictures have {classes} classes; leave it out")
-        fit = self.command.subcommand == "fit"
-        check_input(self.model.net, shape, classes, self.config.data.batch_size if fit else 2)
+        alone = self.command.subcommand == "fit" and not self.config.trainer.sync_batchnorm
+        check_input(self.model.net, shape, classes, self.config.data.batch_size if alone else 2)
         if self.command.print_model:
             print(table(self.model.net, shape))
             sys.exit(0)

@@ -324,7 +324,8 @@ def _tried(setting: str, names: Namespace, trial: Callable[[], Any]) -> Any:
 
 def refuse_broken_gpu(error: Exception) -> None:
     """Raise `RunError` if it is the GPU that fails, whatever was computed on it: too old, taken, without its driver."""
-    if isinstance(error, RuntimeError) and re.search(r"\b(CUDA|NVIDIA|HIP) ", str(error)):
+    of_a_program = re.search("device-side assert|illegal memory access|misaligned address", str(error))
+    if isinstance(error, RuntimeError) and re.search(r"\b(CUDA|NVIDIA|HIP) ", str(error)) and not of_a_program:
         reason = one_line(str(error))[:200]
         raise RunError(f"the GPU can't be used: {reason}; --accelerator cpu does without it") from None
 

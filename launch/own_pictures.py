@@ -30,11 +30,10 @@ def follow_pictures(config: Namespace, command: Command, stored: Mapping[str, An
     if command.configs:
         given = command.given()
         source = given.get("data.folder"), given.get("data.dataset")  # a file's path; "" is a flag
-        # Those of this project's recipes are Fashion-MNIST's, unless they name the pictures.
-        for name in (*DECIDED, "val_size"):
+        for name in DECIDED:  # those of this project's recipes are Fashion-MNIST's, unless they name the pictures
             file = given.get(f"data.{name}")
             if file and is_recipe(file) and file not in source:
-                config.data[name] = stored.get(name) if name == "val_size" else None
+                config.data[name] = None
     # A trained network expects its own, whatever the pictures are now.
     for name in ("mean", "std") if command.subcommand == "fit" else DECIDED:
         if config.data[name] is None:

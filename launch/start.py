@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from callbacks.run_folder import SLURM_JOB
-from checkpoints.plain import recipe_name
+from checkpoints.plain import OF_PICTURES, recipe_name
 from checkpoints.reading import read_checkpoint, stored_config
 from checkpoints.trust import Trusted
 from cli.command import Command
@@ -76,7 +76,10 @@ class Start:
                 (settings.get("trainer") or {}).pop("devices", None)
             settings = rules.to_train(settings) if command.subcommand == "fit" else rules.to_use(settings)
         elif settings and command.subcommand != "fit":
-            seen = {name: value for name, value in rules.data(settings["data"]).items() if name in SEEN}
+            stored = settings["data"]
+            wanted = {*SEEN, *(OF_PICTURES if "class_names" in stored else ())}
+            stored = rules.data({name: value for name, value in stored.items() if name in wanted})
+            seen = {name: value for name, value in stored.items() if name in SEEN}
         if requeued:
             _keep_what_was_found(command, checkpoint, path)
         shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
@@ -130,7 +133,7 @@ class Start:
             content = load_yaml(path)
             settings = content.get(command.subcommand) or {} if path in command.outer_configs else content
             arguments.append(f"--config={yaml.safe_dump(settings)}")
-            if self.seen and path == command.files[0]:  # the recipe; the user's own files and flags still win
+            if self.seen and path == command.with_net:  # the recipe; the user's further files and flags still win
                 arguments.append(f"--config={yaml.safe_dump({'data': self.seen})}")
         if command.ckpt_path:
             arguments.append(f"--ckpt_path={command.ckpt_path}")

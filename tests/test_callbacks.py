@@ -860,7 +860,11 @@ def test_machines_without_a_shared_disk_each_write_their_predictions(trained: Ru
         (tmp_path / str(number)).mkdir()  # stands for the machine's disk: the file's path is relative
         environment = ENVIRONMENT | meeting | {"NODE_RANK": str(number)}
         machines.append(subprocess.Popen(command, cwd=tmp_path / str(number), env=environment))
-    assert [machine.wait(timeout=200) for machine in machines] == [0, 0]
+    try:
+        assert [machine.wait(timeout=200) for machine in machines] == [0, 0]
+    finally:
+        for machine in machines:
+            machine.kill()
     files = [tmp_path / f"{number}/outputs/predict_0/predictions-{number}.csv" for number in range(2)]
     lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()[1:]]
     assert sorted(int(line.partition(",")[0]) for line in lines) == list(range(500))

@@ -333,6 +333,9 @@ def test_settings_without_a_network_go_on_top_of_a_checkpoint(tmp_path):
     command = parse(f"fit --config {tmp_path / 'more.yaml'} --ckpt_path x.ckpt")
     assert (command.names_a_net, command.recipe) == (False, None)
     assert parse("fit --model lenet --ckpt_path x.ckpt").names_a_net
+    own = f"fit --config {tmp_path / 'more.yaml'} --model.net mine.Net --ckpt_path x.ckpt"
+    assert parse(own).names_a_net  # the checkpoint need not be trusted to name it
+    assert not parse(own.replace("--model.net mine.Net", "--model.net.padding 1")).names_a_net
 
 
 def test_an_unlike_name_is_answered_with_the_list():

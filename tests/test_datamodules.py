@@ -1565,6 +1565,36 @@ def test_pictures_that_no_one_may_read(open_tmp_path):
         shut.chmod(0o755)
 
 
+def test_a_folder_beside_the_parts_need_not_be_readable(open_tmp_path):
+    folder, user = open_tmp_path / "own", os.geteuid()
+    for part in ("train", "val"):
+        put_classes(folder / part, cat=12, dog=12)
+    shut = folder / "lost+found"
+    shut.mkdir(mode=0)
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        assert list_folder(folder, None, None, 0).classes == ("cat", "dog")
+    finally:
+        os.seteuid(user)
+        shut.chmod(0o755)
+
+
+def test_a_class_stays_one(tmp_path):
+    """In which a run was started, or that the network knows by the name of a part."""
+    own = put_classes(tmp_path / "own", dog=6)
+    put_classes(own / "cat", black=6, white=6)
+    run = own / "cat" / "logs" / "lenet" / "version_0"
+    run.mkdir(parents=True)
+    (run / "config.yaml").touch()
+    assert list_folder(own, None, None, 0).classes == ("cat", "dog")
+    transport = put_classes(tmp_path / "transport", bus=6)
+    put_classes(transport / "train", steam=6, electric=6)
+    with pytest.raises(DatasetError, match="looks like a part, not like a class"):
+        list_folder(transport, None, None, 0)
+    assert list_folder(transport, None, None, 0, ("bus", "train")).classes == ("bus", "train")
+
+
 def test_a_signal_is_no_fault_of_a_picture(tmp_path, monkeypatch):
     def stop(*_: Any, **__: Any) -> None:
         raise Stopped("Stopped by Ctrl-C.", 130)
@@ -1818,19 +1848,6 @@ def test_what_is_drawn_from_the_training_pictures_is_known(tmp_path):
     drawn, apart = of_folder(tmp_path / "own", tmp_path), of_folder(PHOTOS, tmp_path)
     assert drawn.held_out("val") and drawn.held_out("test")
     assert not apart.held_out("val") and not apart.held_out("test")
-
-
-def test_a_recipes_val_size_is_for_fashion_mnist(tmp_path):
-    folder = put_classes(tmp_path / "own", cat=20, dog=20)
-    common = ["--model=small/lenet", f"--data={folder}", f"--data_dir={tmp_path}", "--accelerator=cpu"]
-    for number, (own, held_out) in enumerate((([], 4), (["--val_size=8"], 8))):
-        trained = run_forked(*common, "--max_epochs=1", *own, folder=tmp_path)
-        assert trained.code == 0, trained.err
-        run = tmp_path / "logs" / "small" / "lenet" / f"version_{number}"
-        assert json.loads((run / "record.json").read_text())["val_images"] == held_out
-        measured = run_forked("validate", *common, f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}", folder=tmp_path)
-        assert f"validate on {held_out} images" in measured.out, measured.err
-        assert "may have been trained on" not in measured.err
 
 
 def test_a_limit_that_leaves_out_classes_is_named(tmp_path, caplog):

@@ -72,8 +72,9 @@ def list_folder(
         _check_classes(folder, classes, files)
         return Listing(classes, {"train": [], "val": files, "test": files})  # to measure a network on, all of them
     # Kaggle's test1, say, which is no part, but no class beside train either.
-    like_test = any(path.name.lower().rstrip("0123456789_-") in NAMES["val"] | NAMES["test"] for path in inside)
-    if train and like_test and not _sub_folders(train):
+    strange = [path.name for path in inside if printable(path.name) not in (known or ())]
+    like_test = any(name.lower().rstrip("0123456789_-") in NAMES["val"] | NAMES["test"] for name in strange)
+    if train and train.name in strange and like_test and not _sub_folders(train):
         raise DatasetError(f"{train} has no sub-folders; one for each class, named like it, is expected in each part")
     if not (train and (by_part["val"] or by_part["test"] or len(inside) == 1) and _sub_folders(train)):
         _refuse_parts(folder, inside, like_test, known)
@@ -135,18 +136,24 @@ def _composed(name: str) -> str:
 
 def _left_by_runs(folder: Path, cached: Path | None) -> bool:
     """Whether a folder is none of the pictures', but made by runs that were started beside them."""
-    first = next(pictures_below(folder), None)
-    if first and first.parent == folder:
-        return False
+    drawn = False
+    try:
+        for picture in pictures_below(folder):
+            places = picture.relative_to(folder).parts[:-1]
+            if not any(place.startswith(("version_", "predict_")) for place in places):
+                return False
+            drawn = True
+    except PermissionError:
+        return False  # whoever needs it says so
     if any(path for pattern in RUNS for path in folder.glob(pattern)):
         warn_once(f"{folder} holds runs, and is left out")
         return True
-    return not first and cached is not None and cached.resolve().is_relative_to(folder.resolve())
+    return not drawn and cached is not None and cached.resolve().is_relative_to(folder.resolve())
 
 
 def _refuse_parts(folder: Path, inside: list[Path], like_test: bool, known: tuple[str, ...] | None) -> None:
     """A part beside anything but parts would become a class: the network would tell training from test pictures."""
-    for path in inside:
+    for path in (path for path in inside if printable(path.name) not in (known or ())):
         part = next((part for part, names in NAMES.items() if path.name.lower() in names), "")
         holding = [one for one in _sub_folders(path) if any(pictures_below(one))] if part else []
         if len(holding) > 1 or (part == "train" and like_test):
