@@ -4,12 +4,13 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -17,11 +18,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from checkpoints.writing import AtomicCheckpointIO
 from datamodules import DatasetError
+from datamodules.files.finding import locked
 from errors import UserError, print_warning, shown
 
 OUTPUTS = Path("outputs")  # of predict; compare.py's pictures lie there too
 IN_USE = 5  # seconds to wait for a run's folder: what a run that was killed leaves, its loader's workers, may end late
-_LOCKS: dict[Path, FileLock] = {}  # of the folders in which this process trains; no part of what is pickled
+_LOCKS: dict[Path, ExitStack] = {}  # of the folders in which this process trains; no part of what is pickled
 SLURM_JOB = "slurm_job"  # in the run's folder: job and command; launch/start.py finds a requeued job's run by it
 
 
@@ -88,20 +90,18 @@ class RunFolder(Callback):
     def _lock_it(self) -> None:
         """Two processes that train in one folder would replace each other's checkpoints and records."""
         assert self.path is not None
-        lock = FileLock(self.path / ".lock")
+        held = ExitStack()
         try:
-            lock.acquire(timeout=IN_USE)
-            _LOCKS[self.path] = lock
+            held.enter_context(locked(self.path / ".lock", IN_USE))
         except Timeout:
             folder, file = shown(self.path), shown(self.path / ".lock")
             hint = f"wait for it, stop it, or leave --ckpt_path out; if there is none, remove {file}"
             raise UserError(f"another process is training in {folder}; {hint}") from None
-        except (OSError, NotImplementedError):  # of a disk without locks
-            pass
+        _LOCKS[self.path] = held
 
     def _unlock(self) -> None:
         if self.path in _LOCKS:
-            _LOCKS.pop(self.path).release()
+            _LOCKS.pop(self.path).close()
 
 
 class RunLogger(TensorBoardLogger):

@@ -250,7 +250,9 @@ class Trusted:
         """Refuse a network that holds more than the file does, or makes more of an image than a machine can hold."""
         side, nets = data.get("image_size"), [net]
         if side is not None and "image_size" in inspect.signature(find("net", net["class_path"])).parameters:
-            nets.append({**net, "init_args": {**(net.get("init_args") or {}), "image_size": side}})  # as train.py does
+            arguments = net.get("init_args") or {}
+            if arguments.get("image_size") != side:  # which train.py gives it
+                nets.append({**net, "init_args": {**arguments, "image_size": side}})
         for one in nets:
             if problem := too_large(one, self.numbers, (data.get("channels") or 1, side or 28, side or 28)):
                 raise UserError(f"{self.path} {problem}; not loaded")

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,6 @@ from cli.flags import (
     LINKED,
     LONG_FLAGS,
     LONG_GROUPS,
-    ON_OR_OFF,
     PREDICT_FLAGS,
     SUBCOMMANDS,
     Flag,
@@ -94,9 +94,9 @@ class Command:
         file = self.given().get(name)
         return file is not None and not (file and (Path(file) == self.with_net or is_recipe(file)))
 
-    @property
+    @cached_property
     def with_net(self) -> Path | None:
-        """The first file that names a network: the recipe."""
+        """The first file that names a network: the recipe. (Once the command line is read.)"""
         for path in self.files:
             content = load_yaml(path)
             settings = content.get(self.subcommand) if path in self.outer_configs else content
@@ -105,6 +105,11 @@ class Command:
             if isinstance(net, str) or (isinstance(net, dict) and "class_path" in net):
                 return path
         return None
+
+    @property
+    def changes_net(self) -> bool:
+        """Whether a flag names a network, or sets something of one."""
+        return any(token.startswith("--model.net") for token in self.overrides)
 
     @property
     def names_a_net(self) -> bool:
@@ -169,12 +174,11 @@ def _take_subcommand(command: Command, word: str) -> None:
 def _take_flag(command: Command, name: str, flag: Flag, value: str | None, tokens: list[str]) -> None:
     """Put a flag into the command; its values come from the front of the tokens unless one was given with `=`."""
     if flag.check is None:
-        if flag.target.endswith("=true"):
-            if value is None and tokens and tokens[0] in ON_OR_OFF:
-                value = tokens.pop(0)
-            if value in ON_OR_OFF:
-                command.overrides.append(f"{flag.target.partition('=')[0]}={value}")
-                return
+        if value is None and tokens and flag.takes(tokens[0]):
+            value = tokens.pop(0)
+        if value and flag.takes(value):
+            command.overrides.append(f"{flag.target.partition('=')[0]}={value}")
+            return
         if value is not None:
             raise UserError(f"{name} takes no value, got {value!r}")
         if flag.target:
@@ -288,9 +292,8 @@ def _check_configs(command: Command) -> None:
             command.ckpt_path = content["ckpt_path"] and expanded(str(content["ckpt_path"]))
         if content.get("log_dir") and "--log_dir" not in given:
             command.log_dir = expanded(str(content["log_dir"]))
-    names_a_net = any(token.startswith("--model.net") for token in command.overrides)
     from_checkpoint = command.ckpt_path not in (None, "last")
-    named = command.configs or command.outer_configs or names_a_net or from_checkpoint
+    named = command.configs or command.outer_configs or command.changes_net or from_checkpoint
     if command.subcommand == "fit" and not named:
         raise UserError("nothing to fit: give --model RECIPE (python train.py --help lists the recipes)")
     if command.subcommand != "fit" and command.ckpt_path is None:
@@ -314,8 +317,7 @@ def _check_auto(command: Command) -> None:
 
 
 def _newest_checkpoints(command: Command) -> list[str]:
-    own_net = any(token.startswith("--model.net") for token in command.overrides)
-    if command.recipe is None and not command.files and not own_net:
+    if command.recipe is None and not command.files and not command.changes_net:
         raise UserError("--ckpt_path last needs to know the recipe: add --model RECIPE, or give the checkpoint's path")
     runs = Path(command.log_dir) / (command.recipe or "unnamed")
     found = sorted(runs.glob("version_*/checkpoints/*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.stem))

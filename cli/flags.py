@@ -105,6 +105,10 @@ class Flag(NamedTuple):
     metavar: str
     help: str
 
+    def takes(self, word: str) -> bool:
+        """Whether a word that follows is its value; what is only switched on may be given true or false."""
+        return is_value(word) if self.check else self.target.endswith("=true") and word in ON_OR_OFF
+
 
 FLAGS = {
     "--model": Flag("", _path, "RECIPE", "recipe to train (list below), or a path to a YAML file"),
@@ -239,11 +243,8 @@ def take_flag(token: str, tokens: list[str], refused: Mapping[str, str]) -> list
     name, has_value, _ = token.partition("=")
     if name in refused:
         raise UserError(f"{name} can't be given here: {refused[name]}")
-    takes_value = name not in FLAGS or FLAGS[name].check is not None
-    on_or_off = (
-        not takes_value and FLAGS[name].target.endswith("=true") and tokens[:1] in ([word] for word in ON_OR_OFF)
-    )
-    if (takes_value or on_or_off) and not has_value and tokens and is_value(tokens[0]):
+    takes = FLAGS[name].takes if name in FLAGS else is_value
+    if not has_value and tokens and takes(tokens[0]):
         return [token, tokens.pop(0)]
     return [token]
 

@@ -179,9 +179,7 @@ def precision(trainer: Namespace, asked_for: bool, saved: str | None) -> tuple[s
     if of_a_recipe and on_gpu and not _gpus_have_bfloat16(trainer.devices):
         return "32-true", "this GPU has no bfloat16 instructions"
     on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.accelerator.is_available())
-    if (
-        wanted == "16-mixed" and not asked_for and on_cpu
-    ):  # of a network that a GPU trained; Lightning imitates bfloat16
+    if wanted == "16-mixed" and not asked_for and on_cpu:  # of a GPU's network; Lightning would imitate bfloat16
         return "bf16-mixed" if cpu_has_bfloat16() else "32-true", "float16 is for GPUs"
     if wanted is None and on_cpu and cpu_has_bfloat16():
         return "bf16-mixed", "--precision 32 for float32"
