@@ -21,6 +21,8 @@ from typing import Any, NoReturn
 if sys.version_info < (3, 10):  # noqa: UP036  # a system's own Python, where the environment was not activated
     sys.exit(f"error: Python 3.10 or newer is needed, this is {sys.version.split()[0]}: use .venv's")
 
+# Of a pipe whose reader is gone, and of a terminal that was closed; Windows has its own for the former.
+NO_READER = (errno.EPIPE, errno.EIO, *([errno.EINVAL] if os.name == "nt" else []))
 # Errors caused by the disk, not by the program.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
 # Of locks, on a disk that has none.
@@ -208,7 +210,8 @@ def ended_by_ctrl_c() -> Iterator[None]:
         return
 
     def end(signum: int, frame: Any) -> None:
-        os.write(2, b"\nStopped by Ctrl-C.\n")
+        with suppress(OSError):  # nobody reads it: Ctrl-C ends `| tee log` too
+            os.write(2, b"\nStopped by Ctrl-C.\n")
         os._exit(130)
 
     before = signal.signal(signal.SIGINT, end)
@@ -219,15 +222,15 @@ def ended_by_ctrl_c() -> Iterator[None]:
 
 
 class _Output:
-    """Standard output or error that takes any text, and lets go of a pipe that nobody reads (`| head -1`).
+    """Standard output or error that takes any text, and lets go of a pipe that nobody reads, or of a closed terminal.
 
-    That is no reason to stop a training. Characters that the locale's encoding lacks are escaped.
+    Neither is a reason to stop a training. Characters that the locale's encoding lacks are escaped.
     """
 
     def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+        self._stream = stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")  # None where it is closed
+        if hasattr(self._stream, "reconfigure"):
+            self._stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -235,17 +238,19 @@ class _Output:
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
-        except BrokenPipeError:
-            self._let_go()
+        except OSError as error:
+            self._let_go(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except BrokenPipeError:
-            self._let_go()
+        except OSError as error:
+            self._let_go(error)
 
-    def _let_go(self) -> None:
+    def _let_go(self, error: OSError) -> None:
+        if error.errno not in NO_READER:
+            raise error
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)

@@ -228,9 +228,11 @@ def main() -> None:
         return side_by_side.write_record("collapse", options, {"variants": kept, "signal": signals})
 
     for seed, name, variant in product(range(options.seeds), options.networks, options.variants):
+        if time.monotonic() - begun > options.seconds:
+            break
         arguments = flags(name, variant, NETWORKS[name][0], options)
         group = _group(groups, name, variant, arguments)
-        if any(one["seed"] == seed for one in group["runs"]) or time.monotonic() - begun > options.seconds:
+        if any(one["seed"] == seed for one in group["runs"]):
             continue
         group["runs"].append(run(name, seed, arguments, options))
         group |= measured

@@ -172,6 +172,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--output", type=Path, default=PROJECT / "benchmarks" / "results" / "reliability.json")
     options = parser.parse_args()
+    if options.epochs < 20:
+        parser.error("--epochs must be at least 20: the first ten are left out")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)  # threads of this process do not exist in those forked from it, which would wait for them
     record: dict[str, Any] = {

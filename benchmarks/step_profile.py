@@ -79,6 +79,7 @@ def main() -> None:
 def profiled(model: str, batch_size: int, image_size: int, device: str) -> dict[str, float]:
     """Seconds of a step in each kind of operation, and on a GPU those in which it waits for the next."""
     keep_freed_memory()
+    torch.backends.cudnn.benchmark = True  # as train.py does on a GPU
     net = ours(model)[0].to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(net.parameters(), fused=True)
     images = torch.rand(batch_size, 1, image_size, image_size, device=device).to(memory_format=torch.channels_last)

@@ -42,6 +42,7 @@ def bare_loop(data_dir: Path, batch_size: int, device: str) -> None:
     epochs = iter(range(EPOCHS))
     batches = TrainBatches(len(train[1]), batch_size, position=lambda: (next(epochs), 0))
     scheduler = WarmupDecay(optimizer, EPOCHS * len(batches), shape="linear")
+    torch.backends.cudnn.benchmark = True  # as the Trainer does on a GPU
     precision = torch.amp.autocast("cuda", torch.bfloat16, enabled=device == "cuda")
     turns = Turns(device)
     turns.wait()

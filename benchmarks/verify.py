@@ -6,7 +6,7 @@
 
 A row passes if its new test accuracy lies in the band of its records: where a further run of the same recipe lies with
 a probability of 99.73 %, as within three deviations that were known. They are not: the deviation between seeds is taken
-from the row's runs and, as if from nine more, from the other rows of its family. The seed is one that has no record.
+from the row's runs and, as if from three more, from the other rows of its family. The seed is one that has no record.
 Further flags, such as --data_dir, go to each `train.py`. Exit code 1 if a row fails.
 """
 
@@ -15,6 +15,7 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 from benchmarks.harness.side_by_side import RESULTS, print_table, trained
@@ -25,7 +26,7 @@ from errors import OneLineParser, UserError, run_program
 from runs.differences import critical
 
 CHANCE = 0.0027  # of a sound run outside its band
-BORROWED = 8  # degrees of freedom that the family's deviation has beside the row's own
+BORROWED = 2  # degrees of freedom that the family's deviation has beside the row's own
 
 
 def main(arguments: list[str]) -> int:
@@ -47,7 +48,7 @@ def band(accuracies: Sequence[float], usual: float) -> tuple[float, float]:
 
 
 def usual_deviation(rows: Sequence[Sequence[float]]) -> float:
-    """The median deviation between seeds over rows with several seeds.
+    """The deviation between seeds over rows with several seeds, from the mean of its squares.
 
     Raises:
         UserError: If there are none.
@@ -55,7 +56,16 @@ def usual_deviation(rows: Sequence[Sequence[float]]) -> float:
     deviations = [statistics.stdev(row) for row in rows if len(row) > 1]
     if not deviations:
         raise UserError("no row has records of two seeds or more to make a band from")
-    return statistics.median(deviations)
+    return math.sqrt(statistics.fmean(deviation**2 for deviation in deviations))
+
+
+def kin(entry: Entry, results: Results) -> list[list[float]]:
+    """The accuracies of the other rows of its family; if none has two seeds, of all but the ablation's."""
+    others = [(other, [run.accuracy for run in runs]) for (other, _), runs in results.runs.items() if other != entry]
+    same = [row for other, row in others if other.family == entry.family]
+    if max(map(len, same), default=0) < 2:  # in the ablation some seeds learn nothing
+        return [row for other, row in others if other.family != "ablation"]
+    return same
 
 
 def _run(arguments: list[str]) -> int:
@@ -115,14 +125,10 @@ def _named(name: str) -> list[Entry]:
 def _verify(entry: Entry, results: Results, options: argparse.Namespace) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Train an entry; returns its line of the table and its record."""
     recorded = results.of(entry, options.accelerator)
-    known = [run.accuracy for run in recorded]
-    seed = len(known) if options.seed is None else options.seed
+    known, seeds = [run.accuracy for run in recorded], {run.seed for run in recorded}
+    seed = next(one for one in count() if one not in seeds) if options.seed is None else options.seed
     flags = ["--model", entry.recipe, *entry.flags, "--seed", str(seed), "--accelerator", options.accelerator]
-    others = [(other, [run.accuracy for run in runs]) for (other, _), runs in results.runs.items() if other != entry]
-    kin = [row for other, row in others if other.family == entry.family]
-    if max(map(len, kin), default=0) < 2:  # all, but for the ablation, in which some seeds learn nothing
-        kin = [row for other, row in others if other.family != "ablation"]
-    low, high = band(known, usual_deviation(kin))
+    low, high = band(known, usual_deviation(kin(entry, results)))
     print(f"{entry.name}, seed {seed}: training", flush=True)
     record = trained([*flags, "--devices", "1", *options.flags])
     accuracy, images = record["test"]["accuracy"], recorded[0].record["test"]["images"]

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from pictures.mistakes import Mistake
 
+MISTAKES = 16  # that are kept
+
 
 def first_image(trainer: pl.Trainer, batch_idx: int) -> int:
     """Place in the whole set of an evaluation batch's first image: the processes take batches in turn."""
@@ -22,7 +24,6 @@ class Confusion(Callback):
 
     Args:
         class_names: Names of the classes, in order.
-        mistakes: How many mistakes to keep.
 
     Attributes:
         matrix: Images (C, C) of the last evaluation, of all processes; rows are true classes, columns predictions.
@@ -30,12 +31,11 @@ class Confusion(Callback):
         right: Whether the last test got each image right, in their order.
     """
 
-    def __init__(self, class_names: Sequence[str], mistakes: int = 16) -> None:
+    def __init__(self, class_names: Sequence[str]) -> None:
         self.class_names = class_names
         self.matrix = torch.zeros(len(class_names), len(class_names), dtype=torch.long)
         self.mistakes: list[Mistake] = []
         self.right: list[bool] = []
-        self._count = mistakes
         self._batches: list[tuple[int, Tensor, Tensor]] = []
 
     @property
@@ -115,13 +115,13 @@ class Confusion(Callback):
 
         probability, guesses = logits.softmax(dim=1).max(dim=1)
         rows = torch.stack([probability.nan_to_num(0.0), indices, labels, guesses], dim=1)[guesses != labels]
-        rows = rows[rows[:, 0].argsort(descending=True, stable=True)][: self._count]
+        rows = rows[rows[:, 0].argsort(descending=True, stable=True)][:MISTAKES]
         # All processes must bring the same number of rows.
-        padded = torch.full((self._count, 4), -1.0, device=rows.device)
+        padded = torch.full((MISTAKES, 4), -1.0, device=rows.device)
         padded[: len(rows)] = rows
         everyones: Any = pl_module.all_gather(padded)
         everyones = everyones.reshape(-1, 4).cpu()
-        everyones = everyones[everyones[:, 0].argsort(descending=True, stable=True)][: self._count]
+        everyones = everyones[everyones[:, 0].argsort(descending=True, stable=True)][:MISTAKES]
         self.mistakes = [
             Mistake(int(index), int(label), int(guess), probability)
             for probability, index, label, guess in everyones.tolist()

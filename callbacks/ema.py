@@ -3,6 +3,7 @@
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -64,11 +65,12 @@ class EMA(WeightAveraging):
         assert self._average_model is not None
         updates = int(self._average_model.n_averaged)
         average = get_ema_multi_avg_fn(min(self.decay, (1 + updates) / (10 + updates)) if updates else 0.0)
-        averaged, current = (_tensors(model) for model in (self._average_model.module, pl_module))
-        for of_floats in (True, False):  # batch norm counts its batches in integers
-            some = [pair for pair in zip(averaged, current, strict=True) if pair[0].is_floating_point() == of_floats]
-            if some:
-                average(*map(list, zip(*some, strict=True)), updates)
+        pairs = list(zip(_tensors(self._average_model.module), _tensors(pl_module), strict=True))
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        average(*map(list, zip(*floats, strict=True)), updates)
+        # Batch norm counts its batches; torch would average each count in four operations.
+        if counts := [pair for pair in pairs if not pair[0].is_floating_point()]:
+            torch._foreach_copy_([mine for mine, _ in counts], [theirs for _, theirs in counts])
         self._average_model.n_averaged += 1
 
 

@@ -11,6 +11,7 @@ from lightning.pytorch.plugins import DoublePrecision, HalfPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from callbacks.speed import Speed
 from errors import UserError
@@ -75,6 +76,14 @@ class ExactResume(Callback):
         ):
             model.register_comm_hook(dist.group.WORLD, ordered_mean)
             self._ordered = model
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let all processes validate with the first one's statistics of batch normalisation, which the checkpoint has.
+
+        While gradients are accumulated, DistributedDataParallel does not hand them out.
+        """
+        if isinstance(trainer.strategy.model, DistributedDataParallel):
+            trainer.strategy.model.require_forward_param_sync = True
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Step `ReduceLROnPlateau` here: Lightning does so after the epoch's checkpoint, and not in a resumed epoch."""

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from callbacks.signal_watch import BEFORE_TRAINING
 from errors import SIGNALS, Stopped, print_warning, signal_name, stopped_code
 
 FIRST_BATCH = 30.0  # seconds to wait for the first batch, as nobody knows yet how long one takes
-COMPLETE = "Training is complete, and was stopped before testing."
 
 
 class GracefulStop(Callback):
@@ -39,14 +38,16 @@ class GracefulStop(Callback):
         processes: The callback that lets the processes agree.
         last: The callback that saves `last.ckpt`; None if nothing is saved.
         how_to_continue: From the path of the checkpoint to the command that continues from it.
+        then_test: Whether a test follows the training.
     """
 
     def __init__(
-        self, processes: Processes, last: RunCheckpoint | None, how_to_continue: Callable[[Path], str]
+        self, processes: Processes, last: RunCheckpoint | None, how_to_continue: Callable[[Path], str], then_test: bool
     ) -> None:
         self._processes = processes
         self._last = last
         self._how_to_continue = how_to_continue
+        self._complete = f"Training is complete{', and was stopped before testing' if then_test else ''}."
         self._handlers_before: dict[int, Any] = {}
         self._requeue_signal: int | None = None
         self._signal = 0
@@ -120,7 +121,7 @@ class GracefulStop(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop if a signal came after the last check."""
         if signum := self._processes.largest(self._signal):
-            self._stop(trainer, signum, COMPLETE, self._file())
+            self._stop(trainer, signum, self._complete, self._file())
 
     @contextmanager
     def around_test(self, trainer: pl.Trainer) -> Iterator[None]:
@@ -133,7 +134,7 @@ class GracefulStop(Callback):
         try:
             yield
         except Stopped as stopped:
-            message = COMPLETE + self._continue_with(self._file())
+            message = self._complete + self._continue_with(self._file())
             raise Stopped(message if str(stopped) else "", stopped.exit_code) from None
 
     def _file(self) -> Path | None:
@@ -153,7 +154,8 @@ class GracefulStop(Callback):
             self._signal = signum
             if self._tell and signum == signal.SIGINT:
                 again = b"; press Ctrl-C again to stop at once" if os.name == "posix" else b""  # where it is watched
-                os.write(2, b"\nSaving a checkpoint after this batch" + again + b".\n")
+                with suppress(OSError):  # nobody reads it: Ctrl-C ends `| tee log` too
+                    os.write(2, b"\nSaving a checkpoint after this batch" + again + b".\n")
 
     def _save_and_stop(self, trainer: pl.Trainer, signum: int, where: str) -> None:
         path = self._file()

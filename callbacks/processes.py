@@ -149,7 +149,9 @@ class Processes(Callback):
         """End all processes of this machine, whatever state they are in."""
         if is_first_process():
             why = "at once" if again else f"by {signal_name(signum)} (a process did not answer)"
-            os.write(2, f"\nStopped {why}: nothing was saved since the last checkpoint.\n".encode())
+            with suppress(OSError):  # nobody reads it any more
+                os.write(2, f"\nStopped {why}: nothing was saved since the last checkpoint.\n".encode())
+            _show_cursor()
         self.kill_children()
         if self._parent:
             time.sleep(2)  # the parent ends this process, unless it is the one that hangs
@@ -171,8 +173,8 @@ def end_process(exit_code: int) -> None:
     an active exception", as C++ says when a thread is still running: most likely a thread of the connection.
     """
     if dist.is_available() and dist.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it is closed
+            stream.flush()
         os._exit(exit_code)
 
 
@@ -187,4 +189,12 @@ def _ending(code: int) -> str:
 
 def _end_with_line(message: str) -> None:
     print_error("train.py", f"{message}; continue from the last checkpoint with --ckpt_path last")
+    _show_cursor()
     os._exit(1)  # the main thread may hang in a collective call
+
+
+def _show_cursor() -> None:
+    """Undo what the progress bar has done to the terminal."""
+    with suppress(OSError):
+        if os.isatty(1):
+            os.write(1, b"\x1b[?25h")

@@ -32,10 +32,23 @@ class EpochProgress(ProgressBar):
         self._console = Console(highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._drawn = 0.0
+        self._lr = 0.0
 
     def disable(self) -> None:
         """Called by the Trainer on all processes but the first."""
         self._enabled = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin the bar of an epoch that is continued, which has no start of its own, and perhaps no step left."""
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]
+        if trainer.fit_loop.restarted_mid_epoch:
+            self.on_train_epoch_start(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the learning rate that the step is done with."""
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin the epoch's bar."""
@@ -84,7 +97,7 @@ class EpochProgress(ProgressBar):
             if f"{stage}/loss" in metrics:
                 fields[f"{stage} loss"] = f"  {stage} loss {metrics[f'{stage}/loss']:.4f}"
                 fields[f"{stage} accuracy"] = f" accuracy {metrics[f'{stage}/accuracy']:.4f}"
-        fields["lr"] = f"  lr {trainer.optimizers[0].param_groups[0]['lr']:.2e}"
+        fields["lr"] = f"  lr {self._lr:.2e}"
         fields["images/s"] = f"  {self._speed.images_per_second:,.0f} images/s"
         fields["seconds"] = f"  {self._speed.epoch_seconds:.1f} s"
         for name in _LEAST_IMPORTANT if sys.stdout.isatty() else ():

@@ -158,6 +158,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._folder = folder
         self._same_as = same_as
         self._is_there = False
+        self._validated: int | None = None
 
     @property
     def file(self) -> Path | None:
@@ -185,6 +186,16 @@ class RunCheckpoint(ModelCheckpoint):
             self.best_model_path = self.kth_best_model_path = path
             self.best_model_score = self.kth_value = score
             self.best_k_models = {path: score}
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save, if it is better than before."""
+        super().on_validation_end(trainer, pl_module)
+        if not trainer.sanity_checking:
+            self._validated = trainer.global_step
+
+    def not_validated(self, trainer: pl.Trainer) -> int:
+        """How many steps of the run came after its last validation; 0 without any."""
+        return 0 if self._validated is None else trainer.global_step - self._validated
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save; what watches no metric does so after every epoch, where Lightning's waits for a validation."""

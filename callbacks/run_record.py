@@ -59,7 +59,7 @@ class RunRecord(Callback):
         self._speed = speed
         self._confusion = confusion
         self._best_checkpoint = best
-        self._start = time.perf_counter()
+        self._start = 0.0
         self._folder = folder
         self._peak_before: int | None = None  # of earlier parts of the run
         self._begun = False  # training has; until then the record may lack the run's earlier epochs

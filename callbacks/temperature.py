@@ -23,8 +23,8 @@ PRIOR = 4.0
 class Temperature(Callback):
     """Fits `LitClassifier.temperature` again after each validation, before the checkpoint of that epoch is saved.
 
-    So each checkpoint holds the temperature of its own weights. Only sums over images are kept, a loss for each
-    temperature, which makes several processes simple. Without validation images the temperature stays 1.
+    A checkpoint of an epoch that was not validated holds that of the last validation. Only sums over images are kept,
+    a loss for each temperature, which makes several processes simple. Without validation images it stays 1.
     """
 
     def __init__(self) -> None:

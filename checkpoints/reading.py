@@ -15,7 +15,7 @@ from typing import Any
 import lightning
 import torch
 
-from checkpoints.plain import check_plain, read_settings
+from checkpoints.plain import check_plain
 from errors import UserError
 
 # The type of each part of a checkpoint, if present.
@@ -96,7 +96,7 @@ def listed(path: Path) -> dict[str, Any]:
 
 def _check_calls(archive: zipfile.ZipFile) -> None:
     """Refuse what would make of few bytes as many as fill the memory, while PyTorch reads them: a bytearray of a given
-    length, and bytes that are encoded again and again.
+    length, a tensor or a storage of a given size without data, and bytes that are encoded again and again.
 
     Raises:
         UnpicklingError: If the archive holds one of them.
@@ -106,6 +106,9 @@ def _check_calls(archive: zipfile.ZipFile) -> None:
             continue
         texts = {text for _, text, _ in pickletools.genops(archive.read(entry)) if isinstance(text, str)}
         if texts & {"builtins bytearray", "__builtin__ bytearray"}:
+            raise pickle.UnpicklingError
+        # Checkpoints name functions that rebuild tensors, and classes of storages that can't be called.
+        if any(re.fullmatch(r"torch(\.\w+)* (\w*Tensor|(Unt|T)ypedStorage)", text) for text in texts):
             raise pickle.UnpicklingError
         if "_codecs encode" in texts and any(map(_takes_bytes, texts)):
             raise pickle.UnpicklingError
@@ -126,17 +129,3 @@ def _check_listed(path: Path) -> None:
             f"{path} is damaged or was changed: its SHA-256 is not the one in {path.with_name(LISTING)}; "
             "restore it, for instance with git checkout"
         )
-
-
-def stored_config(checkpoint: dict[str, Any], path: str, how: str = "add --model RECIPE") -> dict[str, Any]:
-    """The configuration that a run left in its checkpoint; `Trusted` decides what of it may be used.
-
-    Args:
-        checkpoint: Its content.
-        path: Where it is, for the message.
-        how: What to do if there is none, for the message.
-
-    Raises:
-        UserError: If there is none.
-    """
-    return read_settings(checkpoint.get("config"), path, how)

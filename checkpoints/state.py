@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from checkpoints.plain import check_plain
 from errors import UserError
 
+OPTIMIZERS = ("torch.optim.", "optimizers.")  # modules of optimisers whose state is known
 SCHEDULES = ("torch.optim.", "lit_modules.", "lightning.")  # modules of schedules whose state is known
 # What changes in the state of a schedule of torch's; the rest are its settings.
 PROGRESS = {"last_epoch", "_step_count", "_last_lr", "T_cur", "T_i", "best", "num_bad_epochs", "cooldown_counter"}
@@ -204,6 +205,9 @@ def _optimizer(stored: dict[str, Any], optimizer: Optimizer, module: Any) -> dic
     numbered: dict[Any, Tensor] = {}
     if len(stored["param_groups"]) != len(optimizer.param_groups):
         raise _MisfitError("optimizer_states")
+    kinds_of = [kind for kind in type(optimizer).__mro__ if issubclass(kind, Optimizer) and kind is not Optimizer]
+    if not any(f"{kind.__module__}.".startswith(OPTIMIZERS) for kind in kinds_of):
+        return stored  # only its author knows what it keeps
     for own, theirs in zip(optimizer.param_groups, stored["param_groups"], strict=True):
         settings = _like({key: value for key, value in own.items() if key != "params"}, theirs, "optimizer_states")
         more = {key: value for key, value in theirs.items() if key not in own and _is_number(value)}  # a schedule's

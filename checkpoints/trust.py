@@ -97,7 +97,12 @@ class Trusted:
         self.path = path
         self.trust = trust
         self.how = how
-        self.numbers = sum(tensor.numel() for tensor in weights.values() if isinstance(tensor, Tensor))
+        stored = {  # once, however many names it has
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() // tensor.element_size()
+            for tensor in weights.values()
+            if isinstance(tensor, Tensor)
+        }
+        self.numbers = sum(stored.values())
         self.find_data = find_data
 
     def to_use(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,7 +114,7 @@ class Trusted:
         data = self.data(config["data"])
         model = self.model(config["model"], data, ("net",))
         precision = (config.get("trainer") or {}).get("precision")
-        plain = {key: value for key, value in model.items() if key not in EXECUTION}
+        plain = {key: value for key, value in model.items() if key not in (*EXECUTION, "optimizer", "scheduler")}
         data["num_workers"] = 0
         return {**config, "model": plain, "data": data, "trainer": {"precision": self._scalar("precision", precision)}}
 
@@ -249,13 +254,13 @@ class Trusted:
     def _check_size(self, net: dict[str, Any], data: Mapping[str, Any]) -> None:
         """Refuse a network that holds more than the file does, or makes more of an image than a machine can hold."""
         side, nets = data.get("image_size"), [net]
-        if side is not None and "image_size" in inspect.signature(find("net", net["class_path"])).parameters:
-            arguments = net.get("init_args") or {}
-            if arguments.get("image_size") != side:  # which train.py gives it
-                nets.append({**net, "init_args": {**arguments, "image_size": side}})
+        arguments = net.get("init_args") or {}
+        known = {*inspect.signature(find("net", net["class_path"])).parameters, *arguments}
+        if side not in (None, arguments.get("image_size")) and "image_size" in known:  # train.py gives it that
+            nets.append({**net, "init_args": {**arguments, "image_size": side}})
         for one in nets:
             if problem := too_large(one, self.numbers, (data.get("channels") or 1, side or 28, side or 28)):
-                raise UserError(f"{self.path} {problem}; not loaded")
+                raise UserError(f"{self.path} {problem}; {self.how} if you know where the file comes from")
 
     def _scalar(self, name: str, value: Any) -> Any:
         """The value, if no reading of it imports or opens anything."""
@@ -270,6 +275,23 @@ class Trusted:
             f"{self.path} names the class {shown}, which this project, torch and torchvision do not have for {part}; "
             f"{self.how} if you know where the file comes from"
         )
+
+
+def needs_trust(config: Mapping[str, Any], to_train: bool) -> bool:
+    """Whether a run's own checkpoint is refused without the user's word, as it names classes of the user's own.
+
+    Args:
+        config: The run's configuration.
+        to_train: Whether training goes on, which needs the optimiser and the like too.
+    """
+    rules, model = Trusted("", False, "", {}, lambda folder: None), config["model"]
+    if not all(rules.may_name(part, model.get(part)) for part in (NAMEABLE if to_train else ("net",))):
+        return True
+    try:
+        rules._trainer({"callbacks": (config.get("trainer") or {}).get("callbacks")} if to_train else {})
+    except UserError:
+        return True
+    return False
 
 
 def find(part: str, name: Any) -> Any:

@@ -177,10 +177,11 @@ def _take_flag(command: Command, name: str, flag: Flag, value: str | None, token
         if value is None and tokens and flag.takes(tokens[0]):
             value = tokens.pop(0)
         if value and flag.takes(value):
-            command.overrides.append(f"{flag.target.partition('=')[0]}={value}")
+            command.overrides.append(f"{flag.target.partition('=')[0]}={value.lower()}")
             return
         if value is not None:
-            raise UserError(f"{name} takes no value, got {value!r}")
+            may = "nothing, true or false" if flag.target.endswith("=true") else "no value"
+            raise UserError(f"{name} takes {may}, got {value!r}")
         if flag.target:
             command.overrides.append(flag.target)
         else:
@@ -254,7 +255,9 @@ def _data(value: str) -> list[str]:
     """The settings that `--data` stands for: a folder, a data set's name, or the path of a class."""
     folder = Path(expanded(value))
     if folder.is_dir() and value not in DATA_SETS:  # torchvision makes folders of such names; ./NAME is one
-        return [f"--data.folder={folder.absolute()}", "--data.dataset="]
+        whole = Path(os.path.normpath(folder.absolute()))  # one name for one folder, unless a link leads elsewhere
+        same = whole.exists() and whole.samefile(folder)
+        return [f"--data.folder={whole if same else folder.absolute()}", "--data.dataset="]
     if value in DATA_SETS or re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", value):
         return ["--data.folder=", f"--data.dataset={value}"]
     raise UserError(

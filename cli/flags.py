@@ -107,7 +107,7 @@ class Flag(NamedTuple):
 
     def takes(self, word: str) -> bool:
         """Whether a word that follows is its value; what is only switched on may be given true or false."""
-        return is_value(word) if self.check else self.target.endswith("=true") and word in ON_OR_OFF
+        return is_value(word) if self.check else self.target.endswith("=true") and word.lower() in ON_OR_OFF
 
 
 FLAGS = {

@@ -58,6 +58,7 @@ def own_words(message: str) -> str:
     message = one_line(message)
     kinds = "Not a valid|Expected"
     said = re.match(rf"Does not validate against .*? Errors: - (?!{kinds})(.+?) - (?:{kinds})", message)
+    said = said or re.search(rf"(Problem with given class_path .+?) - (?:{kinds})", message)
     return said[1] if said else message
 
 

@@ -94,7 +94,11 @@ def resolved(recipe: str, flags: Iterable[str]) -> dict[str, Any]:
     result = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
     if result.returncode:
         raise UserError(printed_error(result.stderr) or f"exit code {result.returncode}")
-    return yaml.safe_load(result.stdout)
+    try:
+        return yaml.safe_load(result.stdout)
+    except yaml.YAMLError:
+        first = result.stdout.lstrip().partition("\n")[0]
+        raise UserError(f"a module of yours prints {first!r} when it is imported; take that out") from None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -106,12 +110,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 class _UniqueKeyLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """Safe YAML in which a mapping may hold a key only once."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+    def flatten_mapping(self, node: Any) -> None:
+        """Look at the keys before those of other mappings are merged in (`<<`), which these may replace."""
         seen = set()
-        for key_node, _ in node.value:
+        for key_node, _ in node.value if not hasattr(node, "seen") else ():
             if isinstance(key_node, yaml.ScalarNode):
                 if key_node.value in seen:
                     line = key_node.start_mark.line + 1
                     raise yaml.YAMLError(f"the key {key_node.value!r} appears twice, the second time in line {line}")
                 seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
+        node.seen = True
+        super().flatten_mapping(node)

@@ -29,26 +29,35 @@ def check_captum() -> None:
 def explained_stage(net: nn.Module, images: Tensor) -> nn.Module:
     """The last stage with convolutions whose maps are at least `SMALLEST` wide and high, or what follows at that size.
 
-    If none are as large, it is the first with maps.
+    If none are as large, it is the first with maps. Among those of its size the last without negative values is taken,
+    if there is one: only there does each value speak for something.
 
     Args:
-        net: The network; its children are the stages, and a Sequential counts as its members.
+        net: The network, whose stages are those of `inspection.stages.stages`.
         images: A batch (N, C, H, W) for it.
 
     Raises:
         UserError: If no stage has feature maps larger than 1x1.
     """
-    walked, _ = walk(net, lambda: net.forward(images[:1]), lambda output: tuple(output.shape[2:]))
-    found: tuple[nn.Module, tuple[int, ...]] | None = None
-    for _, stage, size in walked:
-        if size is None or len(size) != 2 or size == (1, 1):
-            continue
+
+    def keep(output: Tensor) -> tuple[tuple[int, ...], bool]:
+        return tuple(output.shape[2:]), bool((output >= 0).all())
+
+    walked, _ = walk(net, lambda: net.forward(images[:1]), keep)
+    seen = [stage for _, stage, _ in walked]
+    maps: list[tuple[nn.Module, tuple[int, ...], bool, bool]] = []
+    for _, stage, kept in walked:
+        size, positive = kept or ((), False)
         convolves = any(isinstance(module, nn.Conv2d) for module in stage.modules())
-        if (convolves and (found is None or min(size) >= SMALLEST)) or (found and size == found[1]):
-            found = stage, size
-    if found is None:
+        follows = bool(maps) and seen.count(stage) == 1  # a ReLU that several layers share has no maps of its own
+        if (convolves or follows) and len(size) == 2 and size != (1, 1):
+            maps.append((stage, size, positive, convolves))
+    sizes = [size for _, size, _, convolves in maps if convolves]
+    if not sizes:
         raise UserError(f"{type(net).__name__} has no feature maps for --gradcam to show")
-    return found[0]
+    chosen = next((size for size in reversed(sizes) if min(size) >= SMALLEST), sizes[0])
+    same = [(stage, positive) for stage, size, positive, _ in maps if size == chosen]
+    return next((stage for stage, positive in reversed(same) if positive), same[-1][0])
 
 
 def layer_cam(net: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
@@ -68,12 +77,13 @@ def layer_cam(net: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
     Raises:
         UserError: If no stage of the network has feature maps larger than 1x1.
     """
-    from captum.attr import LayerGradientXActivation
+    from captum.attr import LayerActivation, LayerGradientXActivation
 
     with evaluating(net), torch.inference_mode(False), torch.enable_grad():
         # Copies: what was made in inference mode can't take part in a backward pass.
         images, classes = images.to(next(net.parameters()).dtype).clone(), classes.clone()
         stage = explained_stage(net, images)
-        contributions = LayerGradientXActivation(net.forward, stage).attribute(images, classes)
-    maps = contributions.detach().float().relu().sum(dim=1).cpu()
+        activation = LayerActivation(net.forward, stage).attribute(images)
+        gradient = LayerGradientXActivation(net.forward, stage, multiply_by_inputs=False).attribute(images, classes)
+    maps = (gradient.detach().float().relu() * activation.detach().float()).sum(dim=1).relu().cpu()
     return maps / maps.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 Kept = TypeVar("Kept")
@@ -36,7 +37,7 @@ def stages(net: nn.Module, input_shape: tuple[int, int, int]) -> tuple[list[Stag
     Nothing is computed: the forward pass runs on tensors without data.
 
     Args:
-        net: The network; its children are the stages, and a Sequential counts as its members.
+        net: The network; its children are the stages, and a Sequential or a list counts as its members.
         input_shape: Shape (C, H, W) of one image.
 
     Raises:
@@ -120,10 +121,10 @@ def stage_outputs(net: nn.Module, image: Tensor) -> list[tuple[str, str, Tensor]
 
 
 def stage_modules(net: nn.Module) -> dict[nn.Module, str]:
-    """Module to name of a network's stages: its children, where a Sequential counts as its members."""
+    """Module to name of a network's stages: its children, where a Sequential or a list counts as its members."""
     names: dict[nn.Module, str] = {}
     for name, child in net.named_children():
-        if type(child) is nn.Sequential:
+        if type(child) in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
             names |= {inner: f"{name}.{inner_name}" for inner_name, inner in child.named_children()}
         else:
             names[child] = name
@@ -138,6 +139,9 @@ def run_without_data(net: nn.Module, images: Tensor) -> Any:
         Exception: Whatever else the network raises for images of that shape.
     """
     tensors = dict(net.named_parameters()) | dict(net.named_buffers())
+    # What the forward pass may keep for the next one: attributes, buffers, and what is in a list or a dictionary.
+    kept: list[Any] = [one for module in net.modules() for one in (vars(module), *vars(module).values())]
+    before = [(one, one.copy()) for one in kept if isinstance(one, dict | list)]
     stand_ins = {
         name: torch.empty_like(tensor, device="meta", dtype=torch.float32 if tensor.is_floating_point() else None)
         for name, tensor in tensors.items()
@@ -148,6 +152,11 @@ def run_without_data(net: nn.Module, images: Tensor) -> Any:
         if re.search(r"\bmeta\b", str(error)):
             raise NotImplementedError(str(error)) from None
         raise
+    finally:
+        for one, own in before:
+            if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves(one)):
+                one.clear()
+                (one.update if isinstance(one, dict) else one.extend)(own)
 
 
 def _parameters(module: nn.Module) -> int:

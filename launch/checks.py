@@ -31,7 +31,10 @@ OF_BATCHES = ("WarmupDecay", "OneCycleLR", "CyclicLR")  # schedules that are mea
 
 def named(class_path: str) -> Any:
     """The class or function of that dotted name; not the module, where torchvision has one of the same name."""
-    return resolve_name(":".join(class_path.rsplit(".", 1)))
+    try:
+        return resolve_name(":".join(class_path.rsplit(".", 1)))
+    except ModuleNotFoundError:  # a class or a method within a class
+        return resolve_name(class_path)
 
 
 def check_configuration(config: Namespace, command: Command, data_class: type) -> None:
@@ -47,6 +50,8 @@ def check_configuration(config: Namespace, command: Command, data_class: type) -
             raise UserError(f"{section} is {config[section]!r}; a mapping of settings was expected")
     if "max_epochs" not in config.trainer:  # null in a recipe, filled with the flags alone
         raise UserError("trainer is None; a mapping of settings was expected")
+    if not hasattr(config.model.net, "class_path"):  # what a module holds, made already
+        raise UserError(f"model.net names an object of {type(config.model.net).__name__}; name its class")
     check_nulls(config.model, LitClassifier, "model")
     check_nulls(config.data, data_class, "data")
     check_accelerator(config.trainer)
@@ -80,7 +85,9 @@ def check_accelerator(trainer: Namespace) -> None:
 
 def check_learning_rate(scheduler: Any, flags: Sequence[str]) -> None:
     """Refuse a learning rate that the schedule would ignore."""
-    if not scheduler or not any(re.match(r"--model\.optimizer\.(init_args\.)?lr\b", flag) for flag in flags):
+    if not hasattr(scheduler, "class_path") or not any(
+        re.match(r"--model\.optimizer\.(init_args\.)?lr\b", flag) for flag in flags
+    ):
         return
     for own in {"max_lr", "base_lr"} & set(inspect.signature(named(scheduler.class_path)).parameters):
         raise UserError(
@@ -92,7 +99,7 @@ def check_learning_rate(scheduler: Any, flags: Sequence[str]) -> None:
 def warn_of_interval(model: Namespace, command: Command) -> None:
     """Say that a schedule moves after each batch, where only the recipe, which had another one, has said so."""
     own = command.given().get("model.scheduler") == "" or command.asked_for("model.scheduler.class_path")
-    if not own or not model.scheduler or model.scheduler_interval != "step":
+    if not own or not hasattr(model.scheduler, "class_path") or model.scheduler_interval != "step":
         return
     name = model.scheduler.class_path.rpartition(".")[2]
     if name not in OF_BATCHES and not command.asked_for("model.scheduler_interval") and is_first_process():
@@ -154,6 +161,8 @@ def explained(net: str) -> Iterator[None]:
     except URLError as error:
         raise UserError(f"{net} can't fetch its weights: {error.reason}; get online, or leave them out") from None
     except (OSError, LookupError, ArithmeticError, ImportError) as error:
+        if isinstance(error, ImportError) and not error.name:  # Lightning's own words, of a logger's missing package
+            raise UserError(one_line(str(error))) from None
         raise UserError(f"{net} can't be made: {type(error).__name__}: {one_line(str(error))}") from None
 
 

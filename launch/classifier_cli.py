@@ -9,8 +9,10 @@ from functools import cached_property
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from callbacks.processes import Processes
@@ -22,6 +24,7 @@ from datamodules import FashionMNISTDataModule, PicturesDataModule, class_of
 from errors import UserError, one_line
 from inspection.table import table
 from launch.checks import (
+    check_accumulation,
     check_configuration,
     check_input,
     check_network,
@@ -174,7 +177,8 @@ class ClassifierCLI(LightningCLI):
         if issubclass(self.data_class, PicturesDataModule):
             follow |= follow_pictures(config, command, self.start.seen or self.start.settings.get("data", {}))
         flags = {name.replace(".init_args", "") for name, file in command.given().items() if not file}
-        for name in follow.keys() & inspect.signature(named(net.class_path)).parameters:
+        known = {*inspect.signature(named(net.class_path)).parameters, *(net.get("init_args") or Namespace()).keys()}
+        for name in follow.keys() & known:
             if f"model.net.{name}" in flags and net.init_args[name] != follow[name]:
                 given = net.init_args[name]
                 raise UserError(
@@ -210,6 +214,9 @@ class ClassifierCLI(LightningCLI):
         if self.command.subcommand == "fit":
             check_training(self.trainer, self.model, self.config.model, validates(self.config))
             warn_of_interval(self.config.model, self.command)
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, GradientAccumulationScheduler):
+                    check_accumulation(self.config.model.compile, max(callback.scheduling.values()))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with this project's logger and callbacks beside the user's own."""

@@ -46,7 +46,9 @@ class Trials:
 
     def _find(self, config: Namespace) -> dict[str, float]:
         """The batch size first: the learning rate depends on it."""
-        optimizer = config.model.optimizer.class_path.rpartition(".")[2]
+        optimizer = getattr(config.model.optimizer, "class_path", "").rpartition(".")[2]
+        if self._lr and not optimizer:  # a function that makes one
+            raise UserError("--lr auto needs a class, whose lr it sets, in model.optimizer; give it, or leave --lr out")
         if self._lr and optimizer in OWN_RATE:
             raise UserError(f"--lr auto can't find a rate for {optimizer}, whose steps follow those before; give --lr")
         found: dict[str, float] = {}
@@ -90,7 +92,9 @@ class Trials:
         with torch.random.fork_rng(devices=[]):
             net = own.model.net.to(WEIGHTS.get(str(config.trainer.precision), torch.float32))
             own.model.scheduler = None  # the optimiser alone is made
-            size = largest_batch_size(net, own.model.configure_optimizers, shape, device, dtype, most)
+            size = largest_batch_size(
+                net, own.model.configure_optimizers, shape, device, dtype, most, trainer.num_devices
+            )
         steps = f"leaves {STEPS_AN_EPOCH} steps an epoch" if each >= given else f"is not above the recipe's {given}"
         print(f"Batch size {size}: the largest power of two that {'fits' if size < most else steps}", flush=True)
         if size != given and not self._lr:

@@ -38,7 +38,7 @@ from cli.messages import MADE_OF_SCHEDULES
 from cli.recipes import did_you_mean
 from datamodules import FashionMNISTDataModule
 from datamodules.batches import EvalBatches, TrainBatches
-from errors import RunError, UserError, count, one_line
+from errors import RunError, UserError, count, is_first_process, one_line, print_warning
 from launch.memory import is_out_of_memory
 from lit_modules import LitClassifier
 from lit_modules.schedules import of_length, open_lengths
@@ -163,7 +163,7 @@ def check_training(trainer: Trainer, model: LitClassifier, names: Namespace, val
         _check_schedule(trainer, model, names, optimizer, validates)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(monitor := getattr(callback, "monitor", None), str):
-            _check_monitor(monitor, type(callback).__name__, trainer, validates)
+            _check_monitor(monitor, getattr(callback, "mode", ""), type(callback).__name__, trainer, validates)
 
 
 def unfuse(model: LitClassifier, optimizer: Any) -> bool:
@@ -261,7 +261,12 @@ def _check_schedule(trainer: Trainer, model: LitClassifier, names: Namespace, op
         )
 
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    if by_step and open_lengths(scheduler) and any(isinstance(one, GradientAccumulationScheduler) for one in callbacks):
+    in_steps = by_step or trainer.max_steps > 0
+    if (
+        in_steps
+        and open_lengths(scheduler)
+        and any(isinstance(one, GradientAccumulationScheduler) for one in callbacks)
+    ):
         raise UserError(
             f"{name} is as long as the run, whose steps GradientAccumulationScheduler changes: give the length "
             f"(--model.scheduler.{open_lengths(scheduler)[0]}), or --trainer.accumulate_grad_batches instead"
@@ -279,7 +284,7 @@ def _check_schedule(trainer: Trainer, model: LitClassifier, names: Namespace, op
     if by_step:
         raise UserError(f"{name} follows a metric that is measured once an epoch: set --model.scheduler_interval epoch")
     monitor = getattr(schedule, "monitor", "val/loss")
-    _check_monitor(monitor, name, trainer, validates)
+    _check_monitor(monitor, schedule.mode, name, trainer, validates)
     if monitor.startswith("val/") and trainer.check_val_every_n_epoch is None:
         raise UserError(f"{name} watches {monitor} after each epoch: leave out trainer.check_val_every_n_epoch=null")
     if monitor.startswith("val/") and _validates_by_time(trainer):
@@ -290,7 +295,7 @@ def _validates_by_time(trainer: Trainer) -> bool:
     return getattr(trainer, "_val_check_time_interval", None) is not None  # kept nowhere else
 
 
-def _check_monitor(monitor: str, owner: str, trainer: Trainer, validates: bool) -> None:
+def _check_monitor(monitor: str, mode: str, owner: str, trainer: Trainer, validates: bool) -> None:
     if monitor.startswith("val/") and not validates:
         raise UserError(
             f"{owner} watches {monitor}, and nothing is validated: set --val_size above 0, or watch train/loss"
@@ -301,6 +306,8 @@ def _check_monitor(monitor: str, owner: str, trainer: Trainer, validates: bool) 
     if monitor not in known and not strangers:  # which may log anything
         hint = did_you_mean(monitor, known) or f"; there are {', '.join(METRICS)}"
         raise UserError(f"{owner} watches {monitor}, which is not measured{hint}")
+    if monitor in METRICS and mode == "min" and monitor.endswith("accuracy") and is_first_process():
+        print_warning(f"{owner} takes a rising {monitor} for worse: its mode is min; set mode max")
 
 
 def _tried(setting: str, names: Namespace, trial: Callable[[], Any]) -> Any:

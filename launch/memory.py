@@ -1,9 +1,10 @@
 """Main memory kept for the next step; what to do when a batch does not fit in memory, and the largest that does."""
 
 import ctypes
+import math
 import re
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def keep_freed_memory() -> bool:
     """Have the C library keep what PyTorch frees, for the next step's tensors, until the process ends.
 
     By default, glibc gives each tensor of more than 32 MiB back to the kernel as soon as it is freed, and the kernel
-    clears every page of the next one: on the CPU an eighth to two fifths of the time of the tutorial's larger networks
+    clears every page of the next one: on the CPU a twentieth to a sixth of the time of the tutorial's larger networks
     (benchmarks/freed_memory.py).
 
     Returns:
@@ -65,6 +66,7 @@ def largest_batch_size(
     device: torch.device,
     dtype: torch.dtype | None,
     most: int,
+    processes: int = 1,
 ) -> int:
     """The largest power of two whose training step fits, found by doubling.
 
@@ -78,6 +80,7 @@ def largest_batch_size(
         device: Where to try.
         dtype: Type of autocast, or None.
         most: Never more than this.
+        processes: How many share this machine's memory on the CPU.
 
     Raises:
         RuntimeError: If not even two images fit.
@@ -107,7 +110,7 @@ def largest_batch_size(
         fits = size
         size *= 2
         growth = (peak_memory(device) or 0) - before
-        if size > most or (device.type == "cpu" and 2 * growth > SHARE["cpu"] * _free(device)):
+        if size > most or (device.type == "cpu" and 2 * growth > SHARE["cpu"] * _free(device) / processes):
             break
     if device.type == "cuda":
         del net, optimizer
@@ -115,12 +118,34 @@ def largest_batch_size(
     return min(max(fits, 1), most)
 
 
-def _free(device: torch.device) -> int:
+def _free(device: torch.device) -> float:
     """Memory that this process may use, in bytes; including, on the GPU, what it uses already."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     try:
         text = Path("/proc/meminfo").read_text(encoding="utf-8")
-        return int(re.search(r"MemAvailable:\s+(\d+)", text)[1]) * 1024  # type: ignore[index]
+        whole = int(re.search(r"MemAvailable:\s+(\d+)", text)[1]) * 1024  # type: ignore[index]
     except (OSError, TypeError):
-        return 4 << 30  # unknown: assume 4 GiB
+        whole = 4 << 30  # unknown: assume 4 GiB
+    return min(whole, *_free_of_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")))
+
+
+def _free_of_groups(own: Path, root: Path) -> Iterator[float]:
+    """What is left of the memory that a container or a cluster's job may use: of each of Linux's control groups."""
+    yield math.inf
+    with suppress(OSError, ValueError):  # other systems
+        for line in own.read_text(encoding="utf-8").splitlines():
+            _, kind, path = line.split(":", 2)
+            if kind not in ("", "memory"):
+                continue
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kind else ("memory.max", "memory.current")
+            top = root / kind
+            group = top / path.strip("/")
+            for place in (group, *group.parents):  # a limit of one above counts too
+                with suppress(OSError, ValueError):  # "max", where there is none
+                    limit, used = (int((place / name).read_text()) for name in names)
+                    # Files that the kernel keeps for later; the groups within count too, in the old version as a total.
+                    kept = re.findall(r"^(?:total_)?inactive_file (\d+)", (place / "memory.stat").read_text(), re.M)
+                    yield limit - used + max(map(int, kept), default=0)
+                if place == top:
+                    break

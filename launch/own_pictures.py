@@ -8,7 +8,7 @@ from jsonargparse import Namespace
 from cli.command import Command
 from cli.recipes import is_recipe
 from datamodules import PicturesDataModule
-from errors import UserError, one_line
+from errors import UserError, is_first_process, one_line, print_warning
 from runs.settings import DECIDED
 
 
@@ -28,12 +28,16 @@ def follow_pictures(config: Namespace, command: Command, stored: Mapping[str, An
         DatasetError: If folder or data set can't be used.
     """
     if command.configs:
-        given = command.given()
+        given, fixed = command.given(), []
         source = given.get("data.folder"), given.get("data.dataset")  # a file's path; "" is a flag
         for name in DECIDED:  # those of this project's recipes are Fashion-MNIST's, unless they name the pictures
             file = given.get(f"data.{name}")
             if file and is_recipe(file) and file not in source:
                 config.data[name] = None
+            elif file and file not in source and name in ("channels", "mean", "std") and config.data[name] is not None:
+                fixed.append(f"{name} {config.data[name]}")
+        if fixed and is_first_process():
+            print_warning(f"a file sets {', '.join(fixed)} of the images, which the pictures decide if it is left out")
     # A trained network expects its own, whatever the pictures are now.
     for name in ("mean", "std") if command.subcommand == "fit" else DECIDED:
         if config.data[name] is None:
@@ -43,6 +47,8 @@ def follow_pictures(config: Namespace, command: Command, stored: Mapping[str, An
             data = PicturesDataModule(**config.data)
         except (ValueError, RuntimeError) as error:
             raise UserError(one_line(str(error))) from None
+        except TypeError as error:  # of what no parser has seen
+            raise UserError(f"{command.ckpt_path} says of its images what can't be: {error}") from None
         data.prepare_data()
         for name in DECIDED:
             config.data[name] = data.hparams[name]

@@ -100,6 +100,14 @@ def _one_line_errors(cli: ClassifierCLI) -> Iterator[None]:
         _check_folder(cli)
         if "view size is not compatible" in str(error):  # a callback's or a network's own, like ModelPruning's
             raise UserError(f"{one_line(str(error))}; set --model.channels_last false") from None
+        if "not used in producing" in str(error) or "finished reduction in the prior iteration" in str(error):
+            why = "not every parameter of the network takes part in each step; "
+            why += "add --trainer.strategy ddp_find_unused_parameters_true"
+            raise RunError(why if is_first_process() else "") from None
+        if "does not have a deterministic implementation" in str(error):
+            raise UserError(f"{one_line(str(error)).partition(',')[0]}; set --trainer.deterministic warn") from None
+        if "not currently implemented for the MPS device" in str(error):
+            raise RunError(f"{one_line(str(error)).partition('. ')[0]}; --accelerator cpu can do it") from None
         if not is_out_of_memory(error):
             refuse_broken_gpu(error)
             raise

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from callbacks.run_folder import SLURM_JOB
-from checkpoints.plain import OF_PICTURES, recipe_name
-from checkpoints.reading import read_checkpoint, stored_config
+from checkpoints.plain import OF_PICTURES, read_settings, recipe_name
+from checkpoints.reading import read_checkpoint
 from checkpoints.trust import Trusted
 from cli.command import Command
 from cli.recipes import load_yaml
@@ -66,7 +66,7 @@ class Start:
             )
         settings: dict[str, Any] = {}
         if "config" in checkpoint or not command.names_a_net:
-            settings = stored_config(checkpoint, path)
+            settings = read_settings(checkpoint.get("config"), path)
         if settings:
             _check_pictures("class_names" in settings["data"], command)
         seen: dict[str, Any] = {}
@@ -97,8 +97,9 @@ class Start:
         if self.processes not in (None, number):
             before = "one process" if self.processes == 1 else f"{self.processes} processes"
             raise UserError(
-                f"{self.command.ckpt_path} was trained by {before}, not {number}: continued, it would skip or repeat "
-                f"images; set --devices (and --num_nodes) so that there are {self.processes}"
+                f"{self.command.ckpt_path} was trained by {before}, not {number}, whose images and steps would be "
+                f"others; set --devices (and --num_nodes) so that there are {self.processes}, or start again without "
+                "--ckpt_path; train.py test measures it here"
             )
 
     @property
@@ -179,7 +180,7 @@ def _requeued(command: Command) -> bool:
 
 def _keep_what_was_found(command: Command, checkpoint: dict[str, Any], path: str) -> None:
     """Train with the batch size and the learning rate that the job found when it first ran."""
-    settings = stored_config(checkpoint, path)
+    settings = read_settings(checkpoint.get("config"), path)
     if command.find_batch_size:
         command.overrides.append(f"--data.batch_size={int(settings['data']['batch_size'])}")
     if command.find_lr:

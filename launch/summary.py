@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from checkpoints.trust import find
+from checkpoints.trust import needs_trust
 from errors import count, shown, typed
 from runs.settings import of_own_pictures
 
@@ -40,7 +40,7 @@ def summary(record: dict[str, Any], trainer: Trainer, checkpoint: Path | None) -
         lines.append(f"Next: {typed(['tensorboard', '--logdir', shown(trainer.logger.root_dir)])}")
     if checkpoint:
         of_own = of_own_pictures(record["config"]["data"])
-        if find("net", record["config"]["model"]["net"]["class_path"]) is None:
+        if needs_trust(record["config"], to_train=False):
             of_own.append("--trust_checkpoint")  # this run's own
         lines.append(f"      {typed(['python', 'train.py', 'predict', '--ckpt_path', shown(checkpoint), *of_own])}")
     return "\n".join(lines)

@@ -97,7 +97,9 @@ class RunCallbacks:
         if config.trainer.enable_progress_bar is not False and not own_bar:
             callbacks.append(EpochProgress(self.speed))
         last = self.last if self.last in callbacks else None
-        self.stop = GracefulStop(self.processes, last, lambda path: how_to_continue(command, config, path))
+        self.stop = GracefulStop(
+            self.processes, last, lambda path: how_to_continue(command, config, path), command.then_test
+        )
         callbacks += [self.processes, ExactResume(self.speed), self.stop]  # last, so that they see what the others did
         _leave_out_empty_hooks(callbacks)
         plugins = _listed(built.trainer.plugins)
@@ -171,9 +173,8 @@ def precision(trainer: Namespace, asked_for: bool, saved: str | None) -> tuple[s
     """
     wanted = (asked_for and trainer.precision) or saved or trainer.precision
     on_gpu = trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    left_open = trainer.precision is None and wanted in (None, "bf16-mixed")
-    if left_open and on_gpu and _gpus_have_bfloat16(trainer.devices):
-        torch.set_float32_matmul_precision("high")
+    if wanted in (None, "bf16-mixed") and on_gpu and _gpus_have_bfloat16(trainer.devices):
+        torch.set_float32_matmul_precision("high")  # of what stays in float32, such as Muon's products
         return "bf16-mixed", ""
     of_a_recipe = wanted == "bf16-mixed" and not asked_for
     if of_a_recipe and on_gpu and not _gpus_have_bfloat16(trainer.devices):

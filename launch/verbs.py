@@ -12,9 +12,12 @@ from callbacks.run_folder import OUTPUTS, next_folder
 from callbacks.run_record import RunRecord, evaluated, images_measured
 from datamodules import PicturesDataModule
 from errors import RunError, UserError, count, print_warning, shown
+from inspection.layer_cam import check_captum
 from launch.classifier_cli import ClassifierCLI
 from launch.lightning_flags import check_length
 from launch.summary import by_class, scores, summary
+from launch.trainer import validates
+from weights.imagenet import start_from_imagenet
 from weights.trained import may_know
 
 
@@ -28,14 +31,14 @@ def fit(cli: ClassifierCLI) -> None:
     trainer, model, data, config = cli.trainer, cli.model, cli.datamodule, cli.config
     cli.start.check_processes(trainer.world_size)
     if config.pretrained and not cli.command.ckpt_path:
-        from weights.imagenet import start_from_imagenet  # here, not above: only this needs torchvision's networks
-
         started = start_from_imagenet(model.net, config.data.mean, config.data.std)
         if trainer.is_global_zero:
             print(started)
     if cli.command.then_test:
         data.setup("test")
     data.setup("fit")  # before anything is written
+    if validates(config) and not len(data.val_set):
+        raise UserError("no picture is left to validate on; add some, or set --val_size 0, which keeps the last epoch")
     check_length(trainer, model, data, cli.command.then_test)
     try:
         Path(cli.command.log_dir).mkdir(parents=True, exist_ok=True)
@@ -58,6 +61,11 @@ def fit(cli: ClassifierCLI) -> None:
                 "test --ckpt_path, or give a --log_dir that all machines share"
             )
             raise RunError(problem if trainer.is_global_zero else "")
+        if trainer.is_global_zero and (steps := cli.callbacks.best.not_validated(trainer)):
+            print_warning(
+                f"the run took {count(steps, 'step')} after its last validation: tested is the best of the weights "
+                "before; last.ckpt holds the last ones"
+            )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightAveraging):
                 callback._average_model = None  # or loading would put the plain weights back in place of the averaged
@@ -103,8 +111,6 @@ def predict(cli: ClassifierCLI) -> None:
         predict_pictures(trainer, model, data, data.class_names, **wanted)
         return
     if command.gradcam:
-        from inspection.layer_cam import check_captum  # here, not above: only this needs it
-
         check_captum()
     trainer.predict(model, data, ckpt_path=command.ckpt_path, return_predictions=False, weights_only=True)
     written = cli.callbacks.predictions

@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageFilter
 
+from datamodules.files.decoding import on_ground
 from pictures.segmentation import blur, fit_ground, garment_mask
 
 Invert = Literal["auto", "always", "never"]
@@ -97,9 +98,7 @@ def _on_ground(picture: Image.Image, invert: Invert) -> Image.Image:
     red, green, blue, alpha = np.moveaxis(np.asarray(picture, np.float64), 2, 0)
     brightness = np.average(np.stack([red, green, blue], axis=2) @ GREY, weights=alpha) if alpha.any() else 0.0
     black = invert == "never" or (invert == "auto" and brightness > 0.75 * 255)
-    canvas = Image.new("RGBA", picture.size, "black" if black else "white")
-    canvas.alpha_composite(picture)
-    return canvas.convert("RGB")
+    return on_ground(picture, "black" if black else "white")
 
 
 def _centred(values: np.ndarray, object_: np.ndarray) -> np.ndarray:

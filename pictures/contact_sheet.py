@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from datamodules.files.decoding import on_ground
 from pictures.sheet import WRONG, Entry, Line, sheet, square
 
 COLUMNS = 3
@@ -52,11 +53,7 @@ def contact_sheet(tiles: Sequence[Tile], first: int = 1) -> Image.Image:
 
 def thumbnail(picture: Image.Image) -> Image.Image:
     """A copy of a picture of mode RGB or RGBA, at most EDGE x EDGE, with grey where it is transparent."""
-    small = picture.copy()
-    if small.mode == "RGBA":
-        ground = Image.new("RGBA", small.size, TRANSPARENT)
-        ground.alpha_composite(small)
-        small = ground.convert("RGB")
+    small = on_ground(picture, TRANSPARENT)
     scale = EDGE / max(small.size)
     size = max(1, round(small.width * scale)), max(1, round(small.height * scale))
     return small.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.LANCZOS)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,11 +59,13 @@ def read_pictures(paths: Sequence[Path], invert: Invert, data: FashionMNISTDataM
     Raises:
         UserError: If nothing could be read.
     """
-    pictures = Pictures()
+    pictures, negated = Pictures(), 0
     for path in find_pictures(paths):
         try:
             if isinstance(data, PicturesDataModule):  # trained on pictures as they are
-                image = data.fit_picture(read_picture(path, data.stored_size), invert)
+                picture = read_picture(path, data.stored_size)
+                image = data.fit_picture(picture, invert)
+                negated += invert == "auto" and data.negates(picture)
             else:
                 image = as_fashion_mnist(read_picture(path), invert)
         except (PictureError, ValueError) as error:
@@ -76,6 +79,8 @@ def read_pictures(paths: Sequence[Path], invert: Invert, data: FashionMNISTDataM
         raise UserError(f"no picture could be read: {reasons or f'{folders} holds none'}")
     for path, reason in pictures.skipped:
         print_warning(f"skipped: {printable(path)} {reason}")
+    if negated:
+        print_warning(f"{count(negated, 'picture')} negated, as those trained on are dark; --invert never leaves them")
     return pictures
 
 
@@ -227,11 +232,9 @@ def _print_table(pictures: Pictures, top: Sequence[Sequence[tuple[str, float]]])
     for title in ("likeliest class", "second", "third", *(["unfamiliar"] if pictures.scores else [])):
         table.add_column(title, no_wrap=True)
     for number, (path, guesses) in enumerate(zip(pictures.paths, top, strict=True), start=1):
-        cells = [Text(f"{name} {probability:.1%}") for name, probability in guesses]
-        cells += [Text()] * (TOP - len(cells))
-        if pictures.scores:
-            cells.append(Text(_in_words(pictures.scores[number - 1])))
-        table.add_row(str(number), Text(printable(path)), *cells)
+        cells = [f"{name} {probability:.1%}" for name, probability in guesses] + [""] * (TOP - len(guesses))
+        cells += [_in_words(pictures.scores[number - 1])] if pictures.scores else []
+        table.add_row(str(number), Text(printable(path)), *map(Text, cells))
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=Console(width=10_000).measure(table).maximum)  # one line a picture
@@ -329,7 +332,8 @@ def _write_overlays(
             path, (name, probability) = pictures.paths[number - 1], top[number - 1][0]
             png = io.BytesIO()
             overlay(image, cam, f"{printable(Path(path.name))}: {name} {probability:.1%}").save(png, "PNG")
-            _write_bytes(folder / f"{number:0{width}}-{path.stem}.png", png.getvalue())
+            stem = os.fsencode(path.stem)[:200].decode(errors="ignore")  # a file's name may have 255 bytes
+            _write_bytes(folder / f"{number:0{width}}-{stem}.png", png.getvalue())
     return [folder]
 
 

@@ -40,6 +40,12 @@ class Difference:
         """Whether each group is one run: then the two networks are compared, not their recipes."""
         return len(self.first.runs) == len(self.second.runs) == 1
 
+    @property
+    def scatters(self) -> bool:
+        """Whether the runs show how far seeds lie apart: several of each group, which are not all equally good."""
+        deviations = [self.first.deviation, self.second.deviation]
+        return None not in deviations and any(deviations)
+
     def __str__(self) -> str:
         verdict = "more than chance" if self.p < LEVEL else "may be chance"
         p = "p < 0.0001" if self.p < 1e-4 else f"p = {self.p:.4f}" if self.p < 0.01 else f"p = {self.p:.2f}"

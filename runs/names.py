@@ -15,6 +15,7 @@ from errors import UserError
 from runs.settings import FOLLOWING, kind, leaves
 
 CLASS, MACHINE = ".class_path", "machine"
+DATA = ("data.folder", "data.dataset")
 Settings = dict[str, Any]  # by dotted name, without `init_args`
 
 
@@ -27,7 +28,7 @@ def name_all(runs: Sequence[tuple[str, Settings]]) -> tuple[list[str], list[str]
     changes = [_changes(recipe, mine, [other for name, other in runs if name == recipe]) for recipe, mine in runs]
     # What was changed in a recipe of the user's own is not known; its runs share whatever they have.
     have = [
-        changed if recipe_settings(recipe) else [_in_words(*setting) for setting in mine.items()]
+        changed if recipe_settings(recipe) else [_in_words(*one) for one in mine.items() if not _is_open(*one)]
         for (recipe, mine), changed in zip(runs, changes, strict=True)
     ]
     shared = [text for text in dict.fromkeys(chain(*changes)) if all(text in texts for texts in have)]
@@ -48,18 +49,21 @@ def _changes(recipe: str, settings: Settings, others: Sequence[Settings]) -> lis
         owner = next((one for one in classes if f"{name}.".startswith(one.removesuffix(CLASS) + ".")), "")
         if name in written:
             replaced = name != owner and not _agree(written.get(owner), settings.get(owner))
-            return not _agree(written[name], value) and not (replaced and value is None)
+            return not _agree(written[name], value, name) and not (replaced and value is None)
         default = kind(name).default
         if owner and default is None:
             default = class_defaults(str(settings.get(owner))).get(name.removeprefix(owner.removesuffix(CLASS) + "."))
         if written and (default is not None or not owner) and name != MACHINE:
-            return value is not None and not _agree(default, value)
+            return value is not None and not _agree(default, value, name)
         comparable = [one for one in others if one.get(owner) == settings.get(owner)]
-        return bool(value) and not all(_agree(value, one.get(name)) for one in comparable)
+        is_set = bool(value) or (_zero_counts(name) and not _is_open(name, value))
+        return is_set and not all(_agree(value, one.get(name), name) for one in comparable)
 
     names = [name for name in {**written, **settings} if (name in settings or kind(name).parts) and kind(name).named]
-    if settings.get("data.folder") or settings.get("data.dataset"):
-        names = [name for name in names if name not in FOLLOWING]
+    if any(map(settings.get, DATA)):
+        same = [one for one in others if all(one.get(name) == settings.get(name) for name in DATA)]
+        differ = {name for name in FOLLOWING if any(one.get(name) != settings.get(name) for one in same)}
+        names = [name for name in names if name not in FOLLOWING or name in differ]
     return [_in_words(name, settings.get(name)) for name in names if is_changed(name, settings.get(name))]
 
 
@@ -90,16 +94,28 @@ def class_defaults(class_path: str) -> Settings:
     return found
 
 
-def _agree(written: Any, value: Any) -> bool:
+def _agree(written: Any, value: Any, name: str = "") -> bool:
     """Whether a value is what a recipe says: numbers may be written in any way, and objects without their defaults."""
     if isinstance(written, dict) and isinstance(value, dict):
         return all(key in value and _agree(one, value[key]) for key, one in written.items())
     if isinstance(written, list) and isinstance(value, list):
         return len(written) == len(value) and all(map(_agree, written, value))
+    if _is_open(name, written) != _is_open(name, value):
+        return False
     try:
         return float(written or 0) == float(value or 0)
     except (TypeError, ValueError):
         return str(written).rpartition(".")[2] == str(value).rpartition(".")[2]
+
+
+def _is_open(name: str, value: Any) -> bool:
+    """Whether there is no value, which is something else than 0 or False."""
+    return value is None and _zero_counts(name)
+
+
+def _zero_counts(name: str) -> bool:
+    """Whether 0, or False, is something else than no value."""
+    return False not in kind(name).off
 
 
 def _in_words(name: str, value: Any) -> str:

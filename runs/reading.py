@@ -4,8 +4,9 @@ Imports nothing heavy.
 """
 
 import os
+import re
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,9 @@ from runs.record import read, unpack_right
 from runs.settings import FOLLOWING, SAMPLE, kind, of_own_pictures, shaping
 
 LARGEST_SAMPLE = 1_500  # images in the larger part of tests/data; the whole parts hold 60,000 and 10,000
+# Settings that name classes, and what a checkpoint may name without the user's word; checkpoints/trust.py looks closer.
+NAMING = ("model.net", "model.optimizer", "model.scheduler", "trainer.callbacks")
+KNOWN = ("models.", "torch.", "torchvision.", "optimizers.", "lit_modules.", "callbacks.", "lightning.pytorch.cli.")
 SWEEPS = "sweeps"  # where sweep.py keeps its trials, within the folder of the runs
 
 
@@ -57,6 +61,8 @@ class Run:
             return ""  # it was moved, has no checkpoint, or is a trial, whose sweep compares without the test images
         flags = [] if shown(log_dir) == "logs" else ["--log_dir", shown(log_dir)]
         flags += of_own_pictures(self._setting("data"))
+        named = re.findall(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", str([self._setting(name) for name in NAMING]))
+        flags += ["--trust_checkpoint"] if any(not name.startswith(KNOWN) for name in named) else []
         return typed(["python", "train.py", "--ckpt_path", shown(checkpoint), *flags])
 
     @property
@@ -139,15 +145,21 @@ class Run:
         return value
 
 
-def matches(run: Run, wanted: dict[str, Any]) -> bool:
-    """Whether a run computed what the settings say; settings left to machine or pictures match anything."""
+def matches(run: Run, wanted: dict[str, Any], asked_for: Collection[str] = ()) -> bool:
+    """Whether a run computed what the settings say; settings left to machine or pictures match anything.
+
+    Args:
+        run: The run.
+        wanted: Its settings, as `shaping` gives them.
+        asked_for: Those that the user decides, and not the pictures.
+    """
     wanted = {name: _printable(value) for name, value in wanted.items()}  # as the run's own are
     own = run.settings | ({"trainer.precision": run.record["precision"]} if "precision" in run.record else {})
     if SAMPLE in wanted:
         own[SAMPLE] = run.is_sample
     names = own.keys() | wanted.keys()
     if wanted.get("data.folder") or wanted.get("data.dataset"):
-        names = {name for name in names if name.replace(".init_args", "") not in FOLLOWING}
+        names = {name for name in names if name.replace(".init_args", "") not in FOLLOWING - {*asked_for}}
     return all(_fits(own.get(name), wanted.get(name), kind(name).left_open) for name in names)
 
 

@@ -178,7 +178,7 @@ def _what_is_compared(found: Sequence[Difference], groups: int) -> str:
     text += "; corrected for the number of comparisons and for picking the best." if groups > 2 else "."
     if any(difference.single for difference in found):
         text += " Single runs compare the networks; comparing the recipes takes 2 seeds or more of each."
-    several = [difference.seeds for difference in found if difference.paired and not difference.single]
+    several = [difference.seeds for difference in found if difference.paired and difference.scatters]
     points = f"{100 * POINTS:g} points"
     if None in several:
         text += f" With so few test images, no number of seeds can tell {points} from chance."
@@ -258,6 +258,7 @@ def _csv_row(group: Group, run: Run, classes: Sequence[str]) -> dict[str, Any]:
         "epoch_seconds": run.epoch_seconds,
         **recorded("fit_seconds", "peak_memory_bytes"),
         "epochs": len(run.record["epochs"]),
+        "partial": "; ".join(run.partial),
         **recorded("batch_size", "image_size", "precision"),
         "machine": run.machine,
         **recorded("commit"),

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ TARGETS = {
 # How the values of some settings are checked.
 CHECKS = {target: FLAGS[f"--{flag}"].check for flag, target in TARGETS.items() if target}
 PRUNERS = ("median", "hyperband", "none")
+# Up to 1 a share of the batches, above it their number, which is whole.
+OF_BATCHES = ("trainer.limit_train_batches", "trainer.overfit_batches", "trainer.val_check_interval")
 
 
 @dataclass(frozen=True)
@@ -125,10 +128,17 @@ def checked_space(request: SweepRequest, folder: Path) -> Space:
     space: Space = {}
     for name, values in request.space.items():
         space[name] = values
-        if isinstance(values, Range) and isinstance(now.get(name), int | float) and not isinstance(now[name], bool):
+        if not isinstance(values, Range) or (name in OF_BATCHES and values.whole and values.high > 1):
+            continue
+        if isinstance(now.get(name), int | float) and not isinstance(now[name], bool):
             if isinstance(now[name], int) and not values.whole:
                 raise UserError(f"{name} takes whole numbers, not {values.low:g}..{values.high:g}")
             space[name] = replace(values, whole=isinstance(now[name], int))
+        elif values.whole:  # of a setting that is off now
+            others = [f"--{other}={_nth(some, 0)}" for other, some in in_order(request.space) if other != name]
+            with suppress(UserError):
+                resolved(request.recipe, [*request.flags, *others, f"--{name}={values.low + 0.5}"])
+                space[name] = replace(values, whole=False)
     unsure = {name: values for name, values in space.items() if not _is_known(values, now.get(name), name)}
     points = max((len(values.values) if isinstance(values, Choice) else 2 for values in unsure.values()), default=0)
     with ThreadPoolExecutor(2) as pool:

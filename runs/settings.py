@@ -19,6 +19,7 @@ class Kind(NamedTuple):
         left_open: The value that leaves it to the machine, in a tuple; empty if there is none.
         default: Its value where a recipe doesn't name it, if that is not off (null, false, 0).
         named: compare.py calls runs by it, if it was changed.
+        off: Its values that are the same as none at all; 0 counts as False.
     """
 
     parts: bool = True
@@ -28,6 +29,7 @@ class Kind(NamedTuple):
     left_open: tuple[Any, ...] = ()
     default: Any = None
     named: bool = True
+    off: tuple[Any, ...] = (None, False)
 
 
 SHAPING = Kind()  # decides what is computed
@@ -45,10 +47,11 @@ SETTINGS = {
     "class_weights": SHAPING,
     "patience": FREE,
     "stop_at_chance": FREE,
-    "model.net.image_size": Kind(parts=False, recipe=False),  # follows data.image_size
     "model.net.in_channels": OF_THE_DATA,
     "model.net.num_classes": OF_THE_DATA,
     "model.num_classes": OF_THE_DATA,
+    "model.net.image_size": Kind(parts=False, recipe=False, fixed="it follows data.image_size"),
+    "model.output_bias": Kind(off=(None,)),  # 0 clears the last layer
     "model.scheduler_interval": Kind(default="epoch"),
     "model.initialization": Kind(default="default"),
     "model.compile": EXECUTION,
@@ -66,7 +69,7 @@ SETTINGS = {
     "data.num_workers": MACHINE,
     "data.dataset_on_device": MACHINE,
     "data.eval_batch_size": EXECUTION,
-    "data.val_size": Kind(fixed=SAME_IMAGES, default=5000),
+    "data.val_size": Kind(fixed=SAME_IMAGES, default=5000, off=(None,)),  # of other pictures null is a tenth
     "data.split_seed": Kind(fixed=SAME_IMAGES),
     "trainer.accelerator": MACHINE,
     "trainer.devices": Kind(kept=False, recipe=False, left_open=("auto",), named=False),  # the machine says it
@@ -81,7 +84,11 @@ SETTINGS = {
     "trainer.gradient_clip_algorithm": FREE,
     "trainer.limit_train_batches": Kind(kept="scheduled"),
     # The validation chooses the checkpoint that is tested.
-    "trainer.limit_val_batches": Kind(kept=False, fixed=SAME_IMAGES),
+    "trainer.limit_val_batches": Kind(kept=False, fixed=SAME_IMAGES, off=(None,)),
+    "trainer.enable_checkpointing": Kind(kept=False, recipe=False, default=True, off=(None, True)),
+    "trainer.min_epochs": FREE,
+    "trainer.min_steps": FREE,
+    "trainer.sync_batchnorm": FREE,
     "trainer.val_check_interval": FREE,
     "trainer.check_val_every_n_epoch": Kind(kept=False, default=1),
     "trainer.limit_test_batches": FREE,
@@ -125,7 +132,13 @@ def shaping(config: dict[str, Any]) -> dict[str, Any]:
 
     What is off is left out, so that older runs still match when a setting is added.
     """
-    found = without_off({name: value for name, value in flat(config).items() if kind(name).parts})
+    found = {
+        name: without_off(value)
+        for name, value in flat(config).items()
+        if (of := kind(name)).parts and value not in of.off
+    }
+    if found.get("data.val_size") == 0:  # the last weights are tested either way
+        found.pop("trainer.enable_checkpointing", None)
     precision = found.get("trainer.precision")
     return found | ({"trainer.precision": PRECISIONS.get(str(precision), precision)} if precision else {})
 

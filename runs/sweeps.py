@@ -118,11 +118,11 @@ def _run_trials(request: SweepRequest, command: Command, folder: Path, output: P
         print(f"  {_run_trial(study, trial, request, folder)}", flush=True)
         done = _finished(study)
         if _completed(study):
-            best = study.best_trial
-            _remove_checkpoints(folder, keep=best.user_attrs["folder"])
-            _write_recipe(output, _record(folder / best.user_attrs["folder"]), best, request, command, space)
+            _remove_checkpoints(folder, keep=study.best_trial.user_attrs["folder"])
+            _write_recipe(output, folder, study.best_trial, request, command, space)
     if not _completed(study):
         raise RunError(f"no trial was finished; the reasons are in {folder}: remove it to try again, or raise --trials")
+    _write_recipe(output, folder, study.best_trial, request, command, space)  # maybe to another --output than before
     return study
 
 
@@ -277,17 +277,18 @@ def _check_output(output: Path) -> None:
 
 
 def _write_recipe(
-    output: Path, record: dict[str, Any], best: FrozenTrial, request: SweepRequest, command: Command, space: Space
+    output: Path, folder: Path, best: FrozenTrial, request: SweepRequest, command: Command, space: Space
 ) -> None:
     """Write the best trial's configuration, without defaults and settings of the machine."""
+    record = _record(folder / best.user_attrs["folder"])
     files = [load_yaml(path) for path in command.configs]
     files += [load_yaml(path).get("fit") or {} for path in command.outer_configs]
-    flags = {flag.lstrip("-").partition("=")[0].replace(".init_args", "") for flag in command.overrides} | set(space)
-    given = flags | {name for content in files for name in leaves(content)}
+    flags = {flag.lstrip("-").partition("=")[0].rstrip("+").replace(".init_args", "") for flag in command.overrides}
+    given = flags | set(space) | {name for content in files for name in leaves(content)}
 
     def wanted(name: str, value: Any) -> bool:
         if value is None or not kind(name).recipe:
-            return False
+            return value is None and name in given and kind(name).recipe
         if "." not in name:  # a setting of the run, off unless it was given
             return value is not False
         return name.endswith(".class_path") or any(name == prefix or name.startswith(f"{prefix}.") for prefix in given)

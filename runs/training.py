@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cli.command import parse_command_line
-from cli.recipes import PROJECT, resolved
+from cli.recipes import PROJECT, is_recipe, resolved
 from errors import SIGNALS, WITHOUT_LOCKS, Stopped, UserError, expanded, plain, signal_name, stopped_code
 from runs.reading import LARGEST_SAMPLE, Run, find_runs, matches
 from runs.settings import SAMPLE, shaping
@@ -29,7 +29,9 @@ except ImportError:  # on Windows
 STOPPED = (*(-signum for signum in SIGNALS), 128 + signal.SIGTERM, 128 + signal.SIGINT)
 LAST_SECONDS = 10.0  # that a training has to end when it was asked twice
 _HELD: list[int] = []  # file descriptors of the locks, which trainings inherit
-WITHOUT_BFLOAT16 = ("bf16-mixed", "32-true")  # either, as the machine can
+# What the precision of a recipe, and that of a flag, may become on this machine; the one asked for is first.
+OF_RECIPE = {"bf16-mixed": ("bf16-mixed", "32-true"), "16-mixed": ("16-mixed", "bf16-mixed", "32-true")}
+OF_FLAG = {"16-mixed": ("16-mixed", "bf16-mixed")}
 INTERRUPTED = "Stopped by Ctrl-C. The same command continues from here."
 
 
@@ -65,10 +67,10 @@ def train_missing(request: Request) -> tuple[list[Run], list[str]]:
         if config["trainer"]["fast_dev_run"] or config["trainer"]["limit_test_batches"] == 0:
             raise UserError("--train compares tested runs: leave out fast_dev_run and limit_test_batches=0")
     wanted = {recipe: shaping(config) | _sample(config["data"]) for recipe, config in configs.items()}
-    if not names_precision(request.flags):
-        for settings in wanted.values():
-            if settings.get("trainer.precision") == "bf16-mixed":  # of a recipe, which train.py may not follow
-                settings["trainer.precision"] = WITHOUT_BFLOAT16
+    may_become = OF_FLAG if names_precision(request.flags) else OF_RECIPE
+    for settings in wanted.values():
+        asked = settings.get("trainer.precision")
+        settings["trainer.precision"] = may_become.get(str(asked), asked)
     failed = []
     with training_lock(request.log_dir):
         # Seed by seed, so that all recipes can be compared early on.
@@ -140,7 +142,7 @@ def train_one(request: Request, recipe: str, seed: int, wanted: dict[str, Any], 
     """
     mine = [run for run in runs_of(request, recipe, wanted) if run.seed == seed]
     if done := [run for run in mine if run.finished]:
-        instead = wanted.get("trainer.precision") == WITHOUT_BFLOAT16 and done[-1].record["precision"] == "32-true"
+        instead = isinstance(wanted.get("trainer.precision"), tuple) and done[-1].record["precision"] == "32-true"
         print(f"{recipe}, seed {seed}: finished{' in float32' * instead} ({plain(str(done[-1].folder))})", flush=True)
         return 0
     command = ["--model", recipe, "--seed", str(seed), "--log_dir", str(request.log_dir), *request.flags]
@@ -211,10 +213,22 @@ def _stop_with(parent: int) -> Callable[[], None]:
 
 def runs_of(request: Request, recipe: str, wanted: dict[str, Any]) -> list[Run]:
     """The runs of a recipe that compute what the settings say, finished or not."""
-    folder = request.log_dir / parse_command_line(["--model", recipe]).recipe  # type: ignore[union-attr,operator]
-    found = [run for run in (find_runs([folder]) if folder.exists() else []) if matches(run, wanted)]
-    if wanted.get("trainer.precision") == WITHOUT_BFLOAT16:  # the recipe's own first
-        return [run for run in found if run.record["precision"] == WITHOUT_BFLOAT16[0]] or found
+    command = parse_command_line(["--model", recipe, *request.flags])
+    assert command is not None
+    folder = request.log_dir / str(command.recipe)
+    given = command.given()
+    source = given.get("data.folder"), given.get("data.dataset")
+    # As train.py has it: what this project's recipes say of Fashion-MNIST is left to other pictures, as null is.
+    theirs = {file for file in given.values() if not file or not is_recipe(file)} | {*source}
+    asked_for = [
+        name
+        for name, file in given.items()
+        if name.startswith("data.") and file in theirs and wanted.get(name) is not None
+    ]
+    found = [run for run in (find_runs([folder]) if folder.exists() else []) if matches(run, wanted, asked_for)]
+    if found and isinstance(precisions := wanted.get("trainer.precision"), tuple):  # the first of them that there is
+        taken = min((run.record["precision"] for run in found), key=precisions.index)
+        return [run for run in found if run.record["precision"] == taken]
     return found
 
 

@@ -57,6 +57,9 @@ class Probe(Callback):
     def on_test_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
         self.at(trainer, "test", batch_idx)
 
+    def on_train_end(self, trainer, pl_module):
+        self.at(trainer, "trained", 0)
+
     def on_fit_end(self, trainer, pl_module):
         self.at(trainer, "end", 0)
 

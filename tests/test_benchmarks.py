@@ -33,7 +33,7 @@ from benchmarks.readme.tables import SPEEDRUN, Language, pages, results_table, w
 from benchmarks.results import _jobs, _lacks_bfloat16, main
 from benchmarks.scaling import all_reduce_seconds
 from benchmarks.throughput import PROCESS_BYTES, _groups, _memory, training_flops
-from benchmarks.verify import band, usual_deviation
+from benchmarks.verify import band, kin, usual_deviation
 from errors import UserError
 from inspection.receptive_field import receptive_fields
 from runs.reading import Run, find_runs
@@ -274,14 +274,20 @@ def test_the_signals_of_other_networks_stay_on_record(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mistake", ["throughput --networks lenett", "speedrun --entry 94 best/vgg61", "speedrun --entry x lenet"]
+    ("mistake", "message"),
+    [
+        ("throughput --networks lenett", "there is no recipe 'lenett'"),
+        ("speedrun --entry 94 best/vgg61", "did you mean best/vgg16?"),
+        ("speedrun --entry x lenet", "--entry takes a test accuracy in percent"),
+    ],
 )
-def test_a_mistake_is_one_line(mistake: str, tmp_path: Path) -> None:
+def test_a_mistake_is_one_line(mistake: str, message: str, tmp_path: Path) -> None:
     name, *arguments = mistake.split()
     command = [sys.executable, "-m", f"benchmarks.{name}", *arguments, "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=PROJECT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "error: " in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"benchmarks.{name}: error: ") and message in line
 
 
 @pytest.mark.slow
@@ -643,27 +649,26 @@ def test_what_needs_bfloat16_is_not_trained_without(
 
 
 def test_the_band_of_a_row() -> None:
-    three = 4.094  # deviations at 99.73 % with 9 degrees of freedom, by a table of Student's t
-    half = three * math.sqrt((2 * 0.01**2 + 8 * 0.001**2) / 9 * 1.5)
+    three = 9.219  # deviations at 99.73 % with 3 degrees of freedom, from Student's t
+    half = three * math.sqrt((2 * 0.01**2 + 2 * 0.001**2) / 3 * 1.5)
     assert band([0.90, 0.92], usual=0.001) == pytest.approx((0.91 - half, 0.91 + half), abs=1e-5)
-    half = three * math.sqrt(8 * 0.002**2 / 9 * 1.5)
+    half = three * math.sqrt(2 * 0.002**2 / 3 * 1.5)
     assert band([0.90, 0.90], usual=0.002) == pytest.approx((0.9 - half, 0.9 + half), abs=1e-5)
     assert band([0.999], usual=0.002)[1] == 1  # one seed: the usual deviation, and no accuracy is above 1
-    assert usual_deviation([[0.9], [0.9, 0.92], [0.8, 0.8]]) == pytest.approx(0.01 / math.sqrt(2))
+    assert usual_deviation([[0.9], [0.9, 0.92], [0.8, 0.8]]) == pytest.approx(0.01)
 
 
 def test_each_recorded_run_lies_in_the_band_of_the_others(results: Results) -> None:
-    every = [runs for (entry, _), runs in results.runs.items() if entry.family != "ablation"]
-    rows = [[run.accuracy for run in runs] for runs in every]
-    usual, outside, checked = usual_deviation(rows), 0, 0
-    for row in rows:
+    outside = checked = 0
+    for (entry, _), runs in results.runs.items():
+        row, usual = [run.accuracy for run in runs], usual_deviation(kin(entry, results))
         for place, accuracy in enumerate(row):
             if others := [*row[:place], *row[place + 1 :]]:
                 low, high = band(others, usual)
                 outside += not low <= accuracy <= high
                 checked += 1
-    assert checked > 20
-    assert outside <= 0.1 * checked
+    assert checked > 200
+    assert outside <= 0.01 * checked
 
 
 @pytest.mark.parametrize(
@@ -721,7 +726,7 @@ def test_a_row_is_verified(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_region_without_an_end_is_one_line(tmp_path: Path, results: Results) -> None:
     page = tmp_path / "page.md"
     page.write_text("<!-- results best -->\nno end\n", encoding="utf-8")
-    with pytest.raises(Exception, match="has no end"):
+    with pytest.raises(UserError, match=r"^.*has no end.*$"):
         written(page, results, RESULTS)
 
 

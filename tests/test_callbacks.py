@@ -10,6 +10,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -33,7 +34,7 @@ from conftest import Run
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from PIL import Image
-from stoppable import COMPUTED, SAVED, checkpoint, differences, train, write
+from stoppable import COMPUTED, SAVED, checkpoint, differences, flags, train, write
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.graph_pb2 import GraphDef
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -103,7 +104,7 @@ def test_a_stop_waits_for_a_checkpoint_that_is_written_slowly(tmp_path: Path) ->
         callbacks=[
             ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1),
             processes,
-            GracefulStop(processes, None, str),
+            GracefulStop(processes, None, str, then_test=True),
             LambdaCallback(on_train_batch_end=lambda *_: after.append(processes.watch.patience)),
         ],
         plugins=[Slow()],
@@ -120,6 +121,27 @@ def test_one_process_is_enough_to_stop_all(tmp_path: Path) -> None:
     assert answer.err.count("the loss is not finite") == 1
     assert "Traceback" not in answer.err
     assert checkpoint(folder)["epoch"] == 0
+
+
+NOTED = """
+import torch
+from lightning.pytorch.callbacks import Callback
+
+class Noted(Callback):
+    def on_validation_batch_end(self, trainer, pl_module, *_):
+        torch.save(pl_module.net.layers[1].state_dict(), f"statistics-{trainer.global_step}-{trainer.global_rank}.pt")
+"""
+
+
+def test_processes_validate_with_the_same_statistics_between_two_steps(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", batch_size=125)
+    (folder / "noted.py").write_text(NOTED)
+    flags = ("--max_epochs=1", "--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=0.4")
+    answer = train(folder, *flags, "--trainer.callbacks+=noted.Noted", "--devices", "2")
+    assert answer.code == 0, answer.err
+    for step in (0, 1):  # of five batches, validated after the second and the fourth
+        first, second = (torch.load(folder / f"statistics-{step}-{rank}.pt", weights_only=True) for rank in (0, 1))
+        assert not differences(first, second), step
 
 
 def lenet(folder: Path, *more: str) -> Answer:
@@ -1359,7 +1381,7 @@ def test_a_continued_run_keeps_its_freezing(tmp_path):
 # ---- What a terminal shows while a run works.
 
 
-def on_a_terminal(*arguments: str, folder: Path, columns: int) -> str:
+def on_a_terminal(*arguments: str, folder: Path, columns: int = 80, code: int = 0) -> str:
     """All that train.py writes to a terminal of so many columns."""
     end, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
@@ -1374,7 +1396,7 @@ def on_a_terminal(*arguments: str, folder: Path, columns: int) -> str:
         while data := os.read(end, 65536):
             written += data
     os.close(end)
-    assert process.wait(60) == 0, written.decode()
+    assert process.wait(60) == code, written.decode()
     return written.decode()
 
 
@@ -1401,6 +1423,24 @@ def test_a_terminal_shows_one_line_an_epoch(columns: int, tmp_path: Path) -> Non
     assert [line[:9] for line in results] == ["epoch 1/2", "epoch 2/2"]
     assert all(re.search(r"val loss \d\.\d{4} accuracy 0\.\d{4}", line) for line in results)
     assert all((" lr " in line) == (columns == 120) for line in results)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_an_epoch_that_is_continued_has_its_bar(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run")
+    assert train(folder, at=["train", 1, 2, 0]).code == 143
+    (folder / "command.json").write_text("{}")
+    written = on_a_terminal(*flags("--ckpt_path", "last"), folder=folder)
+    assert re.search(r"epoch 2/3 [^\r\n]*━", written), written
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_a_run_that_is_ended_at_once_leaves_the_terminal_its_cursor(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run")
+    (folder / "command.json").write_text(json.dumps({"at": ["train", 0, 1, 0], "signals": 2 * [signal.SIGINT]}))
+    written = on_a_terminal(*flags(), folder=folder, code=130)
+    hidden, shown = (written.rfind(f"\x1b[?25{letter}") for letter in "lh")
+    assert 0 < hidden < shown
 
 
 def test_ddp_takes_the_hook_that_orders_its_sums():

@@ -4,6 +4,7 @@ import codecs
 import copy
 import errno
 import fcntl
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -21,6 +22,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -37,8 +39,9 @@ from torch.optim import lr_scheduler
 
 import compare
 import export
+import models
 from checkpoints.plain import read_settings, recipe_name
-from checkpoints.reading import read_checkpoint, stored_config
+from checkpoints.reading import read_checkpoint
 from checkpoints.state import _MisfitError, _optimizer, _schedule
 from checkpoints.trust import Trusted, find
 from checkpoints.writing import AtomicCheckpointIO
@@ -361,6 +364,9 @@ class LongBytes:
     "content",
     [
         LongBytes(bytearray, 10**9),
+        LongBytes(torch.Tensor, 100_000, 50_000),
+        LongBytes(torch.FloatTensor, 100_000, 50_000),
+        LongBytes(torch.UntypedStorage, 10**10),
         LongBytes(codecs.encode, LongBytes(codecs.encode, b"x", "hex_codec"), "hex-codec"),
     ],
 )
@@ -400,6 +406,61 @@ def test_one_image_does_not_become_many_numbers(
     torch.save(spoilt(trained, net=net), "spoilt.ckpt")
     exported("spoilt.ckpt")
     check(folder, capsys.readouterr().err, "makes far too many numbers of one image")
+
+
+TRANSFORMER = {"nhead": 2, "num_decoder_layers": 1, "activation": "relu", "batch_first": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("models.LeNet", {"num_classes": 10**6}),
+        ("torch.nn.LazyLinear", {"out_features": 2**20}),
+        ("torch.nn.Transformer", {"d_model": 64, "num_encoder_layers": 100, **TRANSFORMER}),
+        ("torch.nn.Transformer", {"d_model": 2, "dim_feedforward": 1, "num_encoder_layers": 10_000, **TRANSFORMER}),
+    ],
+)
+def test_a_network_holds_no_more_than_its_file(name: str, arguments: dict[str, Any], trained: Run) -> None:
+    """Which may show the same numbers under many names; layers may be copied, or know their size later."""
+    content = torch.load(trained.best, weights_only=True)
+    config = yaml.safe_load(content["config"])
+    config["model"]["net"] = {"class_path": name, "init_args": arguments}
+    one = max(content["state_dict"].values(), key=torch.Tensor.numel).flatten()
+    shown = {str(number): one[number % 2 :] for number in range(10_000)}
+    rules = Trusted("a.ckpt", False, "add --trust_checkpoint", shown, lambda folder: None)
+    with pytest.raises(UserError, match="a larger network than the one whose weights it holds; add --trust_checkpoint"):
+        rules.to_use(config)
+
+
+PART = """
+from torch import nn
+from torchvision.models import alexnet
+
+class Part(nn.Sequential):
+    def __init__(self):
+        end = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(192, 10)
+        super().__init__(nn.Conv2d(1, 3, 1), alexnet().features[:5], *end)
+
+class Whole(Part):
+    def __init__(self):
+        super().__init__()
+        self.add_module("whole", alexnet())
+"""
+
+
+def test_a_network_made_of_part_of_a_larger_one_is_loaded(
+    trained: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "__path__", [*models.__path__, str(folder)])
+    (folder / "part_of_alexnet.py").write_text(PART)
+    weights = importlib.import_module("models.part_of_alexnet").Part().state_dict()
+    kept = {"state_dict": {f"net.{name}": weight for name, weight in weights.items()}}
+    torch.save(spoilt(trained, net={"class_path": "models.part_of_alexnet.Part"}) | kept, "own.ckpt")
+    loaded = LitClassifier.load_from_checkpoint("own.ckpt").net.state_dict()
+    assert not differences(dict(loaded), dict(weights))
+    torch.save(spoilt(trained, net={"class_path": "models.part_of_alexnet.Whole"}) | kept, "own.ckpt")
+    with pytest.raises(UserError, match="a larger network"):
+        LitClassifier.load_from_checkpoint("own.ckpt")
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
@@ -882,7 +943,7 @@ def test_the_settings_of_a_checkpoint_may_name_many_classes(tmp_path: Path) -> N
     config = {"model": {}, "data": {"class_names": names}}
     checkpoint = SMALLEST | {"config": yaml.safe_dump(config), "datamodule_hyper_parameters": config["data"]}
     torch.save(checkpoint, tmp_path / "a.ckpt")
-    assert stored_config(read_checkpoint(tmp_path / "a.ckpt"), "a.ckpt") == config
+    assert read_settings(read_checkpoint(tmp_path / "a.ckpt").get("config"), "a.ckpt") == config
 
 
 @pytest.mark.parametrize(
@@ -956,6 +1017,8 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "CyclicLR": {"base_lr": 0.01, "max_lr": 0.1, "step_size_up": 3},
     "OneCycleLR": {"max_lr": 0.1, "total_steps": 20},
     "ReduceLROnPlateau": {"patience": 1, "cooldown": 1},
+    "PolynomialLR": {"total_iters": 20},
+    "LinearLR": {"total_iters": 20},
 }
 MADE_OF_OTHERS = ("ChainedScheduler", "SequentialLR", "LRScheduler", "_LRScheduler")
 
@@ -984,6 +1047,7 @@ def test_every_schedule_of_torch_goes_on_where_it_was(name: str) -> None:
     after = made()
     after.optimizer.load_state_dict(before.optimizer.state_dict())
     after.load_state_dict(_schedule(before.state_dict(), after, 5))
+    assert after.last_epoch == before.last_epoch
     assert rates(after, 8) == rates(before, 8)
 
 
@@ -1029,6 +1093,35 @@ def test_state_of_an_optimizer_is_taken_over_or_refused(name: str) -> None:
         wrong["state"][0]["exp_avg"] = torch.zeros(1).expand(3, 2, 3, 3)
         kept = _optimizer(wrong, module.optimizer(module.parameters()), module)
         assert kept["state"][0]["exp_avg"].stride() == next(module.parameters()).stride()
+
+
+class Remembering(torch.optim.Optimizer):
+    """An optimiser of the user's own, which keeps the last gradients of each weight."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    def step(self, closure: Any = None) -> Any:
+        for weight in self.param_groups[0]["params"]:
+            self.state[weight] = {"last": torch.ones(7, *weight.shape), "note": "full"}
+
+
+class Adapted(torch.optim.Adam):
+    """Another, whose fused kernel looks at no shapes either."""
+
+
+def test_only_its_author_knows_what_an_optimizer_of_the_users_own_keeps() -> None:
+    for kind, wrong in ((Remembering, None), (Adapted, torch.ones(2))):
+        weights = [torch.nn.Parameter(torch.ones(2, 3))]
+        weights[0].grad = torch.ones(2, 3)
+        optimizer = kind(weights)
+        optimizer.step()
+        state, module = optimizer.state_dict(), SimpleNamespace(optimizer=kind)
+        assert not differences(state["state"], _optimizer(state, kind(weights), module)["state"])
+        if wrong is not None:
+            state["state"][0]["exp_avg"] = wrong
+            with pytest.raises(_MisfitError):
+                _optimizer(state, kind(weights), module)
 
 
 # ---- The same by chance: one place of a good checkpoint holds something else.

@@ -1,8 +1,12 @@
 """The command line: flags, recipes, and mistakes that are seen without torch."""
 
 import itertools
+import os
+import pty
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,6 +56,66 @@ def test_what_is_to_be_typed_suits_the_systems_shells(monkeypatch, capsys) -> No
         assert typed([*words, "D:/R&D(1)"]) == 'python train.py --model lenet --log_dir "my runs" "D:/R&D(1)"'
         raise ModuleNotFoundError(name="torch")
     assert r"use .venv\Scripts\python, or make it: py -m venv .venv, then .venv\Scripts\pip" in capsys.readouterr().err
+
+
+@pytest.fixture
+def unread() -> Iterator[int]:
+    """A pipe that nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    yield writing
+    os.close(writing)
+
+
+@pytest.fixture
+def hung_up() -> Iterator[int]:
+    """A terminal that was closed."""
+    terminal, writing = pty.openpty()
+    os.close(terminal)
+    yield writing
+    os.close(writing)
+
+
+PRINTING = """
+import sys
+from pathlib import Path
+from errors import run_program
+
+def run():
+    for _ in range(2):
+        for stream in (sys.stdout, sys.stderr):
+            print("a line", file=stream, flush=True)
+    Path("done").touch()
+
+sys.exit(run_program("x.py", run))
+"""
+
+
+@pytest.mark.parametrize("output", ["unread", "hung_up", "closed"])
+def test_a_program_outlives_whoever_reads_what_it_prints(output, tmp_path, request):
+    (tmp_path / "x.py").write_text(PRINTING)
+    command = ["sh", "-c", f'"$0" x.py {">&- 2>&-" if output == "closed" else ""}', sys.executable]
+    stream = None if output == "closed" else request.getfixturevalue(output)
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=stream, stderr=stream, timeout=60)
+    assert (done.returncode, (tmp_path / "done").exists()) == (0, True)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+def test_a_disk_that_is_full_ends_a_program_that_prints_to_it(tmp_path):
+    (tmp_path / "x.py").write_text(PRINTING)
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "x.py"], cwd=tmp_path, env=environment, stdout=full, stderr=subprocess.PIPE, timeout=60
+        )
+    assert done.returncode and b"No space left on device" in done.stderr and not (tmp_path / "done").exists()
+
+
+def test_ctrl_c_ends_imports_at_once_though_nobody_reads_that(unread):
+    code = "import os, signal, errors\nwith errors.ended_by_ctrl_c(): os.kill(os.getpid(), signal.SIGINT)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, stderr=unread, timeout=60)
+    assert done.returncode == 128 + signal.SIGINT
 
 
 def test_counts_agree_with_their_nouns():
@@ -255,8 +319,10 @@ def test_help_fits_a_screen_and_names_everything():
     assert len(lines) <= 50
     assert max(map(len, lines)) <= 110
     text = "\n".join(lines)
-    for name in (*FLAGS, *SUBCOMMANDS.values()):
-        assert name in text
+    for name in FLAGS:
+        assert any(line.startswith(f"  {name} ") for line in lines), name
+    for description in SUBCOMMANDS.values():
+        assert description in text
     words = text.partition("recipes:")[2].split()
     assert set(recipes()) <= set(words)
     assert "fit --help" in lines[-1]
@@ -301,12 +367,28 @@ def test_did_you_mean(line, meant):
     assert f"did you mean {meant}?" in refusal(line)
 
 
-def test_what_is_on_can_be_switched_off():
-    for line in ("--model lenet --class_weights=false", "--model lenet --class_weights false"):
-        assert parse(line).overrides == ["--class_weights=false"]
-    assert parse("--pretrained true --model vgg16").overrides == ["--pretrained=true"]
-    request = compare.parse(["--train", "lenet", "--class_weights", "false"])
-    assert request is not None and request.flags == ["--class_weights", "false"]
+@pytest.mark.parametrize("value", ["false", "False", "TRUE"])
+def test_what_is_on_can_be_switched_off(value):
+    for line in (f"--model lenet --class_weights={value}", f"--model lenet --class_weights {value}"):
+        assert parse(line).overrides == [f"--class_weights={value.lower()}"]
+    assert parse(f"--pretrained {value} --model vgg16").overrides == [f"--pretrained={value.lower()}"]
+    request = compare.parse(["--train", "lenet", "--class_weights", value])
+    assert request is not None and request.flags == ["--class_weights", value]
+
+
+def test_a_switch_says_what_it_takes():
+    assert refusal("--model lenet --class_weights=yes") == "--class_weights takes nothing, true or false, got 'yes'"
+    assert refusal("--model lenet --print_model=true") == "--print_model takes no value, got 'true'"
+
+
+def test_a_folder_of_pictures_has_one_name(tmp_path, monkeypatch):
+    for name in ("here", "photos", "elsewhere/deep", "elsewhere/photos"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "link").symlink_to("elsewhere/deep")
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("../photos", f"{tmp_path}/here/../photos/."):
+        assert parse(f"--model lenet --data {name}").overrides[0] == f"--data.folder={tmp_path}/photos"
+    assert parse("--model lenet --data ../link/../photos").overrides[0].endswith("/link/../photos")  # of elsewhere
 
 
 def test_settings_beside_sections_are_not_passed_over(tmp_path):
@@ -336,11 +418,6 @@ def test_settings_without_a_network_go_on_top_of_a_checkpoint(tmp_path):
     own = f"fit --config {tmp_path / 'more.yaml'} --model.net mine.Net --ckpt_path x.ckpt"
     assert parse(own).names_a_net  # the checkpoint need not be trusted to name it
     assert not parse(own.replace("--model.net mine.Net", "--model.net.padding 1")).names_a_net
-
-
-def test_an_unlike_name_is_answered_with_the_list():
-    message = refusal("--model qqqqqq")
-    assert all(name in message for name in ("alexnet", "vgg11", "nin", "googlenet", "lenet"))
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "x", "", "nan", "1e3"])
@@ -389,6 +466,16 @@ def test_the_same_key_in_two_mappings_is_no_duplicate(tmp_path):
     path = tmp_path / "fine.yaml"
     path.write_text("a: {lr: 1}\nb: {lr: 2}\n")
     assert load_yaml(path) == {"a": {"lr": 1}, "b": {"lr": 2}}
+
+
+def test_a_mapping_may_replace_what_is_merged_into_it(tmp_path):
+    path = tmp_path / "merged.yaml"
+    path.write_text("a: &a {<<: &b {lr: 1}, lr: 2}\nc: {<<: *a, momentum: 3}\nd: {<<: [*a, *b], lr: 4}\n")
+    assert load_yaml(path) == {"a": {"lr": 2}, "c": {"lr": 2, "momentum": 3}, "d": {"lr": 4}}
+    for twice in ("c: {<<: *a, lr: 2, lr: 3}", "c: {<<: {lr: 2, lr: 3}}"):
+        path.write_text(f"a: &a {{lr: 1}}\n{twice}\n")
+        with pytest.raises(UserError, match=r"'lr' appears twice, the second time in line 2"):
+            load_yaml(path)
 
 
 @pytest.mark.parametrize("flag", ["--ckpt_path last", "--ckpt_path=last"])

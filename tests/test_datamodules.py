@@ -53,7 +53,7 @@ from datamodules.files.finding import KNOWN, NAMES, SYSTEM_DIR, load, prepare
 from datamodules.files.grounds import _laid, photographed
 from datamodules.files.listing import list_folder
 from datamodules.files.photographs import saturate, warp
-from datamodules.files.pictures import PictureError, read_picture
+from datamodules.files.pictures import PictureError, find_pictures, read_picture
 from errors import Stopped, UserError
 from lit_modules import LitClassifier
 from pictures.predict import read_pictures
@@ -147,6 +147,7 @@ def test_loaders_travel_as_bytes_of_the_wanted_size():
 
 def test_workers_load_the_same_batches():
     plain, workers = in_training(data_module()), in_training(data_module(num_workers=1))
+    assert workers.train_dataloader().num_workers == 1
     for one, other in zip(plain.train_dataloader(), workers.train_dataloader(), strict=True):
         assert torch.equal(one[0], other[0])
         assert torch.equal(one[1], other[1])
@@ -1212,7 +1213,26 @@ def test_what_runs_leave_among_the_pictures_is_no_class(tmp_path):
             for more in (["--data=."], [picture]):  # which write a table, and a contact sheet
                 assert run_forked("predict", checkpoint, *more, "--accelerator=cpu", folder=folder).code == 0
             draw(folder / run / "lr_finder.png")  # of --lr auto
+            inside = f"--ckpt_path={folder / run / 'checkpoints' / 'last.ckpt'}", "--images=.", "--accelerator=cpu"
+            assert run_forked("predict", *inside, folder=folder / "dog").code == 0
+            assert len(find_pictures([folder / "dog"])) == 20
     assert {path.name for path in folder.iterdir()} == {"cat", "dog", "data", "logs", "outputs"}
+
+
+def test_what_runs_leave_in_parts_and_classes_is_no_picture_of_theirs(tmp_path):
+    for part in ("train", "val"):
+        put_classes(tmp_path / part, cat=6, dog=6)
+    listed, found = list_folder(tmp_path, None, None, 0), find_pictures([tmp_path])
+    assert len(found) == 24
+    for folder in (tmp_path / "train", tmp_path / "val", tmp_path / "train" / "cat", tmp_path / "val" / "dog" / "more"):
+        for name in ("pictures.png", "mistakes.png", "gradcam/1-a.png"):
+            draw(folder / "outputs" / f"predict_{Path(name).name}" / name)
+        draw(folder / "logs" / "lenet" / "version_0" / "lr_finder.png")
+        (folder / "logs" / "lenet" / "version_0" / "config.yaml").touch()
+    assert list_folder(tmp_path, None, None, 0) == listed
+    assert find_pictures([tmp_path]) == found
+    sheet = tmp_path / "val" / "outputs" / "predict_pictures.png"
+    assert find_pictures([sheet]) == [sheet / "pictures.png"]  # whoever asks for it gets it
 
 
 def test_a_cache_beside_classes_or_parts_is_no_class(tmp_path):
@@ -1437,6 +1457,21 @@ def test_pictures_are_decoded_once_and_anew_when_they_change(tmp_path, monkeypat
         PicturesDataModule(str(folder), data_dir=str(read_only), image_size=16).setup("fit")
 
 
+def test_files_of_the_same_names_sizes_and_times_are_told_apart(tmp_path):
+    """As where all times are set alike: those of two folders, and one that was written over."""
+    for name, blue in (("own", 10), ("other", 200)):
+        for number, colour in enumerate([(0, 0, blue), (9, 9, blue)]):
+            draw(tmp_path / name / f"class {number}" / "0.bmp", colour)
+    files = sorted(tmp_path.rglob("*.bmp"))
+    for blues in (10, 200), (70, 200):
+        for file in files:
+            os.utime(file, ns=(1, 1))
+        read_folder.cache_clear()
+        of_both = [of_folder(tmp_path / name, tmp_path, val_size=0, test_size=0) for name in ("own", "other")]
+        assert tuple(data.train_set.images[0, 2, 0, 0].item() for data in of_both) == blues
+        draw(tmp_path / "own" / "class 0" / "0.bmp", (0, 0, 70))
+
+
 def test_what_somebody_else_has_decoded_is_used(open_tmp_path):
     folder = put_classes(open_tmp_path / "own", cat=6, dog=6)
     count = len(of_folder(folder, open_tmp_path).train_set)
@@ -1512,6 +1547,37 @@ PicturesDataModule({str(folder)!r}, data_dir={str(tmp_path / "made")!r}, image_s
     of_folder(folder, tmp_path)
     assert {path.suffix for path in left[0].parent.iterdir()} - {".lock"} == {".npy", ".json"}
     assert not left[0].exists()
+
+
+def test_processes_that_no_lock_keeps_apart_decode_one_folder_at_once(tmp_path, monkeypatch):
+    """The second begins and ends while the first one reads."""
+    folder, turn, others = put_classes(tmp_path / "own", cat=6, dog=6), threading.Lock(), []
+    second = f"""
+import errno, fcntl
+def refuse(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+fcntl.flock = refuse
+from datamodules import PicturesDataModule
+data = PicturesDataModule({str(folder)!r}, data_dir={str(tmp_path / "made")!r}, image_size=16)
+data.setup("fit")
+print(len(data.train_set))
+"""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def read(path: Path, edge: int) -> Image.Image:
+        if turn.acquire(blocking=False):
+            others.append(subprocess.run([sys.executable, "-c", second], cwd=REPO, capture_output=True, text=True))
+        return read_picture(path, edge)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fcntl, "flock", refuse)
+        patched.setattr("datamodules.files.decoding.read_picture", read)
+        images = of_folder(folder, tmp_path).train_set.images
+    assert others[0].stdout == "8\n", others[0].stderr
+    assert torch.equal(images, of_folder(folder, tmp_path / "again").train_set.images)
+    assert not [path for path in (tmp_path / "made" / "cache").iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc, to see which files are open")
@@ -1840,6 +1906,12 @@ def test_a_run_knows_the_pictures_it_was_trained_on(tmp_path):
         assert answer.code == 2
         message = "the training pictures are not those that the checkpoint was trained on"
         assert message in answer.err.splitlines()[-1]
+    content, spoilt = torch.load(checkpoint.partition("=")[2], weights_only=True), tmp_path / "spoilt.ckpt"
+    config = yaml.safe_load(content["config"])
+    torch.save(content | {"config": yaml.safe_dump(config | {"data": config["data"] | {"mean": "abc"}})}, spoilt)
+    answer = run_forked("fit", *recipe, *common, "--ckpt_path=spoilt.ckpt", folder=tmp_path)
+    expected = "train.py: error: spoilt.ckpt says of its images what can't be: must be real number, not str\n"
+    assert (answer.code, answer.err) == (2, expected)
 
 
 def test_what_is_drawn_from_the_training_pictures_is_known(tmp_path):
@@ -2045,6 +2117,18 @@ class Lazy(Mine):
         picture.save(file := io.BytesIO(), "BMP")
         return Image.open(io.BytesIO(file.getvalue()[: 900 if index == 0 else None])), label
 
+class Eager(Lazy):
+    @property
+    def targets(self):
+        return [1, 2] * (self.count // 2)
+    def __getitem__(self, index):
+        picture, label = super().__getitem__(index if index < self.count - 1 else 0)
+        return picture.convert("RGB"), label
+
+class Missing(Lazy):
+    def __getitem__(self, index):
+        return Image.open(f"no such folder/{index}.png"), 1
+
 class Fractions(Mine):
     def __getitem__(self, index):
         return np.zeros((8, 8)), 0
@@ -2069,10 +2153,13 @@ def test_a_class_of_ones_own(tmp_path, monkeypatch):
     assert of_set(tmp_path, "own_sets.Named").class_names == ("ant", "crane 1", "crane 2")
     lazy = of_set(tmp_path, "own_sets.Lazy")
     assert (lazy.class_names, len(lazy.train_set), len(lazy.val_set)) == (("bee", "cat"), 59, 11)
+    eager = of_set(tmp_path, "own_sets.Eager")  # the first file is broken, and the last
+    assert (eager.class_names, len(eager.train_set), len(eager.val_set)) == (("bee", "cat"), 58, 10)
     for name, problem in (
         ("own_sets.Texts", "whole numbers|invalid literal"),
         ("own_sets.Fractions", "ndarray of float64 where a picture was expected"),
         ("own_sets.Same", "has the classes ant; two or more"),
+        ("own_sets.Missing", "Missing can't be used: .*No such file or directory: 'no such folder/0.png'"),
         ("own_sets.number", "is no class"),
         ("own_sets.Absent", "can't be imported"),
         ("cifar1", "there is no data set cifar1; give .* cifar10"),
@@ -2115,6 +2202,38 @@ def test_pictures_of_digits_are_turned_light_on_dark():
     assert repeated.fit_picture(page)[0, 0].tolist() == [255] * 3  # one in colour stays as it is
     assert (digits.fit_picture(page)[0, 0], digits.fit_picture(page, "never")[0, 0]) == (0, 255)
     assert (grey.fit_picture(page)[0, 0], grey.fit_picture(page, "always")[0, 0]) == (255, 0)
+
+
+@pytest.mark.parametrize("invert", ["auto", "always"])
+def test_bars_are_black_around_a_picture_that_is_negated_too(invert):
+    page = Image.new("RGB", (60, 20), "white")
+    page.paste("black", (20, 5, 40, 15))
+    for channels in (1, 3):
+        data = PicturesDataModule(dataset="mnist", image_size=30, channels=channels, mean=0.13, fit="pad")
+        seen = data.fit_picture(page, invert).reshape(30, 30, -1)
+        assert (seen[0].max(), seen[29].max()) == (0, 0)
+        assert (seen[15, 1].max(), seen[15, 15].min()) == (0, 255)
+
+
+@pytest.mark.parametrize("fit", ["crop", "stretch"])
+def test_a_negated_picture_is_the_negative(fit):
+    noise = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+    data = PicturesDataModule(image_size=16, channels=3, mean=0.5, fit=fit)
+    positive, negative = (data.fit_picture(Image.fromarray(noise), way) for way in ("never", "always"))
+    assert np.array_equal(negative, 255 - positive)
+
+
+def test_pictures_negated_unasked_are_counted(tmp_path, capsys):
+    files = [draw(tmp_path / f"{name}.png", colour) for name, colour in (("a", (250,) * 3), ("b", (250, 250, 0)))]
+    files += [draw(tmp_path / "c.png", (9, 9, 9)), draw(tmp_path / "d.png", (255,) * 3)]
+    data = PicturesDataModule(dataset="mnist", image_size=16, channels=3, mean=0.13)
+    read_pictures(files, "never", data)
+    read_pictures(files[1:3], "auto", data)
+    assert capsys.readouterr().err == ""
+    seen = read_pictures(files, "auto", data).images
+    assert [image[8, 8].tolist() for image in seen] == [[5] * 3, [250, 250, 0], [9] * 3, [0] * 3]
+    expected = "2 pictures negated, as those trained on are dark; --invert never leaves them\n"
+    assert capsys.readouterr().err.endswith(expected)
 
 
 def test_a_set_is_trained_on_and_its_checkpoint_stands_alone(tmp_path):

@@ -38,6 +38,8 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import cpu
 from lightning.pytorch.callbacks import LambdaCallback, device_stats_monitor
+from lightning.pytorch.loggers import wandb
+from lightning_utilities.core.imports import RequirementCache
 from PIL import Image
 from stoppable import (
     AUGMENTATION,
@@ -57,6 +59,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import cli.recipes as recipe_files
+import launch.found
 from callbacks.ema import EMA
 from callbacks.lr_curve import Curve, plot
 from checkpoints.reading import read_checkpoint
@@ -66,7 +69,7 @@ from datamodules import CLASS_NAMES, FashionMNISTDataModule, class_of
 from errors import RunError, UserError
 from launch.launchers import take_over_processes
 from launch.learning_rate import STEPS, find_learning_rate
-from launch.memory import advice, is_out_of_memory, largest_batch_size
+from launch.memory import _free_of_groups, advice, is_out_of_memory, largest_batch_size
 from launch.start import _replace, how_to_continue
 from launch.trainer import STEP_HOOKS, _leave_out_empty_hooks, cpu_has_bfloat16
 from lit_modules import LitClassifier
@@ -434,10 +437,39 @@ def test_a_network_that_needs_data_is_trained_and_not_exported(condition, tmp_pa
     out = good(run_forked(*flags, *FAST, folder=tmp_path))
     assert shown in out and "Test on 500 images" in out
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # to which exporting adds this folder, whose module others have too
     (checkpoint,) = tmp_path.glob("logs/*/version_0/checkpoints/best.ckpt")
     with pytest.raises(RunError, match=r"^Tiny can't be exported as torch_export: ") as raised:
         export(checkpoint, "torch_export", tmp_path / "tiny.pt2", DATA, trust=True)
     assert "\n" not in str(raised.value)
+
+
+KEEPING = """
+class Keeping(Tiny):
+    def __init__(self):
+        super().__init__()
+        self.by_name, self.listed = {}, []
+
+    def forward(self, images):
+        first = images.new_ones(1)
+        %s
+        return super().forward(images * kept)
+"""
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        'kept = vars(self).setdefault("grid", first)',
+        'hasattr(self, "grid") or self.register_buffer("grid", first); kept = self.grid',
+        'kept = self.by_name.setdefault("grid", first)',
+        "self.listed.append((len(images), first)); kept = self.listed[0][1]",
+    ],
+)
+def test_what_a_network_keeps_of_its_first_images_is_of_real_ones(keep, tmp_path):
+    (tmp_path / "keeping.py").write_text(OWN + KEEPING % keep)
+    out = good(run_forked("--model.net=keeping.Keeping", *LENET[2:], *FAST, folder=tmp_path))
+    assert "Keeping: 490 parameters, " in out and "Test on 500 images" in out
 
 
 def test_a_network_of_the_users_own(tmp_path, capsys):
@@ -470,8 +502,9 @@ def _recipes_are_here():
     recipe_files.PROJECT = Path.cwd()
 
 
-def _no_psutil():
+def _without_packages():
     cpu._PSUTIL_AVAILABLE = device_stats_monitor._PSUTIL_AVAILABLE = ""  # type: ignore[assignment]
+    wandb._WANDB_AVAILABLE = RequirementCache("wandb>=9999")
 
 
 def test_a_recipe_in_configs_that_names_pictures_keeps_what_it_says_of_them(tmp_path):
@@ -491,18 +524,68 @@ def test_a_recipe_in_configs_that_names_pictures_keeps_what_it_says_of_them(tmp_
     assert data["channels"] == 3 and data["mean"] != 0.5  # of the pictures: the recipe speaks of others
 
 
-def test_a_callback_whose_package_is_missing_is_one_line(tmp_path):
-    flags = ["--accelerator=cpu", "--trainer.callbacks+=lightning.pytorch.callbacks.DeviceStatsMonitor"]
-    answer = run_forked("fit", *LENET, *FAST, *flags, folder=tmp_path, prepare=_no_psutil)
-    assert answer.code == 2 and "psutil" in answer.err.splitlines()[-1] and "Traceback" not in answer.err
+@pytest.mark.parametrize("named_there", [False, True])
+def test_a_file_that_fixes_what_pictures_decide_is_mentioned(named_there, tmp_path):
+    """Unless it speaks of these pictures."""
+    own = {"mean": 0.5, "std": None} | ({"folder": str(DATA / "photos")} if named_there else {})
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"data": own}))
+    flags = ["fit", "--model=lenet", "--config=own.yaml", "--batch_size=8", "--max_epochs=1", f"--data_dir={tmp_path}"]
+    flags += [] if named_there else [f"--data={DATA / 'photos'}"]
+    answer = run_forked(*flags, folder=tmp_path)
+    assert answer.code == 0, answer.err
+    assert ("a file sets mean 0.5 of the images, which the pictures decide" in answer.err) != named_there
+    assert record(tmp_path / "logs" / "lenet" / "version_0")["config"]["data"]["mean"] == 0.5
 
 
-def test_a_network_of_torchvisions(tmp_path):
-    flags = ["--model.net=torchvision.models.resnet18", "--model.net.num_classes=10", "--data.channels=3"]
-    good(run_forked(*LENET, *flags, *FAST, "--batch_size=16", "--image_size=32", folder=tmp_path))
+def test_odd_settings_of_pictures_in_a_checkpoint_are_one_line(tmp_path):
+    flags = ["fit", "--model=lenet", f"--data={DATA / 'photos'}", f"--data_dir={tmp_path}", "--max_epochs=1"]
+    assert run_forked(*flags, folder=tmp_path).code == 0
+    content = torch.load(tmp_path / "logs/lenet/version_0/checkpoints/last.ckpt", weights_only=True)
+    config = yaml.safe_load(content["config"])
+    config["data"]["mean"] = "odd"
+    torch.save(content | {"config": yaml.safe_dump(config)}, tmp_path / "odd.ckpt")
+    answer = run_forked(*flags, "--ckpt_path=odd.ckpt", folder=tmp_path)
+    assert answer.code == 2 and "Traceback" not in answer.err, answer
+
+
+def test_where_no_picture_is_left_to_validate_on_nothing_is_trained(tmp_path):
+    photos = shutil.copytree(DATA / "photos", tmp_path / "photos")
+    for picture in (photos / "validation").rglob("*.jpg"):
+        picture.write_bytes(b"broken")
+    flags = ["fit", "--model=lenet", f"--data={photos}", f"--data_dir={tmp_path}", "--batch_size=8", "--max_epochs=1"]
+    answer = run_forked(*flags, folder=tmp_path)
+    assert answer.code == 2 and "no picture is left to validate on" in answer.err.splitlines()[-1], answer
+    assert not (tmp_path / "logs").exists()
+    assert run_forked(*flags, "--val_size=0", folder=tmp_path).code == 0  # as it says
+
+
+@pytest.mark.parametrize(
+    ("user", "package"),
+    [
+        ("callbacks+=lightning.pytorch.callbacks.DeviceStatsMonitor", "psutil"),
+        ("logger=WandbLogger", "wandb"),
+        ("logger=[WandbLogger]", "wandb"),
+    ],
+)
+def test_a_package_that_lightning_misses_is_one_line(user, package, tmp_path):
+    flags = ["--accelerator=cpu", f"--trainer.{user}"]
+    answer = run_forked("fit", *LENET, *FAST, *flags, folder=tmp_path, prepare=_without_packages)
+    assert answer.code == 2 and package in answer.err.splitlines()[-1] and "Traceback" not in answer.err
+    assert "LeNet" not in answer.err and len(answer.err.splitlines()[-1]) < 300  # of what was asked for alone
+
+
+@pytest.mark.parametrize(
+    "own", [(), ("--model.net.norm_layer=my_networks.Norm",)], ids=["whole", "with a part of one's own"]
+)
+def test_a_network_of_torchvisions(own, tmp_path):
+    (tmp_path / "my_networks.py").write_text("from torch import nn\n\nclass Norm(nn.BatchNorm2d):\n    pass\n")
+    flags = ["--model.net=torchvision.models.resnet18", "--model.net.num_classes=10", "--data.channels=3", *own]
+    out = good(run_forked(*LENET, *flags, *FAST, "--batch_size=16", "--image_size=32", folder=tmp_path))
     folder = tmp_path / "logs" / "lenet" / "version_0"
     assert record(folder)["parameters"] == 11_181_642
-    out = good(run_forked("test", f"--ckpt_path={folder / 'checkpoints' / 'best.ckpt'}", folder=tmp_path))
+    trust = ["--trust_checkpoint"] if own else []
+    assert out.strip().endswith(" ".join(["best.ckpt", *trust]))
+    out = good(run_forked("test", f"--ckpt_path={folder / 'checkpoints' / 'best.ckpt'}", *trust, folder=tmp_path))
     assert out.startswith("test on 500 images")
 
 
@@ -722,7 +805,7 @@ LIGHT = {
     "misspelt flag": ("--model lenet --bath_size 3", "unknown flag --bath_size; did you mean --batch_size?"),
     "prefix of a flag": ("--model lenet --max_epoch 3", "unknown flag --max_epoch; did you mean --max_epochs?"),
     "flag without its value": ("--model lenet --lr", "--lr needs a value"),
-    "value of a switch": ("--model lenet --compile=yes", "--compile takes no value"),
+    "value of a switch": ("--model lenet --compile=yes", "--compile takes nothing, true or false, got 'yes'"),
     "word for a number": ("--model lenet --max_epochs two", "--max_epochs must be an integer of at least 1, got 'two'"),
     "negative lr": ("--model lenet --lr -0.1", "--lr must be a positive number, got '-0.1'"),
     "NaN lr": ("--model lenet --lr nan", "--lr must be a positive number, got 'nan'"),
@@ -825,6 +908,12 @@ HEAVY = {
         "--model.scheduler torch.optim.lr_scheduler.CosineAnnealingLR --model.scheduler.T_max -1 "
         "--model.scheduler_interval step --trainer.callbacks GradientAccumulationScheduler "
         '--trainer.callbacks.scheduling {{"0":4}}',
+        "--model.scheduler.T_max), or --trainer.accumulate_grad_batches instead",
+    ),
+    "schedule of an unknown length in epochs": (
+        "--model.scheduler torch.optim.lr_scheduler.CosineAnnealingLR --model.scheduler.T_max -1 "
+        "--model.scheduler_interval epoch --trainer.max_steps 9 "
+        '--trainer.callbacks GradientAccumulationScheduler --trainer.callbacks.scheduling {{"0":4}}',
         "--model.scheduler.T_max), or --trainer.accumulate_grad_batches instead",
     ),
     "image too small": ("--image_size 8", "image_size=8 is too small for LeNet: with padding=2 it needs at least 12"),
@@ -1119,6 +1208,7 @@ def test_each_signal_saves_and_says_how_to_continue(
     answer = run_forked(*shlex.split(match[1]), folder=folder)
     assert answer.code == 0, answer.err
     assert checkpoint(folder)["global_step"] == 15
+    assert answer.out.count("  lr ") == 2 and "lr 0.00e+00" not in answer.out  # even where an epoch had no step left
 
 
 @pytest.mark.parametrize(("stage", "signum", "code"), [("test", signal.SIGTERM, 143), ("end", signal.SIGINT, 130)])
@@ -1131,6 +1221,11 @@ def test_a_stop_after_training_says_how_to_test(stage: str, signum: signal.Signa
     (folder / "command.json").write_text("{}")
     answer = run_forked(*shlex.split(match[1]), folder=folder)
     assert answer.code == 0 and "Test on" in answer.out, answer
+
+
+def test_a_stop_after_training_alone_speaks_of_no_test(tmp_path: Path) -> None:
+    answer = train(write(tmp_path / "run"), "--max_epochs", "1", at=["trained", 1, 0, 0])
+    assert answer.code == 143 and "Training is complete.\n" in answer.err, answer
 
 
 def test_command_to_continue_works_as_printed(tmp_path: Path) -> None:
@@ -1150,6 +1245,28 @@ def test_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     assert answer.code == 130
     assert "press Ctrl-C again" in answer.err and "Stopped at once" in answer.err
     assert not (folder / SAVED).exists()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_ctrl_c_is_answered_though_it_has_ended_tee(again: bool, tmp_path: Path) -> None:
+    """In `train.py 2>&1 | tee log` tee gets the signal, too."""
+    folder = write(tmp_path / "run")
+    process = start(folder)
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    process.stderr.close()
+    try:
+        if again:
+            (folder / "command.json").write_text('{"sleep": 60}')
+            time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        if again:
+            time.sleep(1)
+            process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+    finally:
+        process.kill()
+    assert (checkpoint(folder)["global_step"] == 5) == again
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -1820,12 +1937,56 @@ def test_largest_batch_size_is_bounded_by_most() -> None:
     assert size == 64
 
 
-def test_largest_batch_size_shrinks_with_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.memory._free", lambda device: 1 << 20)
+@pytest.mark.parametrize(("free", "processes"), [(1 << 20, 1), (1 << 40, 1 << 20)])
+def test_largest_batch_size_shrinks_with_memory(free: int, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.memory._free", lambda device: free)
     net = nn.Sequential(nn.Flatten(), nn.Linear(784, 4096), nn.ReLU(), nn.Linear(4096, 10))
     optimizer = torch.optim.Adam(net.double().parameters())
-    size = largest_batch_size(net, lambda: optimizer, (1, 28, 28), torch.device("cpu"), None, most=8192)
+    size = largest_batch_size(net, lambda: optimizer, (1, 28, 28), torch.device("cpu"), None, 8192, processes)
     assert size < 8192
+
+
+def _no_trial() -> None:
+    def refuse(*arguments: Any) -> None:
+        raise UserError(f"{arguments[-1]} processes share the memory")
+
+    launch.found.largest_batch_size = refuse  # type: ignore[assignment]
+
+
+def test_batch_size_auto_knows_how_many_processes_share_the_memory(tmp_path: Path) -> None:
+    flags = (*FIND_BATCH_SIZE, "--batch_size=auto", "--devices=2")
+    answer = run_forked("fit", "--model=lenet", *flags, folder=tmp_path, prepare=_no_trial)
+    assert "2 processes share the memory" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "no_limit", "statistics"),
+    [
+        ("", ("memory.max", "memory.current"), "max", "anon 9\ninactive_file 100\n"),
+        # Whose own part leaves out the groups within.
+        (
+            "memory",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+            "9223372036854771712",
+            "inactive_file 1\ntotal_inactive_file 100\n",
+        ),
+    ],
+    ids=["version 2", "version 1"],
+)
+@pytest.mark.parametrize("seen", ["/host/job/step", "/job/step"])  # the first from within a container
+def test_control_groups_limit_the_free_memory(
+    kind: str, names: tuple[str, str], no_limit: str, statistics: str, seen: str, tmp_path: Path
+) -> None:
+    """Those of containers and of a cluster's jobs, which may lie within each other."""
+    limited = tmp_path / "sys" / kind / ("job" if seen == "/job/step" else "")
+    for group, limit, used in ((limited, "1000", 400), (limited / "step", no_limit, 300)):
+        group.mkdir(parents=True)
+        for name, text in zip((*names, "memory.stat"), (f"{limit}\n", f"{used}\n", statistics), strict=True):
+            (group / name).write_text(text)
+    own = tmp_path / "cgroup"
+    own.write_text(f"3:cpu,cpuacct:/other\n2:name=systemd:/other\n1:{kind}:{seen}\n")
+    assert min(_free_of_groups(own, tmp_path / "sys")) == 1000 - 400 + 100
+    assert [*_free_of_groups(tmp_path / "none", tmp_path / "sys")] == [math.inf]
 
 
 @pytest.mark.parametrize(
@@ -2081,10 +2242,17 @@ SCHEDULERS = {
 OF_THE_USERS = """
 import hashlib, json, time
 from lightning.pytorch import Callback
-from torch.optim.lr_scheduler import ConstantLR, LinearLR, SequentialLR
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import ConstantLR, LinearLR, LRScheduler, SequentialLR, StepLR
 
 def half(step):
     return 0.5
+
+def stepped(optimizer) -> LRScheduler:
+    return StepLR(optimizer, 1)
+
+def steady(parameters) -> Optimizer:
+    return SGD(parameters, lr=0.01)
 
 class Both(SequentialLR):
     def __init__(self, optimizer):
@@ -2203,6 +2371,39 @@ def test_a_schedule_made_of_schedules_in_a_file_of_the_users(folder: Path) -> No
     assert [line["rate"] for line in notes(folder, "rate")] == pytest.approx([0.01, 0.055, 0.1, 0.1])
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--model.scheduler=mine.stepped --model.scheduler_interval=step --lr=0.01",
+        "--model.optimizer=mine.steady --model.scheduler_interval=epoch",
+        "--model.optimizer=mine.steady --batch_size=auto",
+    ],
+)
+def test_an_optimizer_or_a_schedule_that_a_function_makes_trains(flags: str, folder: Path) -> None:
+    works("fit", *flags.split(), folder=folder)
+
+
+def test_the_rate_of_an_optimizer_that_a_function_makes_is_its_own(folder: Path) -> None:
+    assert "--lr auto needs a class" in refused("--model.optimizer=mine.steady", "--lr=auto", folder=folder)
+
+
+@pytest.mark.parametrize("mode", ["", "max"])
+def test_watching_an_accuracy_fall_is_mentioned(mode: str, folder: Path) -> None:
+    """As is done where the mode is left out."""
+    watching = "{monitor: val/accuracy" + (f", mode: {mode}}}" if mode else "}")
+    callbacks = [f"{{class_path: {name}, init_args: {watching}}}" for name in ("EarlyStopping", "ModelCheckpoint")]
+    schedule = [
+        "lightning.pytorch.cli.ReduceLROnPlateau",
+        ".monitor=val/accuracy",
+        *([f".mode={mode}"] if mode else []),
+    ]
+    flags = [f"--model.scheduler{'' if part[0] == '.' else '='}{part}" for part in schedule]
+    flags += ["--model.scheduler_interval=epoch", f"--trainer.callbacks=[{', '.join(callbacks)}]"]
+    err = works("fit", *flags, folder=folder).err
+    owners = re.findall(r"(\S+) takes a rising val/accuracy for worse: its mode is min; set mode max", err)
+    assert sorted(owners) == ([] if mode else ["EarlyStopping", "ModelCheckpoint", schedule[0]])
+
+
 # Every argument of Lightning's Trainer: values that work, together in one run where they don't touch each other (a test
 # below looks closer at what those in brackets do), or what is said where a value is refused.
 TOGETHER = """
@@ -2284,6 +2485,7 @@ OTHER_NETWORKS = """
 from typing import Optional
 from urllib.request import urlopen
 
+from models import LeNet
 from torch import nn
 
 class Normed(nn.Sequential):
@@ -2316,6 +2518,21 @@ class WithMore(nn.Linear):
 class Dropping(nn.Sequential):
     def __init__(self, dropout: Optional[float] = 0.5, width=None, bias=True):
         super().__init__(nn.Flatten(), nn.Dropout(dropout or 0), nn.Linear(784, 10, bias=bias is None))
+
+class Longer(LeNet):
+    def __init__(self, extra: int = 1, **kwargs):
+        super().__init__(**kwargs)
+
+class Outer:
+    class Inner(LeNet):
+        pass
+
+class Spare(LeNet):
+    def __init__(self, image_size: int = 28):
+        super().__init__(image_size=image_size)
+        self.spare = nn.Linear(1, 1)
+
+made = LeNet()
 """
 
 
@@ -2331,6 +2548,27 @@ def test_the_last_checkpoint_is_the_end_of_training(settings: str, folder: Path)
     works("--val_size=200", "--max_epochs=2", *f"--trainer.{settings}".split(), folder=folder)
     last = torch.load(folder / "logs/lenet/version_0/checkpoints/last.ckpt", weights_only=True)
     assert last["global_step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        ("--max_epochs=8 --trainer.check_val_every_n_epoch=5", "9 steps"),
+        ("--max_epochs=2 --trainer.max_steps=4", "1 step"),
+        ("--max_epochs=2", ""),
+        ("--trainer.max_steps=2", ""),  # nothing was validated, so the last weights are tested
+    ],
+)
+def test_an_end_that_was_not_validated_is_mentioned(flags: str, steps: str, folder: Path) -> None:
+    err = works("--val_size=200", *flags.split(), folder=folder).err
+    assert re.findall(r"the run took (.*) after its last validation", err) == ([steps] if steps else []), err
+
+
+def test_a_run_that_is_continued_at_an_epochs_end_is_validated_to_its_end(folder: Path) -> None:
+    flags = ("--val_size=200", "--model.scheduler=null")
+    works("fit", *flags, folder=folder)
+    for epochs in ("2", "2"):  # the second time nothing is left to train
+        assert "validat" not in works(*flags, f"--max_epochs={epochs}", "--ckpt_path=last", folder=folder).err
 
 
 def test_weights_that_lightning_averages_are_tested(folder: Path) -> None:
@@ -2458,7 +2696,7 @@ def test_a_run_without_a_logger_has_its_folder(logger: str, folder: Path) -> Non
 def test_fast_dev_run_takes_a_few_batches_and_leaves_nothing(folder: Path) -> None:
     answer = works("--trainer.fast_dev_run=2", folder=folder)
     assert "Test on 64 images" in answer.out
-    assert not list(folder.rglob("*.ckpt"))
+    assert not list((folder / "logs").rglob("*"))
 
 
 @pytest.mark.parametrize(
@@ -2498,6 +2736,14 @@ def test_a_rate_that_follows_the_training_loss_does_so_after_every_epoch(folder:
     rare = ("--trainer.check_val_every_n_epoch=5", "--max_epochs=5", "--trainer.callbacks=mine.Note")
     works("fit", *flags.split(), *rare, folder=folder)
     assert notes(folder, "rate")[-1]["rate"] < notes(folder, "rate")[0]["rate"]
+
+
+@pytest.mark.parametrize(("interval", "rates"), [("epoch", [1e-2, 1e-3]), ("step", [1e-4, 1e-7])])
+def test_an_epochs_line_shows_the_rate_of_its_last_step(interval: str, rates: list[float], folder: Path) -> None:
+    settings = ("=StepLR", ".step_size=1", f"_interval={interval}")
+    flags = ["--lr=0.01", "--max_epochs=2", *(f"--model.scheduler{setting}" for setting in settings)]
+    out = works("fit", *flags, folder=folder).out
+    assert [float(rate) for rate in re.findall(r"  lr (\S+)", out)] == pytest.approx(rates)
 
 
 def test_the_rate_follows_the_metric_that_was_named(folder: Path) -> None:
@@ -2572,11 +2818,37 @@ def test_curves_on_a_full_disk_are_one_line(folder: Path) -> None:
         "Failing": "mine.Failing can't be made: KeyError: 'width'",
         "Failing --model.net.early=false": "Failing can't take images of 1x28x28 (channels x height x width): KeyError",
         "WithMore --model.net.in_features=784 --model.net.out_features=10": "keeps more in its state_dict than tensors",
+        "made": "model.net names an object of LeNet; name its class",
     }.items(),
 )
 def test_a_network_that_can_not_be_used_is_one_line(net: str, message: str, folder: Path) -> None:
     (folder / "mine.py").write_text(OTHER_NETWORKS, encoding="utf-8")
     assert message in refused("fit", *f"--model.net=mine.{net}".split(), folder=folder)
+
+
+def test_a_class_within_a_class_trains(folder: Path) -> None:
+    (folder / "mine.py").write_text(OTHER_NETWORKS, encoding="utf-8")
+    works("fit", "--model.net=mine.Outer.Inner", "--image_size=32", folder=folder)
+    assert record(folder / "logs/lenet/version_0")["config"]["model"]["net"]["init_args"]["image_size"] == 32
+
+
+def test_a_network_that_extends_one_of_ours_follows_the_pictures(folder: Path) -> None:
+    (folder / "mine.py").write_text(OTHER_NETWORKS, encoding="utf-8")
+    pictures = (f"--data={DATA / 'photos'}", f"--data_dir={folder}", "--image_size=32", "--batch_size=8")
+    works("fit", "--model.net=mine.Longer", *pictures, folder=folder)
+    arguments = record(folder / "logs/lenet/version_0")["config"]["model"]["net"]["init_args"]
+    assert [arguments[name] for name in ("in_channels", "num_classes", "image_size")] == [3, 4, 32]
+
+
+@pytest.mark.slow
+def test_parameters_that_take_no_part_are_one_line_that_names_the_strategy(folder: Path) -> None:
+    (folder / "mine.py").write_text(OTHER_NETWORKS, encoding="utf-8")
+    flags = ("fit", *SAMPLE, *SHORT, "--model.net=mine.Spare", "--devices=2")
+    answer = run(*flags, folder=folder)
+    (line,) = answer.err.splitlines()
+    assert answer.code == 1 and "not every parameter of the network takes part in each step" in line
+    _, _, advice = line.partition("; add ")
+    assert run(*flags, *advice.split(), folder=folder).code == 0
 
 
 def test_null_reaches_a_parameter_that_takes_it(folder: Path) -> None:

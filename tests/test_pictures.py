@@ -8,10 +8,12 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tracemalloc
 import warnings
+import zlib
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -145,6 +147,21 @@ def test_colours_of_any_kind_are_read(tmp_path, mode, suffix):
     grey = np.asarray(read.convert("RGB"), int).mean(axis=2)
     assert grey[10, 10] == pytest.approx(240, abs=40)  # the palette of GIF is coarse
     assert grey[60, 150] < 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a disk on which names are any bytes")
+@pytest.mark.parametrize("name", [b"scan.png", b"sc\xe4n.png"])
+def test_deep_colours_are_read_whatever_bytes_a_name_has(tmp_path, name):
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    row = b"\0" + np.full((6, 3), (4095, 2048, 0), ">u2").tobytes()  # 12 of 16 bits, which Pillow can't write
+    header, pixels = struct.pack(">IIBBBBB", 6, 8, 16, 2, 0, 0, 0), zlib.compress(row * 8)
+    path = tmp_path / os.fsdecode(name)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    read = read_picture(path)
+    assert (read.mode, read.size, read.getpixel((5, 7))) == ("RGB", (6, 8), (255, 128, 0))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -494,9 +511,11 @@ def test_mistakes_answer_with_one_line(checkpoint, tmp_path, pictures, arguments
 def test_layer_cam_overlays(checkpoint, tmp_path, pictures):
     pytest.importorskip("captum")
     (tmp_path / "outputs" / "predict_7").mkdir(parents=True)  # heat maps don't mix with an earlier run's
+    drawing(bag).save(pictures / f"{'é' * 125}.png")  # as long a name as a disk takes
     answer = predict(checkpoint, tmp_path, "--images", "pictures", "--gradcam", "--output", "a.png")
     assert (answer.code, answer.err) == (0, "")
-    names = [f"{number}-{name}" for number, name in enumerate(sorted(shape.__name__ for shape in SENSIBLE), start=1)]
+    of_files = [*sorted(shape.__name__ for shape in SENSIBLE), "é" * 100]
+    names = [f"{number}-{name}" for number, name in enumerate(of_files, start=1)]
     for name in names:
         with Image.open(tmp_path / "outputs" / "predict_8" / "gradcam" / f"{name}.png") as overlay:
             right = np.asarray(overlay.convert("RGB"), int)[60:280, 320:580]
@@ -532,9 +551,33 @@ def test_worst_mistakes_of_the_test_images_are_explained(checkpoint, tmp_path):
     assert (np.abs(found - expected) > 3).mean() < 0.001  # another batch, another rounding
 
 
+class Blocks(torch.nn.Module):
+    """Maps with negative values, from a list or the like, and a module that several layers share."""
+
+    def __init__(self, container):
+        super().__init__()
+        first = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.ReLU(inplace=True))
+        self.blocks = container([first, torch.nn.Conv2d(8, 8, 3)])
+        self.classifier = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 10))
+        self.shared = torch.nn.Identity()
+
+    def forward(self, images):
+        for block in self.blocks.children():
+            images = self.shared(block(images))
+        return self.shared(self.classifier(images))
+
+
+CONTAINERS = (
+    torch.nn.ModuleList,
+    lambda blocks: torch.nn.ModuleDict(dict(zip("ab", blocks, strict=True))),
+    lambda blocks: torch.nn.Sequential(*blocks),
+)
+
+
 @pytest.mark.parametrize(
     ("network", "arguments", "size"),
     [
+        *((Blocks, {"container": container}, 28) for container in CONTAINERS),
         (LeNet, {}, 28),
         (AlexNet, {"image_size": 67}, 67),
         (VGG, {"depth": 16, "width_divisor": 8, "image_size": 64, "batch_norm": True}, 64),
@@ -571,7 +614,7 @@ def test_layer_cam_of_every_network_leaves_no_trace(network, arguments, size):
     handle = explained_stage(net.eval(), images).register_forward_hook(keep)
     net(images)[[0, 1], classes].sum().backward(inputs=kept)
     handle.remove()
-    maps = (kept[0] * kept[0].grad).relu().sum(dim=1).detach()
+    maps = (kept[0].grad.relu() * kept[0]).sum(dim=1).relu().detach()
     assert maps.any()
     assert torch.allclose(cams * maps.amax(dim=(1, 2), keepdim=True), maps, rtol=1e-3, atol=1e-6)
     net.compile()
@@ -719,6 +762,10 @@ def test_there_is_no_heat_map_where_there_is_nothing_to_see(page):
     assert network.explain(as_fashion_mnist(photo(1))).heat is None  # no feature maps
 
 
+# As in configs/fast: the last convolution of 7x7 is pooled before its ReLU.
+FAST = {"width_divisor": 4, "image_size": 28, "batch_norm": True, "blocks": 3, "pool_first": True}
+
+
 @pytest.mark.parametrize(
     ("network", "arguments", "side", "size"),
     [
@@ -728,16 +775,18 @@ def test_there_is_no_heat_map_where_there_is_nothing_to_see(page):
         (VGG, {"depth": 11, "width_divisor": 4, "image_size": 32, "batch_norm": True}, 32, 8),
         (NiN, {}, 224, 12),
         (GoogLeNet, {}, 96, 6),
+        *((VGG, {"depth": depth, **FAST}, 28, 7) for depth in (11, 16)),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
-def test_heat_maps_are_fine_enough(network, arguments, side, size):
+def test_heat_maps_are_fine_enough_and_of_maps_without_negative_values(network, arguments, side, size):
     net, image = network(**arguments).eval(), torch.rand(1, 1, side, side)
-    stage, shapes = explained_stage(net, image), []
-    handle = stage.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[2:]))
+    stage, outputs = explained_stage(net, image), []
+    handle = stage.register_forward_hook(lambda module, inputs, output: outputs.append(output.clone()))
     net(image)
     handle.remove()
-    assert shapes == [(size, size)]
+    assert [output.shape[2:] for output in outputs] == [(size, size)]
+    assert outputs[0].min() == 0
 
 
 def test_mistakes_at_the_page_answer_with_one_line(capsys, monkeypatch, tmp_path):

@@ -33,6 +33,7 @@ from PIL import Image
 import compare
 import sweep
 from benchmarks.harness.side_by_side import RESULTS
+from checkpoints.trust import needs_trust
 from cli.command import parse_command_line
 from cli.recipes import resolved
 from datamodules import CLASS_NAMES, PicturesDataModule
@@ -47,8 +48,8 @@ from runs.plots import _class_accuracy, _scatter, draw, draw_trials
 from runs.reading import Run as Record
 from runs.reading import find_runs, matches
 from runs.record import SCHEMA, machine, pack_right, unpack_right
-from runs.search_space import Choice, Range, add_setting, every_combination
-from runs.settings import GROUPS, MACHINE, SETTINGS, is_kept, kind, leaves, shaping
+from runs.search_space import Choice, Range, add_setting, checked_space, every_combination
+from runs.settings import SETTINGS, is_kept, leaves, shaping
 
 # ---- compare.py on real records, and on runs that it trains itself.
 
@@ -106,6 +107,61 @@ def test_different_data_are_never_in_one_table(
         text = (tmp_path / f"out/data_{number}/report.md").read_text(encoding="utf-8")
         assert text.startswith(f"# Comparison: {title}\n")
         assert text.count(", seed ") == (5 if title == titles[0] else 1)
+
+
+@pytest.mark.parametrize("recipe", ["lenet", "mine"])
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("data__val_size", 0, "val_size 0"),
+        ("model__output_bias", 0.0, "output_bias 0"),
+        ("trainer__limit_val_batches", 0, "limit_val_batches 0"),
+        ("trainer__enable_checkpointing", False, "no enable_checkpointing"),
+        ("trainer__sync_batchnorm", True, "sync_batchnorm"),
+        ("trainer__min_epochs", 2, "min_epochs 2"),
+        ("trainer__min_steps", 2, "min_steps 2"),
+    ],
+)
+def test_what_is_off_is_told_from_a_zero_that_means_something(
+    setting: str, value: Any, said: str, recipe: str, trained: Run, tmp_path: Path
+) -> None:
+    record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8")) | {"recipe": recipe}
+    own_pictures: dict[str, Any] = {"data__folder": "photos", "data__val_size": None}
+    write(tmp_path / "without", changed(record, **own_pictures), accuracy=0.8)
+    write(tmp_path / "with", changed(record, **own_pictures | {setting: value}), accuracy=0.9)
+    first, second = find_runs([tmp_path])
+    assert [[matches(one, other.settings) for other in (first, second)] for one in (first, second)] == [
+        [True, False],
+        [False, True],
+    ]
+    assert [group.name for group in fold([first, second])] == [f"{recipe} ({said})", recipe]
+
+
+def test_a_run_on_own_pictures_is_taken_for_what_was_asked_for(tmp_path: Path) -> None:
+    """What the user leaves to the pictures may be anything."""
+    pictures = [f"--data={DATA / 'photos'}", "--max_epochs=1", "--accelerator=cpu", "--precision=32"]
+    answer = run_forked("--model=lenet", *pictures, folder=tmp_path)
+    assert answer.code == 0, answer.err
+
+    def found(*flags: str) -> int:
+        request = training.Request(log_dir=tmp_path / "logs", flags=[*pictures, *flags])
+        return len(training.runs_of(request, "lenet", shaping(resolved("lenet", request.flags))))
+
+    assert [found(), found("--val_size=0"), found("--data.channels", "1")] == [1, 0, 0]
+    (colour,) = find_runs([tmp_path])
+    shutil.copytree(colour.folder, tmp_path / "elsewhere/mine/version_0")
+    recipe = tmp_path / "mine.yaml"
+    for channels in (3, 1, None):  # in a recipe of the user's own
+        recipe.write_text(json.dumps({"model": {"net": "mine.Net"}, "data": {"channels": channels}}))
+        request = training.Request(log_dir=tmp_path / "elsewhere", flags=pictures)
+        runs = training.runs_of(request, str(recipe), colour.settings | {"data.channels": channels})
+        assert len(runs) == (channels != 1)
+    shutil.rmtree(tmp_path / "elsewhere")
+    grey = changed(colour.record, data__channels=1, data__val_size=colour.record["config"]["data"]["val_size"])
+    grey["config"]["model"]["net"]["init_args"]["in_channels"] = 1
+    write(tmp_path / "logs/lenet/version_1", grey, accuracy=0.1)
+    assert found("--data.channels", "1") == 1
+    assert sorted(group.name for group in fold(find_runs([tmp_path]))) == ["lenet", "lenet (channels 3)"]
 
 
 @pytest.mark.parametrize(
@@ -231,14 +287,38 @@ def test_unfinished_runs_are_left_out_and_counted(logs: Path, trained: Run, caps
     assert "0.8300 ± 0.0361" in out
 
 
+OWN_CLASSES = """
+from models.lenet import LeNet
+from torch.optim import SGD, Optimizer
+
+class Net(LeNet):
+    pass
+
+def made(parameters) -> Optimizer:
+    return SGD(parameters, lr=0.01)
+
+print("read")
+"""
+
+
+def test_a_module_that_prints_when_it_is_imported_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(OWN_CLASSES, encoding="utf-8")
+    with pytest.raises(UserError, match="a module of yours prints 'read' when it is imported"):
+        resolved("lenet", ["--model.net=mine.Net"])
+
+
+@pytest.mark.parametrize("own", [(), ("--model.net=mine.Net", "--model.optimizer=mine.made")])
 def test_a_run_that_was_only_trained_is_said_with_the_command_that_tests_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    own: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(OWN_CLASSES, encoding="utf-8")
     flags = f"--model lenet --data {DATA / 'photos'} --max_epochs 1 --accelerator cpu --log_dir".split()
-    assert run_forked("fit", *flags, "my runs", folder=tmp_path).code == 0
+    assert run_forked("fit", *own, *flags, "my runs", folder=tmp_path).code == 0
     assert compare.main(["my runs"]) == 2
     error = capsys.readouterr().err
+    assert ("--trust_checkpoint" in error) == bool(own)
     assert "no finished run in my runs; 1 run trained but not tested; to test it: python train.py" in error
     answer = run_forked(*shlex.split(error.partition("to test it: python train.py")[2]), folder=tmp_path)
     assert (answer.code, "epoch 1/" in answer.out) == (0, False), answer.err
@@ -252,6 +332,26 @@ def test_a_run_that_was_only_trained_is_said_with_the_command_that_tests_it(
     write(tmp_path / "my runs" / "elsewhere", record)  # without its checkpoint
     assert compare.main(["my runs"]) == 0
     assert "left out: 1 run trained but not tested\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        {},
+        {"model__net": {"class_path": "mine.Net"}},
+        {"model__optimizer": {"class_path": "mine.Optimizer", "init_args": {"lr": 1.0}}},
+        {"trainer__callbacks": [{"class_path": "callbacks.ema.EMA"}]},
+        {"trainer__callbacks": [{"class_path": "callbacks.ema.EMA"}, {"class_path": "mine.Callback"}]},
+    ],
+)
+def test_the_command_that_tests_a_run_vouches_for_classes_of_the_users(
+    classes: dict[str, Any], trained: Run, tmp_path: Path
+) -> None:
+    record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
+    run = Record(tmp_path / "lenet" / "version_0", changed(record, **classes))
+    (run.folder / "checkpoints").mkdir(parents=True)
+    (run.folder / "checkpoints" / "last.ckpt").touch()
+    assert ("--trust_checkpoint" in run.test_command) == needs_trust(run.record["config"], to_train=True)
 
 
 def test_table_of_a_real_run(trained: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -472,20 +572,28 @@ def test_runs_behind_links_are_found_once(trained: Run, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_run_in_the_precision_of_the_machine_or_of_a_short_name_is_recognised(tmp_path: Path) -> None:
     recipe = yaml.safe_load((REPO / "configs/lenet_classic.yaml").read_text(encoding="utf-8"))
-    recipe["trainer"] = {"max_epochs": 1, "precision": "bf16-mixed"}
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     (tmp_path / "sitecustomize.py").write_text(
         "import torch\ntorch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False\n"
         "torch.cpu.get_capabilities = dict\n"
     )
     rest = (f"--data_dir={DATA}", "--val_size=200", "--accelerator=cpu")
-    for flags in ((), ("--precision", "32"), ("--precision=bf16",)):
+    both, again = ("starting", "finished"), ("finished",)
+    for precision, flags, expected in (
+        ("bf16-mixed", (), both),
+        ("bf16-mixed", ("--precision", "32"), again),
+        ("bf16-mixed", ("--precision=bf16",), both),
+        ("bf16-mixed", ("--precision=16",), again),  # which Lightning makes bf16-mixed on a CPU
+        ("16-mixed", (), again),
+    ):
+        recipe["trainer"] = {"max_epochs": 1, "precision": precision}
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
         command = [sys.executable, str(REPO / "compare.py"), "--train", "mine.yaml", *rest, *flags]
         environment = ENVIRONMENT | {"PYTHONPATH": str(tmp_path)}
-        for said in ("starting", "finished") if flags != ("--precision", "32") else ("finished",):
+        for said in expected:
             done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
             assert (done.returncode, f"seed 0: {said}" in done.stdout) == (0, True), done
-            assert ("finished in float32" in done.stdout) == (said == "finished" and not flags)  # not as it says
+            in_float32 = (precision, flags, said) == ("bf16-mixed", (), "finished")  # not as it says
+            assert ("finished in float32" in done.stdout) == in_float32
     assert [run.record["precision"] for run in find_runs([tmp_path / "logs"])] == ["32-true", "bf16-mixed"]
 
 
@@ -802,6 +910,8 @@ def test_partial_runs_are_marked(
     line = f"* partial, {', '.join(group.partial)}: the run"
     assert line in capsys.readouterr().out
     assert f"\\{line}" in (tmp_path / "out/report.md").read_text(encoding="utf-8")
+    with (tmp_path / "out/runs.csv").open(encoding="utf-8", newline="") as file:
+        assert [row["partial"] for row in csv.DictReader(file)] == ["; ".join(group.partial)]
 
 
 def test_a_whole_run_is_not_marked(trained: Run, tmp_path: Path) -> None:
@@ -981,6 +1091,36 @@ def test_what_is_more_than_chance_is_said_with_the_seeds_that_show_less(
     assert "may be chance (p = " in out[1] and "more than chance" not in out[1]
 
 
+# How many images each seed gets wrong, the first of them, and how far apart they are from seed to seed.
+SCATTERED, WORSE = ((50, 51, 52), 0, 110), ((100, 102, 104), 0, 110)
+ALWAYS_THESE, ALONE = ((100, 102, 104), 390, 0), ((100,), 390, 0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ([SCATTERED, ALONE], ""),  # nobody knows how far its seeds lie apart
+        ([((50, 50), 0, 110), ((100, 100), 0, 110)], ""),  # nor theirs
+        ([SCATTERED, WORSE, ALONE], "To see 0.2 points takes"),
+        ([SCATTERED, ALWAYS_THESE], "no number of seeds can tell 0.2 points"),
+        ([SCATTERED, WORSE, ALWAYS_THESE], "no number of seeds can tell 0.2 points"),
+    ],
+)
+def test_how_many_seeds_it_takes_is_said_only_where_seeds_were_seen_to_differ(
+    wrong: list[tuple[tuple[int, ...], int, int]], said: str
+) -> None:
+    groups = []
+    for counts, begin, step in wrong:
+        runs = []
+        for seed, count in enumerate(counts):
+            right = [not 0 <= image - begin - step * seed < count for image in range(500)]
+            test = {"accuracy": sum(right) / 500, "images": 500, "right": pack_right(right)}
+            runs.append(Record(Path(), {"config": {}, "test": test, "devices": 1}))
+        groups.append(Group(runs, name="x"))
+    text = report._what_is_compared(differences(groups), len(groups))
+    assert said in text and ("no number" in text or "To see" in text) == bool(said), text
+
+
 @pytest.mark.parametrize("count", [5, 10])
 def test_the_best_of_equals_is_as_rarely_said_to_be_better_as_promised(count: int) -> None:
     draw, false = random.Random(count), 0
@@ -1014,8 +1154,6 @@ def test_every_setting_is_of_one_kind() -> None:
     assert is_kept("model.optimizer.init_args.lr", scheduled=False)
     for name in ("trainer.max_epochs", "trainer.limit_train_batches"):
         assert is_kept(name, scheduled=True) and not is_kept(name, scheduled=False)
-    for name in known - set(SETTINGS):
-        assert kind(name) in (*GROUPS.values(), MACHINE)
 
 
 # ---- sweep.py: the space on the command line, and real sweeps that fail, stop and go on.
@@ -1065,6 +1203,7 @@ def test_settings_of_the_space(setting: str, name: str, values: Range | Choice) 
         ("seed=1,2", "the seed is no setting to choose by"),
         ("val_size=100,200", "same validation images"),
         ("patience=1..3", "can't be searched"),
+        ("model.net.image_size=28,32", "it follows data.image_size"),
     ],
 )
 def test_bad_settings_are_named(setting: str, message: str) -> None:
@@ -1118,7 +1257,8 @@ def test_missing_optuna_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setitem(sys.modules, "optuna", None)
     monkeypatch.delitem(sys.modules, "runs.sweeps")
     assert sweep.main(["lenet", "--space", "lr=1,2"]) == 2
-    assert "needs the package optuna: pip install -r requirements-extras.txt" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "needs the package optuna: pip install -r requirements-extras.txt" in error and error.count("\n") == 1
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -1143,6 +1283,23 @@ def test_settings_that_train_py_refuses_end_the_sweep_before_it_starts(
     assert sweep.main(arguments) == 2
     assert "unknown setting model.optimizer.weigth_decay; did you mean weight_decay?" in capsys.readouterr().err
     assert not list(tmp_path.rglob("study.db"))
+
+
+@pytest.mark.slow
+def test_a_setting_that_is_off_is_searched_in_fractions_where_it_takes_them(tmp_path: Path) -> None:
+    whole = {
+        "model.optimizer.momentum": False,  # of the first of the classes
+        "trainer.gradient_clip_val": False,
+        "trainer.limit_train_batches": True,  # a number of batches; up to 1 it is a share
+        "trainer.min_epochs": True,
+    }
+    ranges = [f"{name}={2 * name.endswith('batches')}..3" for name in whole]
+    space = ["model.optimizer=torch.optim.SGD,torch.optim.RMSprop", *ranges]
+    request = sweep.parse(["lenet", "--space", *space, *SAMPLE])
+    assert request is not None
+    for _ in range(2):  # the second time as it was noted
+        found = checked_space(request, tmp_path)
+        assert {name: one.whole for name, one in found.items() if isinstance(one, Range)} == whole
 
 
 def test_a_small_space_is_tried_to_its_end_when_a_sweep_is_extended(tmp_path, monkeypatch):
@@ -1211,6 +1368,12 @@ def test_a_sweep_outlives_a_failing_trial_and_goes_on_after_ctrl_c(tmp_path: Pat
     assert f"Expected: {best:.4f} validation accuracy (epoch {epoch}); not measured on the test images" in header
     assert "--pruner" in header
 
+    # And written again, to wherever it is wanted then.
+    command[command.index("mine.yaml")] = "other.yaml"
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "2 of 2 trials done" in done.stdout, done
+    assert (tmp_path / "other.yaml").read_text(encoding="utf-8") == header.replace("mine.yaml", "other.yaml")
+
 
 def test_a_recipe_names_no_epoch_whose_accuracy_it_does_not_have(trained: Run, tmp_path: Path) -> None:
     record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
@@ -1219,10 +1382,23 @@ def test_a_recipe_names_no_epoch_whose_accuracy_it_does_not_have(trained: Run, t
     assert request is not None and command is not None
     for number, epoch in enumerate(record["epochs"]):
         epoch["val/accuracy"] = 0.8 + number / 100
+    write(tmp_path / "trial_1", record)
     for best, said in ((0.81, "0.8100 validation accuracy (epoch 2);"), (0.83, "0.8300 validation accuracy;")):
-        trial = optuna.trial.create_trial(value=best)
-        sweeping._write_recipe(tmp_path / "best.yaml", record, trial, request, command, request.space)
+        trial = optuna.trial.create_trial(value=best, user_attrs={"folder": "trial_1"})
+        sweeping._write_recipe(tmp_path / "best.yaml", tmp_path, trial, request, command, request.space)
         assert f"# Expected: {said} not measured" in (tmp_path / "best.yaml").read_text(encoding="utf-8")
+
+
+def test_a_recipe_keeps_nulls_and_callbacks_that_were_given(trained: Run, tmp_path: Path) -> None:
+    record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
+    flags = ["--trainer.callbacks+=callbacks.ema.EMA", "--trainer.check_val_every_n_epoch=null", "--data.mean=0.5"]
+    request, command = sweep.parse(["lenet", "--space", "lr=1,2"]), parse_command_line(["fit", "--model=lenet", *flags])
+    assert request is not None and command is not None
+    record["config"] = resolved("lenet", flags)
+    write(tmp_path / "trial_1", record)
+    trial = optuna.trial.create_trial(value=0.8, user_attrs={"folder": "trial_1"})
+    sweeping._write_recipe(tmp_path / "best.yaml", tmp_path, trial, request, command, request.space)
+    assert shaping(resolved(str(tmp_path / "best.yaml"), [])) == shaping(record["config"])
 
 
 def test_a_recipe_is_written_into_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ import torch
 from commands import DATA, ENVIRONMENT, REPO, run_forked, whole_set
 
 import export
-from checkpoints.reading import LISTING, read_checkpoint, stored_config
+from checkpoints.plain import read_settings
+from checkpoints.reading import LISTING, read_checkpoint
 from cli.recipes import load_yaml, recipes
 from datamodules import CLASS_NAMES, FashionMNISTDataModule
 from datamodules.files.finding import load
@@ -63,7 +64,9 @@ def test_every_file_is_listed_and_intact():
         if (recipe := recipes().get(checkpoint["recipe"])) is None:
             assert checkpoint["recipe"] == "photographs"  # see docs/weights.md
         else:
-            net, stored = (config["model"]["net"] for config in (load_yaml(recipe), stored_config(checkpoint, name)))
+            net, stored = (
+                config["model"]["net"] for config in (load_yaml(recipe), read_settings(checkpoint.get("config"), name))
+            )
             assert stored["class_path"] == net["class_path"]
             assert net.get("init_args", {}).items() <= stored["init_args"].items()
         assert classifier.out_of_distribution is not None
@@ -260,6 +263,16 @@ def test_file_computes_what_the_checkpoint_does(trained, unusual, tmp_path, caps
         assert torch.allclose(given, expected[batch], atol=1e-4)
 
 
+def test_a_network_too_large_for_one_onnx_file_is_one_line(trained, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("onnxscript")
+    # PyTorch's own: a real one would take gigabytes.
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1000)
+    assert export.main([f"--ckpt_path={trained.best}", "--format=onnx", f"--output={tmp_path / 'a.onnx'}"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "LeNet can't be exported as onnx: it is too large for one file; --format torch_export has no" in line
+    assert not list(tmp_path.iterdir())
+
+
 def test_file_lies_beside_the_checkpoint_and_holds_no_images(trained, tmp_path):
     path = tmp_path / "best.ckpt"
     path.write_bytes(trained.best.read_bytes())
@@ -312,7 +325,10 @@ def test_mistakes_answer_with_one_line(trained, tmp_path, capsys):
         ),
         (["--ckpt_path=gone.ckpt", "--format=torch_export"], "the checkpoint gone.ckpt does not exist"),
         (["--ckpt_path=https://a/b.ckpt", "--format=torch_export"], "https:/a/b.ckpt is an address"),
-        ([f"--ckpt_path={damaged(trained.best, tmp_path)}", "--format=torch_export"], "damaged"),
+        (
+            [f"--ckpt_path={damaged(trained.best, tmp_path)}", "--format=torch_export"],
+            "damaged.ckpt is damaged or is not a checkpoint",
+        ),
     ]
     for arguments, message in cases:
         assert export.main(arguments) == 2

@@ -191,7 +191,13 @@ def _write_onnx(module: nn.Module, example: Tensor, path: Path, metadata: dict[s
     )
     assert program is not None
     program.model.metadata_props.update(metadata)
-    program.save(path)
+    aside = path.with_name(f"{path.name}.data")  # PyTorch's name for the weights of a network too large for one file
+    try:
+        program.save(path)
+        if aside.exists():
+            raise RunError("it is too large for one file; --format torch_export has no such limit")
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _read_onnx(path: Path) -> Predict:

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.cli import instantiate_module
 from tqdm import tqdm
 
-from checkpoints.plain import recipe_name
-from checkpoints.reading import listed, read_checkpoint, stored_config
+from checkpoints.plain import read_settings, recipe_name
+from checkpoints.reading import listed, read_checkpoint
 from checkpoints.trust import Trusted
 from datamodules import FashionMNISTDataModule, PicturesDataModule, class_of
 from datamodules.files.finding import whole_below
@@ -41,7 +41,7 @@ def load_trained(
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # where the user's own networks are
     checkpoint = read_checkpoint(path)
-    config = stored_config(checkpoint, str(path), "take one that train.py wrote")
+    config = read_settings(checkpoint.get("config"), str(path), "take one that train.py wrote")
     rules = Trusted(str(path), trust, how, checkpoint["state_dict"], whole_below)
     used = rules.to_use(config)
     try:

@@ -112,6 +112,7 @@ def train(data_dir: Path, device: str, settings: dict[str, int], seed: int) -> d
         Seconds of training, without reading the data and testing; test accuracy; the loss of the last batch.
     """
     torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = True
     folder = prepare(data_dir)
     (images, labels), (test_images, test_labels) = (
         (_normalised(pictures.to(device)), classes.to(device))

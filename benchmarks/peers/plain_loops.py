@@ -105,6 +105,7 @@ def references(options: argparse.Namespace, turns: Turns) -> None:
     loss_function = nn.CrossEntropyLoss()
     scaler = torch.amp.GradScaler(options.device) if cuda and options.fast else None
     meters: dict[str, list[float]] = {"loss": [], "acc1": [], "acc5": []}
+    torch.backends.cudnn.benchmark = True
     turns.wait()
     for images, labels in endless(loader):
         images, labels = images.to(options.device), labels.to(options.device)
@@ -154,6 +155,7 @@ def timm(options: argparse.Namespace, turns: Turns) -> None:
     lr = recipe["model"]["optimizer"]["init_args"]["lr"]
     optimizer = create_optimizer_v2(net, opt="adam", lr=lr, **({"fused": True} if cuda else {}))
     losses = AverageMeter()
+    torch.backends.cudnn.benchmark = True
     turns.wait()
     for images, labels in endless(loader):
         images = images.to(options.device).contiguous(memory_format=torch.channels_last)
@@ -184,10 +186,12 @@ def d2l(options: argparse.Namespace, turns: Turns) -> None:
             self.batch_size, self.resize = batch_size, (size, size)
             steps = transforms.Compose([transforms.Resize(self.resize), transforms.ToTensor()])
             self.train = PictureDataset(options.data_dir, steps)
-            self.val = PictureDataset(options.data_dir, steps, "test")
 
         def train_dataloader(self) -> "_Counted":
             return _Counted(super().train_dataloader(), turns)
+
+        def val_dataloader(self) -> None:
+            """None: a turn is training alone."""
 
     class Model(d2l_torch.Classifier):
         def __init__(self) -> None:

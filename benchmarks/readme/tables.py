@@ -211,16 +211,12 @@ def _ablation(network: str, results: Results, language: Language) -> str:
         ]
         for entry, mark in zip((plain, *changed), marks, strict=True):
             score = mean_and_range(accuracies(groups[entry].runs), language.to).partition(" (")[0]
-            cells[_change(entry, language), NETWORKS[recipe.partition("/")[2]]] = score + mark
+            cells[entry.network[language.number], NETWORKS[recipe.partition("/")[2]]] = score + mark
     names = [name for name in NETWORKS.values() if any(name == key[1] for key in cells)]
-    changes = dict.fromkeys(_change(entry, language) for entry in entries)
+    changes = dict.fromkeys(entry.network[language.number] for entry in entries)
     rows = [(change, *(cells.get((change, name), "") for name in names)) for change in changes]
     rows = [row for row in rows if any(row[1:])]
     return _markdown([[*_header("ablation", language), *names], *rows], left=1)
-
-
-def _change(entry: Entry, language: Language) -> str:
-    return entry.network[language.number]
 
 
 def _command(entry: Entry, language: Language) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from torch import nn
 from callbacks.confusion import Confusion
 from callbacks.tensorboard.pictures import show, writes
 from errors import UserError
+from pictures.mistakes import explain_mistakes
 
 COUNT = 8  # mistakes
 
@@ -46,8 +47,6 @@ class MistakesExplained(Callback):
         mistakes = self._confusion.mistakes[:COUNT]
         if not (writes(trainer) and mistakes and importlib.util.find_spec("captum")):
             return
-        from pictures.mistakes import explain_mistakes
-
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         images = (data.val_set if stage == "validation" else data.test_set).images
         chosen = images[[mistake.image for mistake in mistakes]]

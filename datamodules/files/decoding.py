@@ -1,12 +1,14 @@
 """Pictures decoded once into memory-mapped bytes.
 
 Nothing is written to where they lie. What is made of a folder lies in a cache folder, under a name that stands for its
-files' names, sizes and times.
+path and its files' names, sizes and times.
 """
 
+import glob
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -94,11 +96,16 @@ def decode(
     images, facts = stem.with_suffix(".npy"), stem.with_suffix(".json")
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
-        with locked(stem.with_suffix(".lock")):
+        with locked(stem.with_suffix(".lock")) as alone:
             found = _kept(images, facts)
             if not found or _mended(listing, read, found["bad"]):
                 facts.unlink(missing_ok=True)  # first, so that new pixels never lie beside old labels
-                found = _fill(listing, read, size, images, facts, parallel)
+                own = f".{stem.name}-{socket.gethostname()}-"
+                for path in stem.parent.glob(f"{glob.escape(own)}*") if alone else ():
+                    path.unlink(missing_ok=True)  # left by a killed process
+                # Not shared: there are disks on which a lock excludes nobody, or only those on the same machine.
+                temporary = stem.with_name(f"{own}{os.getpid()}.npy")
+                found = _fill(listing, read, size, images, facts, temporary, parallel)
         # Copied on write, which PyTorch takes for writable; nothing is ever written.
         pixels = torch.from_numpy(np.load(images, mmap_mode="c"))
     except (OSError, ValueError) as error:
@@ -118,20 +125,17 @@ def decode(
     return Cache(listing.classes, parts, found["names"], found["mean"], found["std"])
 
 
-def fit_square(picture: Image.Image, size: int, fit: Fit = "crop") -> np.ndarray:
+def fit_square(picture: Image.Image, size: int, fit: Fit, bars: str = "black") -> np.ndarray:
     """A picture of any mode, on white where it is transparent, as (size, size, 3) uint8.
 
     Args:
         picture: Of any size.
         size: Pixels of the square's edge.
         fit: "crop" scales the shorter edge to the square's and cuts what is longer, evenly on both sides; "pad" scales
-            the longer one and fills up with black; "stretch" does not keep the proportions.
+            the longer one and fills up with `bars`; "stretch" does not keep the proportions.
+        bars: Their colour.
     """
-    if picture.mode == "RGBA":
-        ground = Image.new("RGBA", picture.size, "white")
-        ground.alpha_composite(picture)
-        picture = ground
-    picture = picture.convert("RGB")
+    picture = on_ground(picture)
     if fit == "crop":
         edge = min(picture.size)
         left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
@@ -139,11 +143,20 @@ def fit_square(picture: Image.Image, size: int, fit: Fit = "crop") -> np.ndarray
     elif fit == "pad":
         longer = max(picture.size)
         inside = max(1, round(picture.width * size / longer)), max(1, round(picture.height * size / longer))
-        ground = Image.new("RGB", (size, size))
+        ground = Image.new("RGB", (size, size), bars)
         scaled = picture.resize(inside, Image.Resampling.BICUBIC, reducing_gap=3.0)
         ground.paste(scaled, ((size - inside[0]) // 2, (size - inside[1]) // 2))
         return np.array(ground)
     return np.array(picture.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0))
+
+
+def on_ground(picture: Image.Image, colour: str = "white") -> Image.Image:
+    """A picture of any mode as RGB, with this colour where it is transparent."""
+    if picture.mode == "RGBA":
+        ground = Image.new("RGBA", picture.size, colour)
+        ground.alpha_composite(picture)
+        picture = ground
+    return picture.convert("RGB")
 
 
 def _kept(images: Path, facts: Path) -> dict[str, Any]:
@@ -164,23 +177,28 @@ def _rows(listing: Listing) -> list[tuple[str, File]]:
 
 def _key(folder: Path, listing: Listing, size: int, fit: Fit) -> str:
     digest = hashlib.sha256(json.dumps([VERSION, size, fit, listing.classes]).encode())
+    digest.update(os.fsencode(os.path.realpath(folder)))  # others may hold files of the same names, sizes and times
     for part, file in _rows(listing):
         try:
             status = (folder / file.path).stat()
-            stamp = status.st_size, status.st_mtime_ns
+            stamp = status.st_size, status.st_mtime_ns, status.st_ctime_ns  # the last can't be set back
         except OSError:
-            stamp = 0, 0  # a link that leads nowhere: read as a bad file
+            stamp = 0, 0, 0  # a link that leads nowhere: read as a bad file
         digest.update(repr((part, *file, *stamp)).encode(errors="surrogateescape"))
     return digest.hexdigest()[:32]
 
 
 def _fill(
-    listing: Listing, reader: Callable[[File], np.ndarray], size: int, images: Path, facts: Path, parallel: bool
+    listing: Listing,
+    reader: Callable[[File], np.ndarray],
+    size: int,
+    images: Path,
+    facts: Path,
+    temporary: Path,
+    parallel: bool,
 ) -> dict[str, Any]:
-    """Decode into temporary files, which are renamed when they are whole; returns what `facts` then holds."""
+    """Decode into a temporary file, which is renamed when it is whole; returns what `facts` then holds."""
     rows = _rows(listing)
-    temporary = images.with_name(f".{images.name}")  # what a killed process has left is written over
-
     try:
         pixels: Any = _mapped(temporary, (len(rows), 3, size, size))
         labels: dict[str, list[int]] = {part: [] for part in listing.parts}

@@ -225,13 +225,13 @@ def _whole(bad: Iterable[Path]) -> set[str]:
     return names
 
 
-def _lock(folder: Path) -> AbstractContextManager[None]:
+def _lock(folder: Path) -> AbstractContextManager[object]:
     return locked(folder / ".fashion-mnist.lock", LOCK_TIMEOUT, tolerated=())
 
 
 @contextmanager
-def locked(path: Path, timeout: float = -1, tolerated: Sequence[int] = READ_ONLY) -> Iterator[None]:
-    """Hold a lock; where its disk has none, or its folder can't be written, go on without.
+def locked(path: Path, timeout: float = -1, tolerated: Sequence[int] = READ_ONLY) -> Iterator[bool]:
+    """Hold a lock, and say so; where its disk has none, or its folder can't be written, go on without.
 
     Args:
         path: Its file.
@@ -246,7 +246,7 @@ def locked(path: Path, timeout: float = -1, tolerated: Sequence[int] = READ_ONLY
             raise
         lock = nullcontext()
     with lock:
-        yield
+        yield not isinstance(lock, nullcontext)
 
 
 def _find(folder: Path, name: str, bad: dict[Path, str]) -> tuple[bytes, str] | None:

@@ -22,7 +22,7 @@ NAMES = {
 # What runs leave, in logs and outputs.
 RUNS = (
     *("version_*/config.yaml", "*/version_*/config.yaml", "*/*/version_*/config.yaml"),
-    *("predict_*/predictions*.csv", "predict_*/pictures.png"),
+    *("predict_*/predictions*.csv", "predict_*/pictures.png", "predict_*/gradcam"),
 )
 FEW = 5  # pictures of a class, with which little can be learned or measured
 log = logging.getLogger(__name__)
@@ -63,11 +63,15 @@ def list_folder(
     Raises:
         DatasetError: If that is not what the folder holds.
     """
-    inside = [path for path in _sub_folders(folder) if not _left_by_runs(path, cached)]
+
+    def class_folders(of: Path) -> list[Path]:
+        return [path for path in _sub_folders(of) if not _left_by_runs(path, cached)]
+
+    inside = class_folders(folder)
     by_part = {part: next((path for path in inside if path.name.lower() in NAMES[part]), None) for part in NAMES}
     train = by_part["train"]
     alone = len(inside) == 1 and (by_part["val"] or by_part["test"])
-    if alone and len(of_part := _sub_folders(inside[0])) > (0 if known else 1):
+    if alone and len(of_part := class_folders(inside[0])) > (0 if known else 1):
         classes, files = _classes(folder, inside[0], of_part, known)
         _check_classes(folder, classes, files)
         return Listing(classes, {"train": [], "val": files, "test": files})  # to measure a network on, all of them
@@ -85,11 +89,11 @@ def list_folder(
     else:
         if ignored := [path.name for path in inside if path not in by_part.values()]:
             warn_once(f"{folder}: {', '.join(map(printable, ignored))} beside {train.name} are not used")
-        classes, files = _classes(folder, train, _sub_folders(train))
+        classes, files = _classes(folder, train, class_folders(train))
         parts = {"train": files, "val": [], "test": []}
         for part, path in by_part.items():
             if path and part != "train":
-                parts[part] = _classes(folder, path, _sub_folders(path), classes)[1]
+                parts[part] = _classes(folder, path, class_folders(path), classes)[1]
     _check_classes(folder, classes, parts["train"])
     hold_out(str(folder), parts, val_size, test_size, seed)
     counts = Counter(file.label for file in parts["train"])

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.batches import ImageTensors
 from datamodules.fashion_mnist import FashionMNISTDataModule
-from datamodules.files.decoding import Cache, Fit, fit_square, read_folder
+from datamodules.files.decoding import Cache, Fit, fit_square, on_ground, read_folder
 from datamodules.files.finding import DatasetError
 from datamodules.files.listing import listed, printable, warn_once
 from datamodules.files.photographs import saturate, warp
@@ -223,7 +223,8 @@ class PicturesDataModule(FashionMNISTDataModule):
     def as_seen(self, pixels: Tensor) -> Tensor:
         """Also made grey, where the network sees one channel."""
         if self.hparams["channels"] == 1 and pixels.shape[1] == 3:
-            pixels = torch.einsum("nchw,c->nhw", pixels, pixels.new_tensor(LUMA))[:, None]
+            luma = torch.tensor(LUMA, dtype=pixels.dtype).to(pixels.device, non_blocking=True)
+            pixels = torch.einsum("nchw,c->nhw", pixels, luma)[:, None]
         return super().as_seen(pixels)
 
     def fit_picture(self, picture: Image.Image, invert: Literal["auto", "always", "never"] = "auto") -> np.ndarray:
@@ -231,14 +232,23 @@ class PicturesDataModule(FashionMNISTDataModule):
 
         It is negated with `invert` "always", or if they are light on dark, as MNIST's, and its edges are light.
         """
-        pixels = fit_square(picture, self.stored_size, self.hparams["fit"])
+        negated = invert == "always" or (invert == "auto" and self.negates(picture))
+        pixels = fit_square(picture, self.stored_size, self.hparams["fit"], bars="white" if negated else "black")
         if self.hparams["channels"] == 1:
             pixels = np.array(Image.fromarray(pixels).convert("L"))
-        if pixels.ndim == 2 or (pixels == pixels[..., :1]).all():  # grey: colours are not negated unasked
-            edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-            unlike = 0 < self.hparams["mean"] < DARK and np.median(edges) > 127
-            invert = "always" if invert == "auto" and unlike else invert
-        return 255 - pixels if invert == "always" else pixels
+        return 255 - pixels if negated else pixels
+
+    def negates(self, picture: Image.Image) -> bool:
+        """Whether a picture is negated unasked: its edges are light, those trained on dark, and it has no colours."""
+        dark, grey, fit = 0 < self.hparams["mean"] < DARK, self.hparams["channels"] == 1, self.hparams["fit"]
+        return dark and _is_on_light(on_ground(picture).convert("L") if grey else picture, self.stored_size, fit)
+
+
+def _is_on_light(picture: Image.Image, size: int, fit: Fit) -> bool:
+    """Whether a picture without colours has light edges."""
+    pixels = fit_square(picture, size, "stretch" if fit == "pad" else fit)  # bars are no edges
+    edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    return bool((pixels == pixels[..., :1]).all() and np.median(edges) > 127)
 
 
 def class_of(settings: Mapping[str, Any]) -> type[FashionMNISTDataModule]:

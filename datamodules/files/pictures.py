@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
 # Pillow knows more formats, but some of them run other programs (EPS starts Ghostscript) and few are for photographs.
@@ -17,6 +18,8 @@ FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 UNREADABLE_SUFFIXES = {".heic", ".heif", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw"}
 # Folders of thumbnails and deleted files.
 OF_SYSTEMS = {"@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information"}
+# What runs and `predict` leave: how their folders' names begin, and what lies in them.
+OUTPUTS = {"version_": ("config.yaml",), "predict_": ("pictures.png", "mistakes.png", "gradcam")}
 # Of fractions, and of 8, 10, 12, 14 and 16 bits.
 WHITES = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)
 LONGEST_EDGE = 1024  # pixels; larger JPEGs are decoded at a reduced size unless another edge is asked for
@@ -54,13 +57,19 @@ def pictures_below(folder: Path) -> Iterator[Path]:
             inside.clear()
             continue
         seen.add(real)
-        inside[:] = sorted(name for name in inside if not is_hidden(name))
+        inside[:] = sorted(name for name in inside if not is_hidden(name) and not _is_output(Path(place, name)))
         yield from (Path(place, name) for name in sorted(names) if not is_hidden(name) and is_picture_name(name))
 
 
 def _refuse(error: OSError) -> None:
     if isinstance(error, PermissionError):  # else it has just been removed
         raise error
+
+
+def _is_output(folder: Path) -> bool:
+    """Whether a run or `predict` made a folder: their curves, sheets and heat maps are no pictures of anything."""
+    inside = next((names for start, names in OUTPUTS.items() if folder.name.startswith(start)), ())
+    return any((folder / name).exists() for name in inside)
 
 
 def is_hidden(name: str) -> bool:
@@ -120,9 +129,10 @@ def _eight_bits(picture: Image.Image, path: Path, deep: bool) -> Image.Image:
         values = np.nan_to_num(np.asarray(picture, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
         eight_bits = Image.fromarray(_scaled(values)).convert("RGB")
     elif deep and picture.format == "PNG":
-        from torchvision.io import ImageReadMode, decode_png, read_file  # Pillow would drop half of the bits
+        from torchvision.io import ImageReadMode, decode_png  # Pillow would drop half of the bits
 
-        values = decode_png(read_file(str(path)), ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
+        content = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)  # whatever its name is
+        values = decode_png(content, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
         colours = values.shape[2] - (values.shape[2] in (2, 4))
         bands = [
             _scaled(values[..., :colours]),

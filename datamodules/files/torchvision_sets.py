@@ -244,12 +244,12 @@ def _labels(name: str, one: Any) -> tuple[list[int], list[Image.Image]]:
     places = np.unique(np.linspace(0, len(one) - 1, PROBES).round().astype(int)).tolist()
     pictures = []
     try:
-        few = [one[place] for place in places]
+        few = dict(_readable(one, places))
         if isinstance(one, pcam.PCAM):  # its labels lie in a file, which is opened again for each picture
             with one.h5py.File(one._base_folder / one._FILES[one._split]["targets"][0]) as file:
                 one._labels = file["y"][:, 0, 0, 0]
-        found = [label for _, label in few]
-        for picture, _ in few:
+        found = [label for _, label in few.values()]
+        for picture, _ in few.values():
             with contextlib.suppress(OSError):  # of a broken file, which is named when all are read
                 pictures.append(_picture(picture))
         for attribute in ("targets", "labels", "_labels", "y", "_samples"):
@@ -257,7 +257,7 @@ def _labels(name: str, one: Any) -> tuple[list[int], list[Image.Image]]:
             if values is not None and len(values) == len(one):
                 values = [value[1] for value in values] if attribute == "_samples" else values
                 values = np.asarray(values, dtype=object).tolist()
-                if [values[place] for place in places] == found:
+                if [values[place] for place in few] == found:
                     break
         else:
             values = [one[place][1] for place in range(len(one))]
@@ -267,6 +267,18 @@ def _labels(name: str, one: Any) -> tuple[list[int], list[Image.Image]]:
     except Exception as error:  # raised by the class
         raise DatasetError(f"{name} can't be used: {' '.join(str(error).split()) or type(error).__name__}") from None
     return labels, pictures
+
+
+def _readable(one: Any, places: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    """Places whose files are not broken, and their examples; where all are, it is no matter of single files."""
+    broken: list[OSError] = []
+    for place in places:
+        try:
+            yield place, one[place]
+        except OSError as error:
+            broken.append(error)
+    if len(broken) == len(places):
+        raise broken[0]
 
 
 def _picture(picture: Any) -> Image.Image:

@@ -56,7 +56,7 @@ def forward(self: nn.Sequential, maps: Tensor) -> Tensor:
             maps = _run(stage, maps)
             continue
         version = maps._version
-        output = checkpoint(_run, stage, maps, use_reentrant=False, context_fn=partial(_contexts, stage))
+        output = checkpoint(_run, stage, maps, use_reentrant=False, context_fn=partial(_contexts, stage, maps.device))
         if maps._version != version:
             raise UserError(
                 f"{type(stage[0]).__name__} changes its input in place, so it can't be computed twice; "
@@ -94,14 +94,19 @@ def _run(stage: list[nn.Module], maps: Tensor) -> Tensor:
     return maps
 
 
-def _contexts(stage: list[nn.Module]) -> tuple[AbstractContextManager, AbstractContextManager]:
+def _contexts(stage: list[nn.Module], device: torch.device) -> tuple[AbstractContextManager, AbstractContextManager]:
     """The contexts of the forward pass and of computing it again."""
-    return nullcontext(), _spare_buffers(stage)
+    # PyTorch repeats the random numbers of all devices but Apple's.
+    state = torch.mps.get_rng_state() if device.type == "mps" else None
+    return nullcontext(), _spare_buffers(stage, state)
 
 
 @contextmanager
-def _spare_buffers(stage: list[nn.Module]) -> Iterator[None]:
-    """Work on copies of the buffers: batch normalisation has counted this batch already."""
+def _spare_buffers(stage: list[nn.Module], state: Tensor | None) -> Iterator[None]:
+    """Work on copies of the buffers: batch normalisation has counted this batch already. The state: an Apple GPU's."""
+    now = None if state is None else torch.mps.get_rng_state()
+    if state is not None:
+        torch.mps.set_rng_state(state)
     kept = [(module, dict(module._buffers)) for layer in stage for module in layer.modules()]
     try:
         for module, buffers in kept:
@@ -110,3 +115,5 @@ def _spare_buffers(stage: list[nn.Module]) -> Iterator[None]:
     finally:
         for module, buffers in kept:
             module._buffers.update(buffers)
+        if now is not None:
+            torch.mps.set_rng_state(now)

@@ -1,6 +1,6 @@
-"""nin-1: end this network as NiN ends: no linear layer, and images of any size. Fewer than 15,000 parameters will do.
+"""nin-1: end this network as NiN ends: no linear layer, and images of any size. Fewer than 17,000 parameters will do.
 
-按 NiN 的方式收尾：不用全连接层，图片大小不限。参数量应少于 15,000。
+按 NiN 的方式收尾：不用全连接层，图片大小不限。参数量应少于 17,000。
 """
 
 from torch import Tensor, nn
