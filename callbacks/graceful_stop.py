@@ -47,6 +47,7 @@ class GracefulStop(Callback):
         self._processes = processes
         self._last = last
         self._how_to_continue = how_to_continue
+        self._then_test = then_test
         self._complete = f"Training is complete{', and was stopped before testing' if then_test else ''}."
         self._handlers_before: dict[int, Any] = {}
         self._requeue_signal: int | None = None
@@ -121,7 +122,7 @@ class GracefulStop(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop if a signal came after the last check."""
         if signum := self._processes.largest(self._signal):
-            self._stop(trainer, signum, self._complete, self._file())
+            self._stop(trainer, signum, self._complete, self._file() if self._then_test else None)
 
     @contextmanager
     def around_test(self, trainer: pl.Trainer) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """What values a file from elsewhere may hold: plain ones, not more, larger or deeper than a run's own."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -18,13 +19,13 @@ LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, whe
 OF_PICTURES = ("folder", "dataset", "class_names")  # settings that `of_pictures` looks at
 
 
-def check_plain(content: Any, path: str) -> None:
+def check_plain(content: Any, path: str, size: float = math.inf) -> None:
     """Refuse what is neither a tensor nor a plain value, and what is too large, too deep or nested in itself.
 
     Raises:
         UserError: If the file holds any of these.
     """
-    left = MOST
+    left, held = MOST, {}
     stack = [(content, 0)]
     while stack:
         value, depth = stack.pop()
@@ -37,6 +38,10 @@ def check_plain(content: Any, path: str) -> None:
             stack += [(inner, depth + 1) for inner in value]
         elif not _is_plain(value):
             raise UserError(f"{path} holds a value that a checkpoint of this project never holds; not loaded")
+        elif isinstance(value, Tensor):
+            held[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    if sum(held.values()) > size:
+        raise UserError(f"{path} holds tensors larger than itself; not loaded")
 
 
 def _is_plain(value: Any) -> bool:

@@ -66,7 +66,7 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     if not weights or not all(isinstance(weight, torch.Tensor) for weight in weights.values()):
         raise UserError(f"{path} is damaged: its state_dict must hold the weights, and nothing else")
     # States of callbacks may hold whatever can be read; checkpoints/state.py looks at those that are restored.
-    check_plain({key: value for key, value in content.items() if key != "callbacks"}, str(path))
+    check_plain({key: value for key, value in content.items() if key != "callbacks"}, str(path), path.stat().st_size)
     version = content.get("pytorch-lightning_version", lightning.__version__)
     if not isinstance(version, str) or not re.fullmatch(r"[2-9]\.\d{1,4}(\.\w{1,20})*(\+\w{1,20})?", version, re.ASCII):
         raise UserError(f"{path} was not written by Lightning 2 or later; not loaded")
@@ -108,7 +108,10 @@ def _check_calls(archive: zipfile.ZipFile) -> None:
         if texts & {"builtins bytearray", "__builtin__ bytearray"}:
             raise pickle.UnpicklingError
         # Checkpoints name functions that rebuild tensors, and classes of storages that can't be called.
-        if any(re.fullmatch(r"torch(\.\w+)* (\w*Tensor|(Unt|T)ypedStorage)", text) for text in texts):
+        if any(re.fullmatch(r"torch(\.\w+)* (\w*Tensor|TypedStorage)", text) for text in texts):
+            raise pickle.UnpicklingError
+        # Of which only tensors of rare types are rebuilt; how much they hold in all is checked later.
+        if "torch.storage UntypedStorage" in texts and "torch._utils _rebuild_tensor_v3" not in texts:
             raise pickle.UnpicklingError
         if "_codecs encode" in texts and any(map(_takes_bytes, texts)):
             raise pickle.UnpicklingError

@@ -124,7 +124,9 @@ def stage_modules(net: nn.Module) -> dict[nn.Module, str]:
     """Module to name of a network's stages: its children, where a Sequential or a list counts as its members."""
     names: dict[nn.Module, str] = {}
     for name, child in net.named_children():
-        if type(child) in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
+        if type(child) in (nn.ModuleList, nn.ModuleDict):
+            names |= {inner: f"{name}.{inner_name}" for inner, inner_name in stage_modules(child).items()}
+        elif type(child) is nn.Sequential:
             names |= {inner: f"{name}.{inner_name}" for inner_name, inner in child.named_children()}
         else:
             names[child] = name

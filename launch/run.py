@@ -105,7 +105,8 @@ def _one_line_errors(cli: ClassifierCLI) -> Iterator[None]:
             why += "add --trainer.strategy ddp_find_unused_parameters_true"
             raise RunError(why if is_first_process() else "") from None
         if "does not have a deterministic implementation" in str(error):
-            raise UserError(f"{one_line(str(error)).partition(',')[0]}; set --trainer.deterministic warn") from None
+            why = f"{one_line(str(error)).partition(',')[0]}; set --trainer.deterministic warn"
+            raise UserError(why if is_first_process() else "") from None
         if "not currently implemented for the MPS device" in str(error):
             raise RunError(f"{one_line(str(error)).partition('. ')[0]}; --accelerator cpu can do it") from None
         if not is_out_of_memory(error):

@@ -18,9 +18,11 @@ from runs.record import read, unpack_right
 from runs.settings import FOLLOWING, SAMPLE, kind, of_own_pictures, shaping
 
 LARGEST_SAMPLE = 1_500  # images in the larger part of tests/data; the whole parts hold 60,000 and 10,000
+# The callbacks that recipes name.
+OF_RECIPES = ("callbacks.distillation.Distillation", "callbacks.ema.EMA", "callbacks.fine_tuning.FreezeFeatures")
 # Settings that name classes, and what a checkpoint may name without the user's word; checkpoints/trust.py looks closer.
 NAMING = ("model.net", "model.optimizer", "model.scheduler", "trainer.callbacks")
-KNOWN = ("models.", "torch.", "torchvision.", "optimizers.", "lit_modules.", "callbacks.", "lightning.pytorch.cli.")
+KNOWN = ("models.", "torch.", "torchvision.", "optimizers.", "lit_modules.", "lightning.pytorch.cli.", *OF_RECIPES)
 SWEEPS = "sweeps"  # where sweep.py keeps its trials, within the folder of the runs
 
 
@@ -154,7 +156,9 @@ def matches(run: Run, wanted: dict[str, Any], asked_for: Collection[str] = ()) -
         asked_for: Those that the user decides, and not the pictures.
     """
     wanted = {name: _printable(value) for name, value in wanted.items()}  # as the run's own are
-    own = run.settings | ({"trainer.precision": run.record["precision"]} if "precision" in run.record else {})
+    own = dict(run.settings)
+    if own.get("trainer.precision") != wanted.get("trainer.precision"):  # asked for otherwise, and maybe computed so
+        own |= {"trainer.precision": run.record["precision"]} if "precision" in run.record else {}
     if SAMPLE in wanted:
         own[SAMPLE] = run.is_sample
     names = own.keys() | wanted.keys()

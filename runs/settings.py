@@ -137,6 +137,9 @@ def shaping(config: dict[str, Any]) -> dict[str, Any]:
         for name, value in flat(config).items()
         if (of := kind(name)).parts and value not in of.off
     }
+    data = config.get("data") or {}
+    if (data.get("folder") or data.get("dataset")) and data.get("mean") == 0:  # given: else the pictures decide it
+        found["data.mean"] = 0.0
     if found.get("data.val_size") == 0:  # the last weights are tested either way
         found.pop("trainer.enable_checkpointing", None)
     precision = found.get("trainer.precision")

@@ -29,9 +29,8 @@ except ImportError:  # on Windows
 STOPPED = (*(-signum for signum in SIGNALS), 128 + signal.SIGTERM, 128 + signal.SIGINT)
 LAST_SECONDS = 10.0  # that a training has to end when it was asked twice
 _HELD: list[int] = []  # file descriptors of the locks, which trainings inherit
-# What the precision of a recipe, and that of a flag, may become on this machine; the one asked for is first.
+# What a recipe's precision may become on this machine; the one asked for is first.
 OF_RECIPE = {"bf16-mixed": ("bf16-mixed", "32-true"), "16-mixed": ("16-mixed", "bf16-mixed", "32-true")}
-OF_FLAG = {"16-mixed": ("16-mixed", "bf16-mixed")}
 INTERRUPTED = "Stopped by Ctrl-C. The same command continues from here."
 
 
@@ -67,7 +66,7 @@ def train_missing(request: Request) -> tuple[list[Run], list[str]]:
         if config["trainer"]["fast_dev_run"] or config["trainer"]["limit_test_batches"] == 0:
             raise UserError("--train compares tested runs: leave out fast_dev_run and limit_test_batches=0")
     wanted = {recipe: shaping(config) | _sample(config["data"]) for recipe, config in configs.items()}
-    may_become = OF_FLAG if names_precision(request.flags) else OF_RECIPE
+    may_become = {} if names_precision(request.flags) else OF_RECIPE
     for settings in wanted.values():
         asked = settings.get("trainer.precision")
         settings["trainer.precision"] = may_become.get(str(asked), asked)
@@ -226,7 +225,10 @@ def runs_of(request: Request, recipe: str, wanted: dict[str, Any]) -> list[Run]:
         if name.startswith("data.") and file in theirs and wanted.get(name) is not None
     ]
     found = [run for run in (find_runs([folder]) if folder.exists() else []) if matches(run, wanted, asked_for)]
-    if found and isinstance(precisions := wanted.get("trainer.precision"), tuple):  # the first of them that there is
+    precisions = wanted.get("trainer.precision")
+    if isinstance(precisions, tuple) and precisions[0] == "16-mixed":  # which only a CPU computes otherwise
+        found = [run for run in found if run.record["precision"] == "16-mixed" or not run.record["machine"].get("gpu")]
+    if found and isinstance(precisions, tuple):  # the first of them that there is
         taken = min((run.record["precision"] for run in found), key=precisions.index)
         return [run for run in found if run.record["precision"] == taken]
     return found

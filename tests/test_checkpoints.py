@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -373,6 +374,18 @@ class LongBytes:
 def test_few_bytes_do_not_become_many(content: Any, trained: Run, folder: Path) -> None:
     torch.save(torch.load(trained.best, weights_only=True) | {"callbacks": {"Own": content}}, "spoilt.ckpt")
     with pytest.raises(UserError, match="holds objects that a checkpoint of this project never holds"):
+        read_checkpoint("spoilt.ckpt")
+
+
+def test_a_tensor_holds_no_more_than_its_file(trained: Run, folder: Path) -> None:
+    content = torch.load(trained.best, weights_only=True)
+    rare = {"counts": torch.tensor([0, 1, 2], dtype=torch.uint16)}  # whose storage is named otherwise than a float's
+    AtomicCheckpointIO().save_checkpoint(content | {"state_dict": content["state_dict"] | rare}, "own.ckpt")
+    assert read_checkpoint("own.ckpt")["state_dict"]["counts"].tolist() == [0, 1, 2]
+    empty = LongBytes(torch.UntypedStorage, 10**9)
+    huge = LongBytes(torch._utils._rebuild_tensor_v3, empty, 0, (10**9,), (1,), False, OrderedDict(), torch.uint8)
+    torch.save(content | {"state_dict": content["state_dict"] | rare | {"huge": huge}}, "spoilt.ckpt")
+    with pytest.raises(UserError, match=r"larger than itself|never holds|is damaged"):
         read_checkpoint("spoilt.ckpt")
 
 

@@ -1225,7 +1225,7 @@ def test_a_stop_after_training_says_how_to_test(stage: str, signum: signal.Signa
 
 def test_a_stop_after_training_alone_speaks_of_no_test(tmp_path: Path) -> None:
     answer = train(write(tmp_path / "run"), "--max_epochs", "1", at=["trained", 1, 0, 0])
-    assert answer.code == 143 and "Training is complete.\n" in answer.err, answer
+    assert answer.code == 143 and answer.err.endswith("Training is complete.\n"), answer
 
 
 def test_command_to_continue_works_as_printed(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from datamodules.files.finding import SYSTEM_DIR, load
 from datamodules.files.pictures import LONGEST_EDGE, PictureError, find_pictures, read_picture
 from errors import UserError
 from inspection.layer_cam import explained_stage, layer_cam
+from inspection.stages import stage_modules
 from lit_modules import LitClassifier
 from lit_modules.initialization import he_initialization
 from models import VGG, AlexNet, GoogLeNet, LeNet, NiN
@@ -565,6 +566,12 @@ class Blocks(torch.nn.Module):
         for block in self.blocks.children():
             images = self.shared(block(images))
         return self.shared(self.classifier(images))
+
+
+def test_the_stages_within_nested_lists_are_found():
+    inner = torch.nn.ModuleList([torch.nn.Conv2d(1, 1, 3), torch.nn.Sequential(torch.nn.ReLU())])
+    net = torch.nn.Sequential(torch.nn.ModuleList([inner, torch.nn.Flatten()]))
+    assert list(stage_modules(net).values()) == ["0.0.0", "0.0.1.0", "0.1"]
 
 
 CONTAINERS = (

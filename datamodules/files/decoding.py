@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
@@ -102,7 +103,9 @@ def decode(
                 facts.unlink(missing_ok=True)  # first, so that new pixels never lie beside old labels
                 own = f".{stem.name}-{socket.gethostname()}-"
                 for path in stem.parent.glob(f"{glob.escape(own)}*") if alone else ():
-                    path.unlink(missing_ok=True)  # left by a killed process
+                    if not _runs(path.name.removeprefix(own).partition(".")[0]):
+                        with suppress(PermissionError):
+                            path.unlink(missing_ok=True)  # left by a killed process
                 # Not shared: there are disks on which a lock excludes nobody, or only those on the same machine.
                 temporary = stem.with_name(f"{own}{os.getpid()}.npy")
                 found = _fill(listing, read, size, images, facts, temporary, parallel)
@@ -123,6 +126,19 @@ def decode(
     if listing.parts["test"] is listing.parts["val"]:
         parts["test"], found["names"]["test"] = parts["val"], found["names"]["val"]
     return Cache(listing.classes, parts, found["names"], found["mean"], found["std"])
+
+
+def _runs(process: str) -> bool:
+    """Whether the process of that number runs on this machine. Windows removes nothing that it has open anyway."""
+    if os.name == "nt":
+        return False
+    try:
+        os.kill(int(process), 0)
+        return True
+    except PermissionError:
+        return True
+    except (OSError, ValueError, OverflowError):
+        return False
 
 
 def fit_square(picture: Image.Image, size: int, fit: Fit, bars: str = "black") -> np.ndarray:

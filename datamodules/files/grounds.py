@@ -70,7 +70,7 @@ def _moved(layers: Tensor, theta: list[Tensor]) -> Tensor:
 
 def _laid(layers: Tensor, labels: Tensor) -> Tensor:
     """Tones and opacity (N, 2, H, W) turned, stretched and scaled to the frame; most shoes at any angle, in pairs."""
-    shoe = torch.isin(labels, torch.tensor(SHOES).to(labels.device, non_blocking=True)).view(-1, 1, 1, 1)
+    shoe = torch.isin(labels, torch.tensor(SHOES).to(labels.device, non_blocking=labels.is_cuda)).view(-1, 1, 1, 1)
     turn = torch.where(shoe & (_draw(layers, 0, 1) < 0.6), _draw(layers, -180, 180), _draw(layers, -12, 12))
     turn, aspect, shear = turn * math.pi / 180, _draw(layers, -0.25, 0.25).exp(), _draw(layers, -0.1, 0.1)
     wide, high = (torch.where(shoe, 1.45, 1.15) * factor for factor in (aspect, 1 / aspect))

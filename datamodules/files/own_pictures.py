@@ -223,7 +223,7 @@ class PicturesDataModule(FashionMNISTDataModule):
     def as_seen(self, pixels: Tensor) -> Tensor:
         """Also made grey, where the network sees one channel."""
         if self.hparams["channels"] == 1 and pixels.shape[1] == 3:
-            luma = torch.tensor(LUMA, dtype=pixels.dtype).to(pixels.device, non_blocking=True)
+            luma = torch.tensor(LUMA, dtype=pixels.dtype).to(pixels.device, non_blocking=pixels.is_cuda)
             pixels = torch.einsum("nchw,c->nhw", pixels, luma)[:, None]
         return super().as_seen(pixels)
 

@@ -17,7 +17,7 @@ def warp(images: Tensor, rotation: float, zoom: float, shift: float) -> Tensor:
     theta = torch.stack([cosine, -sine, 2 * shift * right, sine, cosine, 2 * shift * down], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     # Beyond its edge an image goes on as its outermost pixels. (Not by `padding_mode`, which PyTorch 2.8 lacks on MPS.)
-    edge = (1 - 1 / torch.tensor([images.shape[3], images.shape[2]])).to(images.device, non_blocking=True)
+    edge = (1 - 1 / torch.tensor([images.shape[3], images.shape[2]])).to(images.device, non_blocking=images.is_cuda)
     moved = F.grid_sample(images.float(), grid.clamp(-edge, edge), align_corners=False)
     return moved.round_().clamp_(0, 255).byte()
 
