@@ -5,9 +5,9 @@
     python -m benchmarks.verify --all --minutes 60    # the cheapest first, as many as fit in the time
 
 A row passes if its new test accuracy lies in the band of its records: where a further run of the same recipe lies with
-a probability of 99.73 %, as within three deviations that were known. They are not: the deviation between seeds is taken
-from the row's runs and, as if from three more, from the other rows of its family. The seed is one that has no record.
-Further flags, such as --data_dir, go to each `train.py`. Exit code 1 if a row fails.
+a probability of 99 %. The deviation between seeds is taken from the row's runs and, as if from two more, from the other
+rows of its family. (Of the records, each compared with the others of its row, one in a hundred lies outside.) The seed
+is one that has no record. Further flags, such as --data_dir, go to each `train.py`. Exit code 1 if a row fails.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from benchmarks.results import estimate
 from errors import OneLineParser, UserError, run_program
 from runs.differences import critical
 
-CHANCE = 0.0027  # of a sound run outside its band
-BORROWED = 2  # degrees of freedom that the family's deviation has beside the row's own
+CHANCE = 0.01  # of a sound run outside its band
+BORROWED = 1  # degree of freedom that the family's deviation has beside the row's own
 
 
 def main(arguments: list[str]) -> int:
@@ -48,7 +48,7 @@ def band(accuracies: Sequence[float], usual: float) -> tuple[float, float]:
 
 
 def usual_deviation(rows: Sequence[Sequence[float]]) -> float:
-    """The deviation between seeds over rows with several seeds, from the mean of its squares.
+    """The median deviation between seeds over rows with several seeds.
 
     Raises:
         UserError: If there are none.
@@ -56,7 +56,7 @@ def usual_deviation(rows: Sequence[Sequence[float]]) -> float:
     deviations = [statistics.stdev(row) for row in rows if len(row) > 1]
     if not deviations:
         raise UserError("no row has records of two seeds or more to make a band from")
-    return math.sqrt(statistics.fmean(deviation**2 for deviation in deviations))
+    return statistics.median(deviations)
 
 
 def kin(entry: Entry, results: Results) -> list[list[float]]:

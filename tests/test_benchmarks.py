@@ -649,13 +649,13 @@ def test_what_needs_bfloat16_is_not_trained_without(
 
 
 def test_the_band_of_a_row() -> None:
-    three = 9.2187  # deviations at 99.73 % with 3 degrees of freedom, from Student's t
-    half = three * math.sqrt((2 * 0.01**2 + 2 * 0.001**2) / 3 * 1.5)
+    wide = 9.92484  # deviations at 99 % with 2 degrees of freedom, by a table of Student's t
+    half = wide * math.sqrt((2 * 0.01**2 + 0.001**2) / 2 * 1.5)
     assert band([0.70, 0.72], usual=0.001) == pytest.approx((0.71 - half, 0.71 + half), abs=1e-5)
-    half = three * math.sqrt(2 * 0.002**2 / 3 * 1.5)
+    half = wide * math.sqrt(0.002**2 / 2 * 1.5)
     assert band([0.90, 0.90], usual=0.002) == pytest.approx((0.9 - half, 0.9 + half), abs=1e-5)
     assert band([0.999], usual=0.002)[1] == 1  # one seed: the usual deviation, and no accuracy is above 1
-    assert usual_deviation([[0.9], [0.9, 0.92], [0.8, 0.8]]) == pytest.approx(0.01)
+    assert usual_deviation([[0.9], [0.9, 0.92], [0.8, 0.8]]) == pytest.approx(0.01 / math.sqrt(2))
 
 
 def test_each_recorded_run_lies_in_the_band_of_the_others(results: Results) -> None:
@@ -668,7 +668,7 @@ def test_each_recorded_run_lies_in_the_band_of_the_others(results: Results) -> N
                 outside += not low <= accuracy <= high
                 checked += 1
     assert checked > 200
-    assert outside <= 0.01 * checked
+    assert outside <= 0.02 * checked
 
 
 @pytest.mark.parametrize(
