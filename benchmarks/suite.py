@@ -55,8 +55,9 @@ def main() -> int:
         left = end - time.monotonic()
         usual = SECONDS[name] if options.results else sum(SECONDS[other] for other in names[number:])
         share = max(0.0, min(1.0, left / usual))
-        if options.results and (_has_record(name, options) or share < LEAST):
-            rows.append((name, "", "has a record" if _has_record(name, options) else "no time left"))
+        recorded = options.results and _has_record(name, options)
+        if recorded or (options.results and share < LEAST):
+            rows.append((name, "", "has a record" if recorded else "no time left"))
         else:
             # Which takes five turns of each loop at least, of 2 s unless told.
             turn = ["--turn", f"{max(0.3, 2 * share):.1f}"] if name == "throughput" else []
@@ -78,7 +79,7 @@ def _has_record(name: str, options: Any) -> bool:
         return False
     record = json.loads(path.read_text(encoding="utf-8"))
     recent = datetime.now(timezone.utc) - datetime.fromisoformat(record["date"]) < timedelta(days=1)
-    return recent and all(record["machine"].get(part) == options.place.get(part) for part in ("cpu", "cores", "gpu"))
+    return recent and side_by_side.same_machine(record["machine"], options.place)
 
 
 def _run(name: str, arguments: list[str]) -> tuple[str, int, str]:

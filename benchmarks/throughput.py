@@ -134,19 +134,18 @@ def main() -> int:
     measured = bool(results)
     if options.update or failed:  # what a record says of other networks, or of those that failed, stays
         new = {(result["network"], result["batch_size"]): result for result in results}
-        old = [one for one in side_by_side.recorded("throughput", options) or [] if _of_this_machine(one, options)]
+        # But not of another machine.
+        old = [
+            one
+            for one in side_by_side.recorded("throughput", options) or []
+            if side_by_side.same_machine(one["measured"]["machine"], options.place)
+        ]
         results = [new.pop((result["network"], result["batch_size"]), result) for result in old] + list(new.values())
     if measured:
         side_by_side.write_record("throughput", options, results)
     for failure in failed:
         print_error("benchmarks.throughput", failure)
     return int(bool(failed))
-
-
-def _of_this_machine(result: dict[str, Any], options: Any) -> bool:
-    """Whether an older result comes from here; those of two machines don't belong in one record."""
-    machine = result["measured"]["machine"]
-    return all(machine.get(part) == options.place.get(part) for part in ("cpu", "cores", "gpu"))
 
 
 def measure(model: str, batch_size: int, device: str, budget: float, options: Any) -> dict[str, Any]:

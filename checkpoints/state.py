@@ -203,19 +203,17 @@ def _optimizer(stored: dict[str, Any], optimizer: Optimizer, module: Any) -> dic
     """The state of an optimiser: each tensor of the shape that the optimiser gives it, with its parameter's strides."""
     groups: list[dict[str, Any]] = []
     numbered: dict[Any, Tensor] = {}
-    groups_of = stored["param_groups"], optimizer.param_groups
-    if len(groups_of[0]) != len(groups_of[1]):
+    sizes = [[len(group["params"]) for group in of] for of in (stored["param_groups"], optimizer.param_groups)]
+    if sizes[0] != sizes[1]:
         raise _MisfitError("optimizer_states")
     kinds_of = [kind for kind in type(optimizer).__mro__ if issubclass(kind, Optimizer) and kind is not Optimizer]
     if not any(f"{kind.__module__}.".startswith(OPTIMIZERS) for kind in kinds_of):
-        if any(len(a["params"]) != len(b["params"]) for a, b in zip(*groups_of, strict=True)):
-            raise _MisfitError("optimizer_states")
         return stored  # only its author knows what it keeps
     for own, theirs in zip(optimizer.param_groups, stored["param_groups"], strict=True):
         settings = _like({key: value for key, value in own.items() if key != "params"}, theirs, "optimizer_states")
         more = {key: value for key, value in theirs.items() if key not in own and _is_number(value)}  # a schedule's
         numbers = theirs["params"]
-        if len(numbers) != len(own["params"]) or numbered.keys() & set(numbers):
+        if numbered.keys() & set(numbers):
             raise _MisfitError("optimizer_states")
         numbered |= dict(zip(numbers, own["params"], strict=True))
         groups.append({**settings, **more, "params": list(numbers)})

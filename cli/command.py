@@ -94,6 +94,12 @@ class Command:
         file = self.given().get(name)
         return file is not None and not (file and (Path(file) == self.with_net or is_recipe(file)))
 
+    def decided(self) -> set[str]:
+        """The settings that hold for other pictures too: not what this project's recipes say for Fashion-MNIST."""
+        given = self.given()
+        source = given.get("data.folder"), given.get("data.dataset")  # the file that names the pictures; "" is a flag
+        return {name for name, file in given.items() if not file or not is_recipe(file) or file in source}
+
     @cached_property
     def with_net(self) -> Path | None:
         """The first file that names a network: the recipe. (Once the command line is read.)"""

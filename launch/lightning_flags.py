@@ -261,12 +261,8 @@ def _check_schedule(trainer: Trainer, model: LitClassifier, names: Namespace, op
         )
 
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    in_steps = by_step or trainer.max_steps > 0
-    if (
-        in_steps
-        and open_lengths(scheduler)
-        and any(isinstance(one, GradientAccumulationScheduler) for one in callbacks)
-    ):
+    changed = any(isinstance(one, GradientAccumulationScheduler) for one in callbacks)
+    if changed and open_lengths(scheduler) and (by_step or trainer.max_steps > 0):
         raise UserError(
             f"{name} is as long as the run, whose steps GradientAccumulationScheduler changes: give the length "
             f"(--model.scheduler.{open_lengths(scheduler)[0]}), or --trainer.accumulate_grad_batches instead"

@@ -6,7 +6,6 @@ from typing import Any
 from jsonargparse import Namespace
 
 from cli.command import Command
-from cli.recipes import is_recipe
 from datamodules import PicturesDataModule
 from errors import UserError, is_first_process, one_line, print_warning
 from runs.settings import DECIDED
@@ -28,11 +27,11 @@ def follow_pictures(config: Namespace, command: Command, stored: Mapping[str, An
         DatasetError: If folder or data set can't be used.
     """
     if command.configs:
-        given, fixed = command.given(), []
+        given, decided, fixed = command.given(), command.decided(), []
         source = given.get("data.folder"), given.get("data.dataset")  # a file's path; "" is a flag
-        for name in DECIDED:  # those of this project's recipes are Fashion-MNIST's, unless they name the pictures
+        for name in DECIDED:
             file = given.get(f"data.{name}")
-            if file and is_recipe(file) and file not in source:
+            if file and f"data.{name}" not in decided:
                 config.data[name] = None
             elif file and file not in source and name in ("channels", "mean", "std") and config.data[name] is not None:
                 fixed.append(f"{name} {config.data[name]}")

@@ -40,7 +40,7 @@ def summary(record: dict[str, Any], trainer: Trainer, checkpoint: Path | None) -
         lines.append(f"Next: {typed(['tensorboard', '--logdir', shown(trainer.logger.root_dir)])}")
     if checkpoint:
         of_own = of_own_pictures(record["config"]["data"])
-        if needs_trust(record["config"], to_train=False):
+        if needs_trust(record["config"]):
             of_own.append("--trust_checkpoint")  # this run's own
         lines.append(f"      {typed(['python', 'train.py', 'predict', '--ckpt_path', shown(checkpoint), *of_own])}")
     return "\n".join(lines)

@@ -64,8 +64,8 @@ def read_pictures(paths: Sequence[Path], invert: Invert, data: FashionMNISTDataM
         try:
             if isinstance(data, PicturesDataModule):  # trained on pictures as they are
                 picture = read_picture(path, data.stored_size)
-                image = data.fit_picture(picture, invert)
-                negated += invert == "auto" and data.negates(picture)
+                negated += (unlike := invert == "auto" and data.negates(picture))
+                image = data.fit_picture(picture, "always" if unlike or invert == "always" else "never")
             else:
                 image = as_fashion_mnist(read_picture(path), invert)
         except (PictureError, ValueError) as error:

@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cli.command import parse_command_line
-from cli.recipes import PROJECT, is_recipe, resolved
+from cli.recipes import PROJECT, resolved
 from errors import SIGNALS, WITHOUT_LOCKS, Stopped, UserError, expanded, plain, signal_name, stopped_code
 from runs.reading import LARGEST_SAMPLE, Run, find_runs, matches
 from runs.settings import SAMPLE, shaping
@@ -215,15 +215,7 @@ def runs_of(request: Request, recipe: str, wanted: dict[str, Any]) -> list[Run]:
     command = parse_command_line(["--model", recipe, *request.flags])
     assert command is not None
     folder = request.log_dir / str(command.recipe)
-    given = command.given()
-    source = given.get("data.folder"), given.get("data.dataset")
-    # As train.py has it: what this project's recipes say of Fashion-MNIST is left to other pictures, as null is.
-    theirs = {file for file in given.values() if not file or not is_recipe(file)} | {*source}
-    asked_for = [
-        name
-        for name, file in given.items()
-        if name.startswith("data.") and file in theirs and wanted.get(name) is not None
-    ]
+    asked_for = [name for name in command.decided() if name.startswith("data.") and wanted.get(name) is not None]
     found = [run for run in (find_runs([folder]) if folder.exists() else []) if matches(run, wanted, asked_for)]
     precisions = wanted.get("trainer.precision")
     if isinstance(precisions, tuple) and precisions[0] == "16-mixed":  # which only a CPU computes otherwise

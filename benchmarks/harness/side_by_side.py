@@ -369,6 +369,11 @@ def recorded(name: str, options: argparse.Namespace) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))["results"] if path.is_file() else None
 
 
+def same_machine(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two places are of one kind, whatever runs on it."""
+    return all(one.get(part) == other.get(part) for part in ("cpu", "cores", "gpu"))
+
+
 def occasion(name: str, place: dict[str, Any]) -> dict[str, Any]:
     """How, when, with which code and on what a benchmark runs; the machine's folders are left out of the command."""
     folders = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from datamodules.files.finding import DatasetError
-from datamodules.files.pictures import is_hidden, is_picture_name, pictures_below
+from datamodules.files.pictures import OUTPUTS, is_hidden, is_picture_name, pictures_below
 from errors import count, is_first_process
 
 # Usual names of the sub-folders that split a data set, lower case.
@@ -22,7 +22,7 @@ NAMES = {
 # What runs leave, in logs and outputs.
 RUNS = (
     *("version_*/config.yaml", "*/version_*/config.yaml", "*/*/version_*/config.yaml"),
-    *("predict_*/predictions*.csv", "predict_*/pictures.png", "predict_*/gradcam"),
+    *("predict_*/predictions*.csv", *(f"predict_*/{name}" for name in OUTPUTS["predict_"])),
 )
 FEW = 5  # pictures of a class, with which little can be learned or measured
 log = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def _left_by_runs(folder: Path, cached: Path | None) -> bool:
     try:
         for picture in pictures_below(folder):
             places = picture.relative_to(folder).parts[:-1]
-            if not any(place.startswith(("version_", "predict_")) for place in places):
+            if not any(place.startswith(tuple(OUTPUTS)) for place in places):
                 return False
             drawn = True
     except PermissionError:
