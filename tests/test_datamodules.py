@@ -907,6 +907,27 @@ for child in children:
     assert names_in(folder) == sorted([*GZ_NAMES, *(f"{name}.corrupt" for name in GZ_NAMES)])
 
 
+@pytest.mark.parametrize("mended", [False, True], ids=["set aside", "replaced"])
+def test_bad_files_that_another_process_deals_with_meanwhile(tmp_path, server, monkeypatch, mended):
+    for name in GZ_NAMES:
+        (tmp_path / name).write_bytes(b"bad")
+    read = fashion_mnist_files._read
+
+    def late(path: Path, name: str) -> bytes:
+        if path.read_bytes() != b"bad":
+            return read(path, name)
+        path.unlink()
+        if not mended:
+            return read(path, name)
+        path.write_bytes((SAMPLE / path.name).read_bytes())
+        return b"bad"
+
+    monkeypatch.setattr(fashion_mnist_files, "_read", late)
+    assert prepare_sample(tmp_path, server.mirror("healthy")) == tmp_path
+    check_sample(tmp_path)
+    assert server.requests == ({} if mended else dict.fromkeys(GZ_NAMES, 1))
+
+
 @pytest.fixture
 def open_tmp_path():
     """A temporary folder that another user may enter, which pytest's is not."""

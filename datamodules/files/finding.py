@@ -196,7 +196,7 @@ def _survey_and_set_aside(folder: Path) -> dict[str, str]:
         good, bad = _survey(folder)
     except OSError as error:
         raise DatasetError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
-    if not good and len(_whole(bad)) > 1:
+    if not good and len(_whole(bad)) > 1 and not _survey(folder)[0]:  # another process may have mended it meanwhile
         raise DatasetError(
             f"{folder} holds another data set in the same format (MNIST?): choose another --data_dir, or --data mnist"
         )
@@ -253,9 +253,10 @@ def _find(folder: Path, name: str, bad: dict[Path, str]) -> tuple[bytes, str] | 
     """Content and data set of the first good version of a file; adds to `bad` what is wrong with others."""
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():
-            data = _read(path, name)
             try:
-                return _verify(name, data)
+                return _verify(name, _read(path, name))
+            except FileNotFoundError:  # another process has just set it aside
+                continue
             except ValueError as error:
                 bad[path] = str(error)
     return None
