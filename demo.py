@@ -28,7 +28,6 @@ def parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="python demo.py",
         usage="python demo.py [CHECKPOINT...] [--port N] [--host ADDRESS]",
-        allow_abbrev=False,
         description="Serves a page to this machine's browser: upload a photograph or draw, and see the likeliest "
         "classes from several trained networks side by side, and what each looked at. Nothing leaves the machine.",
     )

@@ -26,7 +26,7 @@ NO_READER = (errno.EPIPE, errno.EIO, *([errno.EINVAL] if os.name == "nt" else []
 # Errors caused by the disk, not by the program.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
 # Of locks, on a disk that has none.
-WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # two numbers on a Mac
 # The modules of requirements.txt, and what they bring along.
 REQUIRED = "filelock jsonargparse lightning numpy PIL rich tensorboard torch torchmetrics torchvision yaml"
 # Signals that ask a program to stop; Windows has the first two alone.
@@ -97,8 +97,8 @@ def expanded(text: str) -> str:
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, and which replaces the ~ in a path."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
         self.register("type", Path, lambda text: Path(expanded(text)))
 
     def error(self, message: str) -> NoReturn:
@@ -314,6 +314,17 @@ def written_aside(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # already renamed, or never written
             written.unlink()
+
+
+def writable(path: Path) -> bool:
+    """Whether a file or folder can be made, or made anew, under this path: Windows tells only whoever tries."""
+    trial = next(folder for folder in path.absolute().parents if folder.exists()) / f".{os.urandom(8).hex()}"
+    try:
+        trial.touch()
+        trial.unlink()
+    except OSError:
+        return False
+    return True
 
 
 def shown(path: str | Path) -> str:

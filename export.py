@@ -21,7 +21,6 @@ def parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="python export.py",
         usage="python export.py --ckpt_path PATH --format onnx|torch_export [--output FILE]",
-        allow_abbrev=False,
         description="Exports a checkpoint with its preprocessing. In: uint8 images, for Fashion-MNIST (N, 28, 28), "
         'grey, light on dark. Out: calibrated class probabilities, and a score that is above 1 for "not sure". N is '
         "free. The names of the classes are in the file's metadata. It is checked against the checkpoint before it is "

@@ -26,8 +26,8 @@ from errors import run_program
 
 SIZES = (28, 96, 224)
 PADDING = 2
-TARGETS = {28: 20}  # issue: how many times the images/s of PIL with workers
-ALEXNET_SHARE = 0.05  # issue: of AlexNet's step, on a GPU
+TARGETS = {28: 20}  # goal: how many times the images/s of PIL with workers
+ALEXNET_SHARE = 0.05  # goal: of AlexNet's step, on a GPU
 
 
 def ours(options: argparse.Namespace) -> None:

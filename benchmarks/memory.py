@@ -32,7 +32,7 @@ NETWORKS = ("lenet", "alexnet", "vgg11", "vgg19", "nin", "googlenet")
 BATCH_SIZES = (64, 256)
 PRECISIONS = ("32", "bf16-mixed")
 BATCHES = 3  # trained to measure the peak
-LIMIT = 24e9  # issue: bytes of the GPU memory that VGG-19 at 224, batch 256, must fit into
+LIMIT = 24e9  # goal: bytes of the GPU memory that VGG-19 at 224, batch 256, must fit into
 
 
 class LiveBytes(TorchDispatchMode):

@@ -86,7 +86,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         prog="python -m benchmarks.results",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--hours", type=float, help="time budget (default: until all is done)")

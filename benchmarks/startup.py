@@ -21,8 +21,8 @@ from benchmarks.harness.side_by_side import PROJECT, print_table, python_path
 from errors import run_program
 
 IMPORT = "import lightning.pytorch.cli"
-ANSWER_LIMIT = 0.5  # issue: seconds for help and mistakes
-FIRST_STEP_LIMIT = (1.25, 1.0)  # issue: at most this many times the import, plus seconds
+ANSWER_LIMIT = 0.5  # goal: seconds for help and mistakes
+FIRST_STEP_LIMIT = (1.25, 1.0)  # goal: at most this many times the import, plus seconds
 
 
 class EndAfterFirstStep(Callback):

@@ -59,7 +59,7 @@ def main() -> int:
         if recorded or (options.results and share < LEAST):
             rows.append((name, "", "has a record" if recorded else "no time left"))
         else:
-            # Which takes five turns of each loop at least, of 2 s unless told.
+            # Each loop has at least five turns, of 2 s where there is time.
             turn = ["--turn", f"{max(0.3, 2 * share):.1f}"] if name == "throughput" else []
             rows.append(_run(name, [*shared, "--seconds", f"{share * SECONDS[name]:.0f}", *turn]))
     left = begun + options.seconds - time.monotonic()

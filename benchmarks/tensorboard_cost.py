@@ -24,7 +24,7 @@ from errors import run_program
 from inspection.graph import network_graph
 from models import LeNet
 
-TARGET = 1.03  # issue: at most this many times the epoch without
+TARGET = 1.03  # goal: at most this many times the epoch without
 BATCH_SIZE = 256
 
 

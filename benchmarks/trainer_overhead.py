@@ -26,7 +26,7 @@ from lit_modules.schedules import WarmupDecay
 from models import LeNet
 
 BARE, KEPT = "bare loop", "bare loop, memory kept"
-TARGETS = {256: 1.05, 64: 1.15}  # issue: at most this many times the bare loop's time
+TARGETS = {256: 1.05, 64: 1.15}  # goal: at most this many times the bare loop's time
 
 
 def bare_loop(data_dir: Path, batch_size: int, device: str) -> None:

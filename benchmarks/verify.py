@@ -100,7 +100,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         prog="python -m benchmarks.verify",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("names", nargs="*", metavar="RECIPE", help="recipes or rows; patterns such as best/* too")
     parser.add_argument("--all", action="store_true", help="every row that has records")

@@ -52,13 +52,7 @@ class Confusion(Callback):
         return None if equal or not by_class else sum(by_class.values()) / len(by_class)
 
     def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: tuple[Tensor, Tensor],
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         """Keep a batch's logits."""
         self._keep(trainer, outputs, batch[1], batch_idx)
@@ -68,13 +62,7 @@ class Confusion(Callback):
         self.on_validation_batch_end(trainer, pl_module, outputs / pl_module.temperature, *rest)
 
     def on_predict_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: tuple[Tensor, Tensor],
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         """Keep a batch's probabilities; their logarithms are logits."""
         self._keep(trainer, outputs.log(), batch[1], batch_idx)

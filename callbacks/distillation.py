@@ -99,6 +99,13 @@ class Distillation(Callback):
         targets = logits.div(self.temperature).softmax(dim=1)
         data.train_set = ImageTensors(images, data.train_set.labels, targets)
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the training images their labels back."""
+        if stage == "fit":
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            data.train_set = ImageTensors(data.train_set.images, data.train_set.labels)
+            self._asked = None
+
     @torch.no_grad()
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

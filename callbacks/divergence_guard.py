@@ -57,7 +57,7 @@ class DivergenceGuard(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add up the losses, which does not wait for the device; check the sum now and then."""
-        loss = outputs["loss"].detach().float()
+        loss = outputs["loss"].detach().float() * trainer.accumulate_grad_batches  # by which Lightning has divided it
         self._sum = loss if self._sum is None else self._sum + loss
         self._steps += 1
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -94,7 +94,7 @@ class DivergenceGuard(Callback):
 
     def _check_chance(self, trainer: pl.Trainer) -> None:
         assert self._sum is not None
-        mean = self._sum.item() * trainer.accumulate_grad_batches / self._steps  # Lightning divides the loss by it
+        mean = self._sum.item() / self._steps
         stuck = CHANCE[0] * self._chance <= mean <= CHANCE[1] * self._chance
         if not self._processes.largest(int(stuck)):
             return

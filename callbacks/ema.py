@@ -49,6 +49,9 @@ class EMA(WeightAveraging):
             assert self._average_model is not None
             # Counted on the CPU: each step reads it, and on the device it would have to wait.
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()
+            self._latest_update_step = trainer.global_step  # not that of a training before, in the same process
+        elif stage == TrainerFn.VALIDATING:
+            self._average_model = None  # that training's, which has been copied into the network
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -95,13 +95,7 @@ class GracefulStop(Callback):
             self._save_and_stop(trainer, signum, f"epoch {trainer.current_epoch + 1}, batch {batch_idx + 1}")
 
     def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Stop if asked to; the whole validation is then repeated."""
         self._processes.watch.progress()

@@ -15,5 +15,5 @@ class NoProfiler(PassThroughProfiler):
     """
 
     def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore[override]
-        """Nothing, once more."""
+        """A context that does nothing."""
         return _NOTHING

@@ -1,5 +1,6 @@
 """Early stopping that counts epochs, however often one is validated."""
 
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,6 +21,7 @@ class Patience(EarlyStopping):
     """
 
     def __init__(self, epochs: int, speed: Speed) -> None:
+        self._epochs = epochs
         super().__init__("val/accuracy", patience=epochs, mode="max", strict=False, check_on_train_epoch_end=True)
         self._speed = speed
 
@@ -30,10 +32,20 @@ class Patience(EarlyStopping):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Train no further if the run that is continued ended so."""
+        self.patience = self._validations(trainer)
         if self.wait_count >= self.patience:
             trainer.should_stop = True
             if trainer.is_global_zero:
                 print_warning(f"--patience {self.patience} has ended this run; a larger one trains it further")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The number of batches is known now."""
+        self.patience = self._validations(trainer)
+
+    def _validations(self, trainer: pl.Trainer) -> int:
+        """How many validated epochs there are in the epochs to wait, where not each is validated."""
+        every = trainer.check_val_every_n_epoch or (trainer.val_check_batch or 1) / trainer.num_training_batches
+        return math.ceil(self._epochs / max(1, every))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the accuracy of the epoch's last validation."""

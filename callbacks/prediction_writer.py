@@ -35,13 +35,7 @@ class PredictionWriter(Callback):
         self._rows: list[list[Any]] = []
 
     def on_predict_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Tensor,
-        batch: tuple[Tensor, Tensor],
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Tensor, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         """Keep the rows of one batch."""
         labels = batch[1].tolist()

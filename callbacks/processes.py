@@ -34,7 +34,7 @@ class Processes(Callback):
     """
 
     def __init__(self) -> None:
-        self.watch = SignalWatch(self._end_at_once)
+        self.watch = SignalWatch(self._end_at_once, self._take_children)
         self.launcher: Any = None  # Lightning's, which starts the children
         self._parent = 0
         self._first = 0  # global rank of the first process on this machine
@@ -82,9 +82,7 @@ class Processes(Callback):
             self._first = trainer.global_rank - trainer.local_rank
             self._start(self._watch_parent, os.getppid(), trainer.local_rank)
             return
-        procs = getattr(trainer.strategy.launcher, "procs", [])
-        self._children += procs
-        procs.clear()  # the observer has nothing left to observe
+        self._take_children()
         if self._children:
             self._start(self._watch_children, trainer.global_rank)
 
@@ -112,6 +110,12 @@ class Processes(Callback):
         tensor = torch.tensor(value)
         dist.all_reduce(tensor, dist.ReduceOp.MAX, self._group)
         return int(tensor)
+
+    def _take_children(self) -> None:
+        """Lightning's observer, which would kill this process when a child ends, has nothing left to observe."""
+        procs = getattr(self.launcher, "procs", [])
+        self._children += procs
+        procs.clear()
 
     def kill_children(self) -> None:
         """End the processes that this one started, at once."""

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from datamodules.files.finding import locked
 from errors import UserError, print_warning, shown
 
 OUTPUTS = Path("outputs")  # of predict; compare.py's pictures lie there too
-IN_USE = 5  # seconds to wait for a run's folder: what a run that was killed leaves, its loader's workers, may end late
+IN_USE = 5  # seconds to wait for a run's folder: the workers of a killed run hold its lock a little longer
 _LOCKS: dict[Path, ExitStack] = {}  # of the folders in which this process trains; no part of what is pickled
 SLURM_JOB = "slurm_job"  # in the run's folder: job and command; launch/start.py finds a requeued job's run by it
 
@@ -35,20 +35,23 @@ class RunFolder(Callback):
     Args:
         recipe: Name of the recipe.
         start: Folder of the run that is continued; None for a new one.
+        then_test: Whether training is followed by a test, whose results come into the folder too.
         arguments: The command line, by which a requeued job tells its runs apart.
 
     Attributes:
         log_dir: Folder of all runs.
         path: The run's folder; None before training starts, and if nothing is to be kept (`fast_dev_run`).
+        is_here: Whether it was on this machine's disk when training started.
     """
 
-    def __init__(self, recipe: str, start: Path | None, arguments: Sequence[str] = ()) -> None:
+    def __init__(self, recipe: str, start: Path | None, then_test: bool = False, arguments: Sequence[str] = ()) -> None:
         self.log_dir = Path()
         self.path: Path | None = None
         self._recipe = recipe
         self._start = start
+        self._then_test = then_test
         self._arguments = list(arguments)
-        self._is_new = False
+        self._is_new = self.is_here = False
 
     def claim(self) -> Path:
         """The folder, created if needed; only for the first process."""
@@ -75,6 +78,7 @@ class RunFolder(Callback):
             return
         folder = str(self.claim()) if trainer.is_global_zero else ""
         self.path = Path(trainer.strategy.broadcast(folder))
+        self.is_here = self.path.exists()
         trainer._default_root_dir = str(self.path)  # type: ignore[attr-defined]  # where the user's own callbacks write
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -82,10 +86,14 @@ class RunFolder(Callback):
         self._unlock()
         if self._is_new and self.path and type(exception) in (UserError, DatasetError) and not trainer.global_step:
             shutil.rmtree(self.path, ignore_errors=True)
+            with suppress(OSError):  # others have runs there
+                self.path.parent.rmdir()
+                self.log_dir.rmdir()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let another process train in the folder."""
-        self._unlock()
+        if stage != "fit" or not self._then_test:
+            self._unlock()
 
     def _lock_it(self) -> None:
         """Two processes that train in one folder would replace each other's checkpoints and records."""

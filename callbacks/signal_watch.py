@@ -12,8 +12,7 @@ from errors import SIGNALS
 
 # A second Ctrl-C within this time is the first: `timeout` and terminals may send it to the group and to the process.
 SAME_CTRL_C_SECONDS = 0.5
-# Seconds that a process may take to end when there is nothing to save; Lightning kills the first process some 5 s after
-# another one that it started has ended.
+# Seconds that a process may take to end when there is nothing to save.
 BEFORE_TRAINING = 3.0
 
 
@@ -26,14 +25,15 @@ class SignalWatch:
 
     Args:
         end: Called with the signal, and whether it is a second Ctrl-C; ends the process.
+        asked: Called at the first signal.
 
     Attributes:
         patience: Seconds that the main thread may take to answer; infinite while it saves.
     """
 
-    def __init__(self, end: Callable[[int, bool], None]) -> None:
+    def __init__(self, end: Callable[[int, bool], None], asked: Callable[[], None]) -> None:
         self.patience = BEFORE_TRAINING
-        self._end = end
+        self._end, self._asked = end, asked
         self._thread: threading.Thread | None = None
         self._progress = self._longest = 0.0
 
@@ -76,6 +76,8 @@ class SignalWatch:
                     return
                 if number not in SIGNALS:
                     continue
+                if not asked:
+                    self._asked()
                 if number == getattr(signal, "SIGHUP", None):
                     leave_terminal()
                 if asked and number == asked[-1][1] and now - asked[-1][0] <= SAME_CTRL_C_SECONDS:

@@ -70,6 +70,9 @@ class Speed(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log both numbers."""
+        if "train/loss" not in trainer.fit_loop._results.metrics(on_step=False)["callback"]:
+            classifier: Any = pl_module  # a callback has ended the epoch in a validation, after its last batch
+            classifier.log_train_metrics()
         self.images_per_second = self._images / self.epoch_seconds if self.epoch_seconds else 0.0
         values = {"speed/images_per_second": self.images_per_second, "speed/epoch_seconds": self.epoch_seconds}
         for logger in trainer.loggers:

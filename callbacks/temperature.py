@@ -35,13 +35,7 @@ class Temperature(Callback):
         self._losses = torch.zeros(len(GRID), device=pl_module.device)
 
     def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: tuple[Tensor, Tensor],
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Add the loss of a batch at each temperature; `outputs` are its logits (N, num_classes)."""
         logits, labels = outputs.float(), batch[1]

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ LONGEST_WORD = 1000  # characters of one value of the settings: YAML takes 1:1:1
 DEEPEST = 30  # levels of nested values
 MOST = 200_000  # values in a file
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where there is libyaml
+PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 OF_PICTURES = ("folder", "dataset", "class_names")  # settings that `of_pictures` looks at
 
 
@@ -42,6 +44,13 @@ def check_plain(content: Any, path: str, size: float = math.inf) -> None:
             held[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
     if sum(held.values()) > size:
         raise UserError(f"{path} holds tensors larger than itself; not loaded")
+
+
+def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a checkpoint may hold them: a Path's text, for NumPy's and torch's numbers Python's; no objects."""
+    found = {name: str(value) if isinstance(value, PurePath) else value for name, value in settings.items()}
+    found |= {name: value.item() for name, value in settings.items() if getattr(value, "ndim", None) == 0}
+    return {name: value for name, value in found.items() if isinstance(value, PLAIN)}
 
 
 def _is_plain(value: Any) -> bool:

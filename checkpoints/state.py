@@ -148,8 +148,8 @@ def _checkpoints(state: dict[str, Any], callback: ModelCheckpoint, trainer: Any)
     def inside(path: Any) -> str:
         name = Path(path) if isinstance(path, str) and "\0" not in path else Path()
         for folder in folders:
-            if name.suffix == ".ckpt" and name.resolve().parent == folder.resolve() and not name.is_dir():
-                return str(folder / name.name)
+            if name.suffix == ".ckpt" and folder.resolve() in name.resolve().parents and not name.is_dir():
+                return str(folder / name.resolve().relative_to(folder.resolve()))  # metrics have a slash in their names
         return ""
 
     def score(value: Any) -> Tensor | None:

@@ -28,6 +28,7 @@ from cli.flags import (
 from cli.recipes import did_you_mean, is_recipe, load_yaml, recipe_path, recipes
 from errors import UserError, expanded, is_first_process
 
+FALLBACKS = 9  # damaged checkpoints passed over by `last`; Windows has 32 KiB for what is left there
 LAST = "CLASSIC_CNNS_LAST"  # where the first process leaves what `last` was, for the processes that it starts
 
 
@@ -119,7 +120,7 @@ class Command:
 
     @property
     def names_a_net(self) -> bool:
-        """Whether files and flags say what to build, not the checkpoint, to which sections or flags alone only add."""
+        """Whether the command line names the network; else the checkpoint does, and flags only change its settings."""
         by_flag = any(re.match(r"--model\.net(\.class_path)?(=|$)", token) for token in self.overrides)
         return bool(self.configs) and (by_flag or self.with_net is not None)
 
@@ -332,7 +333,7 @@ def _newest_checkpoints(command: Command) -> list[str]:
     found = sorted(runs.glob("version_*/checkpoints/*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.stem))
     if not found:
         raise UserError(f"there is no run of {runs.name} to continue in {runs}; leave out --ckpt_path to start one")
-    return [str(path) for path in reversed(found)]
+    return [str(path) for path in found[: -1 - FALLBACKS : -1]]
 
 
 def _dotted(mapping: dict[str, Any], prefix: str = "") -> Iterator[str]:

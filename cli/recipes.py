@@ -13,6 +13,8 @@ import yaml
 from errors import UserError, one_line, printed_error
 
 PROJECT = Path(__file__).resolve().parents[1]
+# For processes of train.py whose output is read; else they take the terminal's encoding, which may lack characters.
+UTF_8 = {"PYTHONIOENCODING": "utf-8"}
 
 
 def recipes() -> dict[str, Path]:
@@ -55,12 +57,12 @@ def load_yaml(path: Path) -> dict[str, Any]:
         UserError: If the file is missing, is not YAML, is not a mapping or names a key twice.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes()  # YAML tells UTF-8 and UTF-16, which PowerShell's > writes, by their first bytes
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder; a YAML file was expected") from None
-    except (OSError, ValueError) as error:  # the latter if it is not UTF-8, or its name holds a zero byte
+    except (OSError, ValueError) as error:  # the latter if its name holds a zero byte
         raise UserError(f"{path} can't be read as a YAML file: {error}") from None
     try:
         content = yaml.load(text, _UniqueKeyLoader)
@@ -90,8 +92,7 @@ def resolved(recipe: str, flags: Iterable[str]) -> dict[str, Any]:
         UserError: If it is not valid.
     """
     command = [sys.executable, str(PROJECT / "train.py"), "fit", "--model", recipe, *flags, "--print_config"]
-    environment = os.environ | {"PYTHONIOENCODING": "utf-8"}  # else that of the terminal, which may lack characters
-    result = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", env=os.environ | UTF_8)
     if result.returncode:
         raise UserError(printed_error(result.stderr) or f"exit code {result.returncode}")
     try:

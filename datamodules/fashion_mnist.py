@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Sampler, default_convert
 
 from checkpoints.loading import CheckedLoading
+from checkpoints.plain import plain_settings
 from datamodules.augmentation import erase, jitter, shift_and_flip
 from datamodules.batches import EvalBatches, ImageTensors, TrainBatches
 from datamodules.files.finding import DatasetError, load, prepare, whole_below
@@ -72,6 +73,7 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
+        self.hparams.update(plain_settings(self.hparams))
         at_least = {"batch_size": 1, "eval_batch_size": 1, "image_size": 1, "val_size": 0, "crop_padding": 0}
         for name, least in (at_least | {"num_workers": 0}).items():
             if (value := self.hparams[name]) is not None and value < least:
@@ -178,7 +180,7 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
 
     def _position(self) -> tuple[int, int]:
         """Epoch and batch at which training continues; not batch 0 if a checkpoint was saved within an epoch."""
-        if (trainer := cast("Any", self.trainer)) is None:
+        if (trainer := cast("Any", self.trainer)) is None or trainer.state.stopped:
             self._passes += 1  # each in an order of its own
             return self._passes, 0
         epoch, batch = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress.current

@@ -21,10 +21,10 @@ from inspection.stages import run_without_data, stages
 from launch.lightning_flags import check_trainer_settings
 from launch.memory import is_out_of_memory
 from lit_modules import LitClassifier
-from lit_modules.execution.cuda_graphs import MODES
+from lit_modules.execution.compilation import MODES
 from runs.settings import is_kept, without_off
 
-# Must equal the checkpoint's even when it is only measured: the network, and the meaning of its outputs.
+# Settings that test and predict, too, must share with the checkpoint: the network, and what its outputs mean.
 LEARNED = ("model.net", "data.class_names")
 OF_BATCHES = ("WarmupDecay", "OneCycleLR", "CyclicLR")  # schedules that are meant to move after each batch
 

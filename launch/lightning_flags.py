@@ -4,7 +4,7 @@ import importlib.util
 import math
 import re
 import warnings
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
     Callback,
+    EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
@@ -36,9 +37,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from callbacks.divergence_guard import is_overflow
 from cli.messages import MADE_OF_SCHEDULES
 from cli.recipes import did_you_mean
-from datamodules import FashionMNISTDataModule
-from datamodules.batches import EvalBatches, TrainBatches
-from errors import RunError, UserError, count, is_first_process, one_line, print_warning
+from errors import RunError, UserError, is_first_process, one_line, print_warning
 from launch.memory import is_out_of_memory
 from lit_modules import LitClassifier
 from lit_modules.schedules import of_length, open_lengths
@@ -56,7 +55,7 @@ INSTEAD: dict[type, str] = {
     SpikeDetection: "the project's own check of the loss, which always runs",
     BackboneFinetuning: "callbacks.fine_tuning.FreezeFeatures, which knows these networks' parts",
 }
-OWN = ("callbacks.", "launch.", "lightning")  # modules whose callbacks log no metrics to watch
+OWN = ("callbacks.", "launch.", "lightning")  # callbacks of other modules may log metrics that nobody knows here
 METRICS = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")
 
 
@@ -112,6 +111,8 @@ def check_trainer(trainer: Trainer, settings: Namespace, net: nn.Module) -> None
     if trainer.world_size > 1 and device == "cuda" and not (dist.is_available() and dist.is_nccl_available()):
         raise UserError("several GPUs need NCCL, which PyTorch has not on this system (Windows): set --devices 1")
     several_without_gpu = trainer.world_size > 1 and device != "cuda"
+    if _validates_by_time(trainer):
+        trainer.val_check_interval = math.inf  # which Lightning then never sets, though it is read
     if trainer.world_size > 1 and _validates_by_time(trainer):  # each process by its own clock
         raise UserError("trainer.val_check_interval can't be a time with several processes: give a share of an epoch")
     if settings.sync_batchnorm and several_without_gpu and any(isinstance(part, _BatchNorm) for part in net.modules()):
@@ -164,6 +165,7 @@ def check_training(trainer: Trainer, model: LitClassifier, names: Namespace, val
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(monitor := getattr(callback, "monitor", None), str):
             _check_monitor(monitor, getattr(callback, "mode", ""), type(callback).__name__, trainer, validates)
+            _check_moment(callback, monitor, trainer)
 
 
 def unfuse(model: LitClassifier, optimizer: Any) -> bool:
@@ -180,52 +182,6 @@ def unfuse(model: LitClassifier, optimizer: Any) -> bool:
         make: Any = model.optimizer
         model.optimizer = partial(make, fused=False)
     return fused
-
-
-def check_length(trainer: Trainer, model: LitClassifier, data: FashionMNISTDataModule, then_test: bool) -> None:
-    """Refuse what does not fit the number of batches, of training, validation and test.
-
-    Args:
-        trainer: The run's Trainer.
-        model: Its classifier.
-        data: The data module, set up.
-        then_test: Whether a test follows.
-    """
-    limited = _limited(trainer, "train", data.train_set, data.batch_size)
-    for name, images in (("val", data.val_set), *([("test", data.test_set)] if then_test else [])):
-        _limited(trainer, name, images, data.eval_batch_size)
-    interval = trainer.val_check_interval
-    if trainer.check_val_every_n_epoch is not None and isinstance(interval, int) and interval > limited > 0:
-        raise UserError(
-            f"trainer.val_check_interval={interval} is more than an epoch, which has "
-            f"{count(limited, 'training batch')}; lower it, or count on over the epochs with "
-            "--trainer.check_val_every_n_epoch null"
-        )
-    given = getattr(model.scheduler, "keywords", {})
-    if "max_lr" in given and (given.get("total_steps") or 0) > 0:  # OneCycleLR can't continue after its end
-        by_step = model.hparams["scheduler_interval"] == "step"
-        an_epoch = math.ceil(limited / trainer.accumulate_grad_batches) if by_step else 1
-        steps = an_epoch * trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
-        if by_step and trainer.max_steps > 0:
-            steps = min(steps, trainer.max_steps)
-        if given["total_steps"] < steps:
-            raise UserError(
-                f"OneCycleLR with total_steps={given['total_steps']} ends before the run, which takes "
-                f"{count(int(steps), 'step')}; leave total_steps out: it then takes the run's length"
-            )
-
-
-def _limited(trainer: Trainer, name: str, images: Sized, batch_size: int) -> int:
-    """Batches of an epoch, or of an evaluation, on each process."""
-    kind = TrainBatches if name == "train" else EvalBatches
-    batches = len(kind(len(images), batch_size, 0, trainer.world_size))
-    limit = getattr(trainer, f"limit_{name}_batches")
-    limited = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    if limit and batches and not limited:
-        overfitting = getattr(trainer, "overfit_batches", 0) and name != "test"  # which sets the other two
-        flag = "overfit_batches" if overfitting else f"limit_{name}_batches"
-        raise UserError(f"trainer.{flag}={limit} is less than a batch; there are {count(batches, 'batch')}: raise it")
-    return limited
 
 
 def _stepped_optimizer(model: LitClassifier, device: torch.device) -> Any:
@@ -304,6 +260,20 @@ def _check_monitor(monitor: str, mode: str, owner: str, trainer: Trainer, valida
         raise UserError(f"{owner} watches {monitor}, which is not measured{hint}")
     if monitor in METRICS and mode == "min" and monitor.endswith("accuracy") and is_first_process():
         print_warning(f"{owner} takes a rising {monitor} for worse: its mode is min; set mode max")
+
+
+def _check_moment(callback: Callback, monitor: str, trainer: Trainer) -> None:
+    """Refuse what looks at a metric before it is known: `train/*` within an epoch, `val/*` where none was measured."""
+    name = {ModelCheckpoint: "save_on_train_epoch_end", EarlyStopping: "check_on_train_epoch_end"}.get(type(callback))
+    every, whole = trainer.check_val_every_n_epoch, trainer.val_check_interval == 1.0
+    if name is None or (every == 1 and whole):
+        return
+    if monitor.startswith("train/") and not getattr(callback, f"_{name}"):
+        hint = f"which is known at the end of an epoch, at each validation: set its {name} to true"
+        raise UserError(f"{type(callback).__name__} watches {monitor}, {hint}")
+    if monitor.startswith("val/") and getattr(callback, f"_{name}") and every != 1:
+        hint = f"after each epoch, and not each is validated: leave out its {name}"
+        raise UserError(f"{type(callback).__name__} watches {monitor} {hint}")
 
 
 def _tried(setting: str, names: Namespace, trial: Callable[[], Any]) -> Any:

@@ -10,9 +10,15 @@ from datamodules import PicturesDataModule
 from errors import UserError, is_first_process, one_line, print_warning
 from runs.settings import DECIDED
 
+# Sets whose pictures are of another class, or of none, in the mirror: digits, letters, traffic signs.
+ONE_WAY = (
+    *("mnist", "kmnist", "qmnist", "usps", "semeion", "svhn", "gtsrb", "renderedsst2"),
+    *("emnist", "emnist_letters", "emnist_digits", "emnist_byclass"),
+)
+
 
 def follow_pictures(config: Namespace, command: Command, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill in what the pictures decide and the user leaves open; a checkpoint alone keeps what it was trained with.
+    """Fill in what the pictures decide and the user leaves open; without a recipe, the checkpoint's values stay.
 
     Args:
         config: The parsed configuration, of which `data` and the number of classes are filled in.
@@ -51,5 +57,9 @@ def follow_pictures(config: Namespace, command: Command, stored: Mapping[str, An
         data.prepare_data()
         for name in DECIDED:
             config.data[name] = data.hparams[name]
+    mirrored = config.data.horizontal_flip and not command.asked_for("data.horizontal_flip")
+    if command.subcommand == "fit" and config.data.dataset in ONE_WAY and mirrored and is_first_process():
+        why = f"the recipe mirrors images, and {config.data.dataset}'s mean something else in the mirror, or nothing"
+        print_warning(f"{why}: --data.horizontal_flip false")
     config.model.num_classes = len(config.data.class_names)
     return {"num_classes": len(config.data.class_names), "in_channels": config.data.channels}

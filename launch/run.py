@@ -19,7 +19,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from callbacks.divergence_guard import ADVICE, is_overflow
 from callbacks.processes import Processes, end_process
 from cli.command import Command
-from datamodules import DatasetError
 from errors import UNWRITABLE, Diverged, RunError, UserError, is_first_process, one_line, run_program, shown, unwritable
 from launch import verbs
 from launch.classifier_cli import ClassifierCLI
@@ -81,8 +80,6 @@ def _no_process_left(processes: Processes) -> Iterator[None]:
 def _one_line_errors(cli: ClassifierCLI) -> Iterator[None]:
     try:
         yield
-    except DatasetError as error:
-        raise UserError(str(error)) from None
     except ImportError as error:
         if error.name:
             raise  # `run_program` knows it
@@ -130,9 +127,9 @@ def _one_line_errors(cli: ClassifierCLI) -> Iterator[None]:
 
 def _check_folder(cli: ClassifierCLI) -> None:
     """Say so if the cause of an error is that somebody removed the folder of the run."""
-    folder = cli.callbacks.folder.path if hasattr(cli, "callbacks") else None
-    if folder and not folder.exists():
-        raise RunError(f"{shown(folder)} was removed while the run wrote to it; start it again") from None
+    folder = cli.callbacks.folder if hasattr(cli, "callbacks") else None
+    if folder and folder.path and folder.is_here and not folder.path.exists():
+        raise RunError(f"{shown(folder.path)} was removed while the run wrote to it; start it again") from None
 
 
 def _without_disk_errors(failure: threading.ExceptHookArgs) -> None:

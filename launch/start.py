@@ -33,7 +33,7 @@ class Start:
         shapes: Name and shape of its tensors.
         processes: How many processes trained it; None in checkpoints of earlier versions.
         pictures: What is known of the pictures it was trained on, if they are not Fashion-MNIST's.
-        seen: If it is only measured and a recipe is named too: how its network sees images.
+        seen: For test and predict with a recipe: the checkpoint's settings of the images, which win over the recipe's.
     """
 
     command: Command
@@ -128,14 +128,14 @@ class Start:
                 base |= {name: bool(self.settings.get(name)) for name in ("pretrained", "class_weights")}
                 patience = self.settings.get("patience")
                 base["patience"] = patience if type(patience) is int and patience > 0 else None
-            arguments.append(f"--config={yaml.safe_dump(base)}")
+            arguments.append(_config(base))
         # Not as paths: the parser would read the files in the locale's encoding.
         for path in command.files:
             content = load_yaml(path)
             settings = content.get(command.subcommand) or {} if path in command.outer_configs else content
-            arguments.append(f"--config={yaml.safe_dump(settings)}")
+            arguments.append(_config(settings))
             if self.seen and path == command.with_net:  # the recipe; the user's further files and flags still win
-                arguments.append(f"--config={yaml.safe_dump({'data': self.seen})}")
+                arguments.append(_config({"data": self.seen}))
         if command.ckpt_path:
             arguments.append(f"--ckpt_path={command.ckpt_path}")
         if command.images:
@@ -146,6 +146,23 @@ class Start:
             arguments += ["--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.enable_progress_bar=false"]
             arguments.append("--model.compile=false")
         return arguments
+
+
+class _Quoted(str):
+    """A text that stays one: jsonargparse takes 1e5 for a number, where PyYAML leaves out the quotes."""
+
+
+yaml.SafeDumper.add_representer(
+    _Quoted, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", str(text), style='"')
+)
+
+
+def _config(settings: dict[str, Any]) -> str:
+    data = settings.get("data")
+    if isinstance(data, dict) and isinstance(names := data.get("class_names"), list):
+        names = [_Quoted(name) if isinstance(name, str) else name for name in names]
+        settings = settings | {"data": data | {"class_names": names}}
+    return f"--config={yaml.safe_dump(settings)}"
 
 
 def how_to_continue(command: Command, config: Any, path: Path) -> str:

@@ -1,6 +1,5 @@
 """The Trainer's logger, callbacks and plugins: this project's and the user's own."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from callbacks.divergence_guard import DivergenceGuard
 from callbacks.exact_resume import ExactResume, SavedPrecision
 from callbacks.graceful_stop import GracefulStop
 from callbacks.lr_curve import Curve, LearningRateCurve
-from callbacks.model_table import ModelTable
 from callbacks.no_profiler import NoProfiler
 from callbacks.out_of_distribution import FitOutOfDistribution
 from callbacks.patience import Patience
@@ -57,7 +55,7 @@ class RunCallbacks:
     def __init__(self, start: Start, processes: Processes) -> None:
         self.start = start
         self.processes = processes
-        self.folder = RunFolder(start.recipe, start.folder, start.command.arguments)
+        self.folder = RunFolder(start.recipe, start.folder, start.command.then_test, start.command.arguments)
         self.best = RunCheckpoint(self.folder, "best", monitor="val/accuracy", mode="max")
         self.last = RunCheckpoint(self.folder, "last", same_as=self.best)
         self.speed = Speed()
@@ -119,13 +117,12 @@ class RunCallbacks:
             RunRecord(
                 self.start.recipe, yaml.safe_load(text), text, self.folder, self.speed, self.confusion, self.best
             ),
-            ModelTable(data.input_shape),
             Temperature(),
             FitOutOfDistribution(),
         ]
         if logger:
             callbacks.append(LearningRateMonitor())
-        if isinstance(logger, TensorBoardLogger):
+        if isinstance(next(iter(_listed(logger)), None), TensorBoardLogger):
             callbacks += [TensorBoardPictures(self.confusion, config.histograms), MistakesExplained(self.confusion)]
         if config.trainer.enable_checkpointing is not False:
             # Two callbacks: `save_last` saves only the epochs that are the best so far.
@@ -139,8 +136,7 @@ class RunCallbacks:
             if not validates(config):
                 off = "val_size" if config.data.val_size == 0 else "trainer.limit_val_batches"
                 raise UserError(f"--patience needs validation images: set --{off} above 0")
-            every = config.trainer.check_val_every_n_epoch or 1
-            callbacks.append(Patience(math.ceil(config.patience / every), self.speed))
+            callbacks.append(Patience(config.patience, self.speed))
         return callbacks
 
     def best_checkpoint(self) -> Path | None:

@@ -13,8 +13,9 @@ from callbacks.run_record import RunRecord, evaluated, images_measured
 from datamodules import PicturesDataModule
 from errors import RunError, UserError, count, print_warning, shown
 from inspection.layer_cam import check_captum
+from inspection.table import short_table
 from launch.classifier_cli import ClassifierCLI
-from launch.lightning_flags import check_length
+from launch.lengths import check_length
 from launch.summary import by_class, scores, summary
 from launch.trainer import validates
 from weights.imagenet import start_from_imagenet
@@ -41,7 +42,8 @@ def fit(cli: ClassifierCLI) -> None:
         raise UserError("no picture is left to validate on; add some, or set --val_size 0, which keeps the last epoch")
     check_length(trainer, model, data, cli.command.then_test)
     try:
-        Path(cli.command.log_dir).mkdir(parents=True, exist_ok=True)
+        if trainer.world_size == 1:  # other processes still look for pictures, of which it may be taken for a class
+            Path(cli.command.log_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"runs can't be written to {error.filename}: {error.strerror}; set --log_dir") from None
     if trainer.is_global_zero:
@@ -50,6 +52,7 @@ def fit(cli: ClassifierCLI) -> None:
         print(f"Training {cli.start.recipe} on {where}, precision {trainer.precision}{reason}", flush=True)
         if config.model.compile and trainer.strategy.root_device.type == "cpu":
             print_warning("--compile can make training on a CPU slower; compare the images/s of an epoch without it")
+        print(short_table(model.net, data.input_shape), flush=True)
 
     trainer.fit(model, data, ckpt_path=cli.command.ckpt_path, weights_only=True)
 

@@ -6,15 +6,17 @@ from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms import v2
 
 from checkpoints.loading import CheckedLoading
+from checkpoints.plain import plain_settings
 from checkpoints.state import check_state
 from lit_modules.execution.activation_checkpointing import apply_activation_checkpointing
-from lit_modules.execution.cuda_graphs import MODES, CudaGraphs
+from lit_modules.execution.compilation import prepare
+from lit_modules.execution.mixing import mixing
 from lit_modules.execution.out_of_distribution import OutOfDistribution
 from lit_modules.execution.seeding import seed_step
 from lit_modules.initialization import he_initialization, start_output
@@ -42,7 +44,7 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
         output_bias: With "he", start the last layer with zero weights and this bias, so that no class is ahead at
             first. If a ReLU follows that layer, as in NiN, it must be positive, or no class gets a gradient.
         channels_last: Store images and weights as NHWC, which the convolutions of most devices prefer.
-        compile: Compile the network with `torch.compile`; a name is its mode (CUDA graphs: see cuda_graphs.py).
+        compile: Compile the network with `torch.compile`; a name is its mode (execution/compilation.py).
         checkpoint_activations: Keep less memory and compute more, with equal gradients (activation_checkpointing.py).
         num_classes: Number of classes, for the metrics.
 
@@ -80,7 +82,7 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
             raise ValueError("checkpoint_activations and compile can't be combined; leave one of them out")
         _check_optimizer(optimizer)
         self.net, self.optimizer, self.scheduler = net, optimizer, scheduler
-        self.mix = _mixing(num_classes, mixup=mixup, cutmix=cutmix)
+        self.mix = mixing(num_classes, mixup=mixup, cutmix=cutmix)
         self.temperature = 1.0  # fitted by callbacks/temperature.py
         self.out_of_distribution: OutOfDistribution | None = None  # fitted by callbacks/out_of_distribution.py
         self.loss_function: Any = F.cross_entropy  # or that of callbacks/class_weights.py
@@ -92,29 +94,27 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
             net.to(memory_format=torch.channels_last)
         if checkpoint_activations:
             apply_activation_checkpointing(net)
-        self.cuda_graphs = CudaGraphs() if compile in MODES else None
-        if compile:  # in place, so that checkpoints keep the plain parameter names
-            net.compile(mode=compile if isinstance(compile, str) else None, dynamic=False if self.cuda_graphs else None)
+        self._call = prepare(net, compile)
         stages = ("train_", "val", "test", *(["test_flip"] if flip_test else []))
         self.metrics: Any = nn.ModuleDict({stage: StageMetrics(stage, num_classes) for stage in stages})
         self._since_last_log: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W), scaled and resized as in training, to logits (N, num_classes)."""
-        images = images.to(self.dtype)  # not float32 with --precision bf16-true, for example
-        if self.cuda_graphs:
-            return self.cuda_graphs(self.net, images)
-        if self.hparams["compile"]:
-            # One compilation serves all batch sizes: an epoch's last batch, and evaluation.
-            torch._dynamo.maybe_mark_dynamic(images, 0)
-        return self.net(images)
+        if not images.is_floating_point():
+            raise ValueError(f"the images are {images.dtype}; give Trainer the data module, or use its preprocess")
+        return self._call(self.net, images.to(self.dtype))  # not float32 with --precision bf16-true, for example
 
     def on_fit_start(self) -> None:
-        """Sum losses in double precision, so that the split into batches and processes doesn't matter."""
-        # In `setup` it would be undone: for `--precision bf16-true` Lightning converts the module after that.
-        if self.trainer.strategy.root_device.type != "mps":  # which has no float64
-            for metrics in self.metrics.values():
+        """Forget what an interrupted run has counted; sum losses in double precision, however batches are split."""
+        for stage, metrics in self.metrics.items():
+            # In `setup` it would be undone: for `--precision bf16-true` Lightning converts the module after that.
+            if self.trainer.strategy.root_device.type != "mps":  # which has no float64
                 metrics["loss"].set_dtype(torch.float64)
+            if stage != "train_" or self.trainer.training:  # not where validation interrupts an epoch
+                metrics.reset()
+        if self.trainer.training:
+            self._since_last_log.clear()
 
     on_validation_start = on_test_start = on_fit_start
 
@@ -135,16 +135,19 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
         self._since_last_log.append((loss.detach(), logits.detach(), labels))
         if not self.trainer.fit_loop._should_accumulate() and self.trainer._logger_connector.should_update_logs:
             # Lightning reads what it shows in a bar at every step, and waits for the device to do so.
-            bars = pl.callbacks.TQDMProgressBar | pl.callbacks.RichProgressBar
-            shown = isinstance(self.trainer.progress_bar_callback, bars)
+            shown = isinstance(self.trainer.progress_bar_callback, TQDMProgressBar | RichProgressBar)
             self.log("train/loss_step", self._update_train_metrics(), prog_bar=shown)
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After an epoch's last batch, log its exact training loss and accuracy, as measured during training."""
         if self.trainer.is_last_batch or self.trainer.fit_loop.epoch_loop.done:
-            self._update_train_metrics()
-            self._log_metrics("train_")
+            self.log_train_metrics()
+
+    def log_train_metrics(self) -> None:
+        """Log the training loss and accuracy of the epoch so far."""
+        self._update_train_metrics()
+        self._log_metrics("train_")
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Update the validation metrics; returns the logits (N, num_classes), for callbacks."""
@@ -167,9 +170,9 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
         if self.hparams["flip_test"]:
             self._log_metrics("test_flip")
 
-    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Calibrated class probabilities (N, num_classes) of one batch."""
-        return self(batch[0]).float().div(self.temperature).softmax(dim=1)
+    def predict_step(self, batch: tuple[Tensor, Tensor] | Tensor, batch_idx: int) -> Tensor:
+        """Calibrated class probabilities (N, num_classes) of one batch, with its labels or without."""
+        return self(batch if isinstance(batch, Tensor) else batch[0]).float().div(self.temperature).softmax(dim=1)
 
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:
@@ -177,12 +180,13 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
 
         `images` (N, C, H, W) are what the data module's `preprocess` returns, on any device.
         """
-        training = self.net.training
+        training = [layer for layer in self.net.modules() if layer.training]  # not the frozen ones
         self.net.eval()
         try:
-            return self.predict_step((images.to(self.device), images), 0)
+            return self.predict_step(images.to(self.device), 0)
         finally:
-            self.net.train(training)
+            for layer in training:
+                layer.training = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what was fitted, and only those hyperparameters that can be read without unpickling objects."""
@@ -190,8 +194,7 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
         checkpoint["out_of_distribution"] = self.out_of_distribution and self.out_of_distribution._asdict()
         stored = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
         if stored and "_instantiator" not in stored:  # from the user's own Trainer, with objects as arguments
-            plain = {key: one for key, one in stored.items() if type(one) in (bool, int, float, str, type(None))}
-            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = plain
+            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = plain_settings(stored)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check what a Trainer is about to restore against this run, and take over what was fitted, if there is."""
@@ -204,20 +207,21 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimiser, and the scheduler with the run's length worked out."""
         optimizer = self.optimizer(self.parameters())
-        if isinstance(optimizer, torch.optim.LBFGS):
-            self.net.to(memory_format=torch.contiguous_format)  # it views each gradient as a vector
+        # LBFGS views each gradient as a vector; Apple's GPUs have wrong gradients of channels last (pytorch #175189).
+        if isinstance(optimizer, torch.optim.LBFGS) or self.trainer.strategy.root_device.type == "mps":
+            self.net.to(memory_format=torch.contiguous_format)
         if self.scheduler is None:
             return optimizer
-        interval = self.hparams["scheduler_interval"]
-        total = self.trainer.estimated_stepping_batches  # which max_steps may have cut short
+        interval, trainer = self.hparams["scheduler_interval"], self.trainer
+        total = trainer.estimated_stepping_batches  # which max_steps may have cut short
         if interval == "epoch":
-            total = -(-total // -(-self.trainer.num_training_batches // self.trainer.accumulate_grad_batches))
+            trainer.fit_loop.setup_data()  # which counts the batches
+            total = -(-total // -(-trainer.num_training_batches // trainer.accumulate_grad_batches))
         schedule = of_length(self.scheduler, optimizer, cast("int", total))
         monitor = getattr(schedule, "monitor", "val/loss")
-        settings = {"scheduler": schedule, "interval": interval, "monitor": monitor}
         plateau = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau) and not monitor.startswith("train/")
-        settings["frequency"] = (plateau and self.trainer.check_val_every_n_epoch) or 1
-        return {"optimizer": optimizer, "lr_scheduler": settings}
+        when = {"interval": interval, "frequency": (plateau and trainer.check_val_every_n_epoch) or 1}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": monitor} | when}
 
     def _evaluation_step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         logits = self(batch[0]).float()
@@ -231,16 +235,6 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
 
     def _log_metrics(self, stage: str) -> None:
         self.log_dict(self.metrics[stage], on_step=False, on_epoch=True, prog_bar=not stage.startswith("test"))
-
-
-def _mixing(num_classes: int, **alphas: float) -> nn.Module | None:
-    """A layer from images and labels (N,) to mixed images and targets (N, num_classes); None if nothing is mixed."""
-    kinds = {"mixup": v2.MixUp, "cutmix": v2.CutMix}
-    for name, alpha in alphas.items():
-        if not 0 <= alpha < math.inf:
-            raise ValueError(f"{name}={alpha} must be a finite number, at least 0")
-    wanted = [kinds[name](alpha=alpha, num_classes=num_classes) for name, alpha in alphas.items() if alpha]
-    return v2.RandomChoice(wanted) if wanted else None
 
 
 def _check_optimizer(optimizer: OptimizerCallable) -> None:

@@ -60,4 +60,6 @@ def open_lengths(scheduler: Callable) -> list[str]:
 
 def of_length(scheduler: Callable, optimizer: Optimizer, total: int | float) -> Any:
     """The schedule of an optimiser, `total` steps or epochs long where its length was left open."""
-    return scheduler(optimizer, **dict.fromkeys(open_lengths(scheduler), total))
+    if (arguments := open_lengths(scheduler)) and not 0 <= total < math.inf:
+        raise ValueError(f"the schedule is as long as the run, which has no end: give max_epochs, or {arguments[0]}")
+    return scheduler(optimizer, **dict.fromkeys(arguments, total))

@@ -22,7 +22,6 @@ class Parser(OneLineParser):
             description=description,
             epilog="All other flags, such as --max_epochs, --accelerator or --data_dir, are passed on to train.py.",
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
             add_help=False,
         )
         self.refused = refused

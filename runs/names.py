@@ -109,7 +109,7 @@ def _agree(written: Any, value: Any, name: str = "") -> bool:
 
 
 def _is_open(name: str, value: Any) -> bool:
-    """Whether there is no value, which is something else than 0 or False."""
+    """Whether the setting is null, where 0 or False is a value."""
     return value is None and _zero_counts(name)
 
 

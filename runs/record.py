@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from errors import replace_file
+from errors import written_aside
 
 try:
     import resource
@@ -65,9 +65,8 @@ LARGEST = 1e18  # no number of a record is larger; a larger one can't be calcula
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file completely or not at all: whoever reads it meanwhile finds the previous one."""
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    replace_file(partial, path)
+    with written_aside(path) as written:
+        written.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -112,7 +111,8 @@ def commit() -> str | None:
     """The project's commit, with -dirty behind it if files were changed since; None if git can't tell."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=10, check=True)
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}  # may be in any encoding
+        done = subprocess.run(command, cwd=PROJECT, text=True, timeout=10, check=True, **pipes)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -1,13 +1,12 @@
 """What compare.py does: the comparison of runs as a table on the terminal, and as Markdown and CSV."""
 
 import csv
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, count, plain, print_error, shown
+from errors import UserError, count, plain, print_error, shown, writable
 from runs.differences import POINTS, Difference, differences
 from runs.groups import Group, by_data, marks, ranges, wilson
 from runs.plots import check_matplotlib, draw
@@ -77,7 +76,7 @@ def _check_folder(folder: Path) -> None:
         UserError: If so.
     """
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+    if not nearest.is_dir() or not writable(folder / "report.md"):
         reason = "can't be written to" if nearest.is_dir() else "is a file"
         raise UserError(f"the report can't be written to {folder}: {shown(nearest)} {reason}; give another --output")
 

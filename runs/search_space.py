@@ -29,7 +29,7 @@ TARGETS = {
 # How the values of some settings are checked.
 CHECKS = {target: FLAGS[f"--{flag}"].check for flag, target in TARGETS.items() if target}
 PRUNERS = ("median", "hyperband", "none")
-# Up to 1 a share of the batches, above it their number, which is whole.
+# Up to 1 it is a share of the batches; above 1 a number of batches, which must be whole.
 OF_BATCHES = ("trainer.limit_train_batches", "trainer.overfit_batches", "trainer.val_check_interval")
 
 

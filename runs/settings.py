@@ -5,6 +5,7 @@ Imports nothing heavy.
 
 from typing import Any, NamedTuple
 
+from cli.flags import DATA_SETS
 from errors import shown
 
 
@@ -84,7 +85,7 @@ SETTINGS = {
     "trainer.gradient_clip_algorithm": FREE,
     "trainer.limit_train_batches": Kind(kept="scheduled"),
     # The validation chooses the checkpoint that is tested.
-    "trainer.limit_val_batches": Kind(kept=False, fixed=SAME_IMAGES, off=(None,)),
+    "trainer.limit_val_batches": Kind(fixed=SAME_IMAGES, off=(None,)),
     "trainer.enable_checkpointing": Kind(kept=False, recipe=False, default=True, off=(None, True)),
     "trainer.min_epochs": FREE,
     "trainer.min_steps": FREE,
@@ -150,6 +151,8 @@ def of_own_pictures(data: Any) -> list[str]:
     """The flags that name a configuration's own pictures again, as no checkpoint does; none for Fashion-MNIST."""
     data = data if isinstance(data, dict) else {}
     source = shown(str(data["folder"])) if data.get("folder") else data.get("dataset")
+    if data.get("folder") and source in DATA_SETS:  # else torchvision's would be meant
+        source = f"./{source}"
     flags = ["--data", str(source)] if source else []
     if source and data.get("data_dir", "data") != "data":
         flags += ["--data_dir", shown(str(data["data_dir"]))]

@@ -11,17 +11,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cli.command import Command, parse_command_line
-from cli.recipes import PROJECT, load_yaml, recipes
-from errors import MissingPackage, RunError, Stopped, UserError, one_line, printed_error, shown, stopped_code, typed
+from cli.recipes import UTF_8
+from errors import MissingPackage, RunError, Stopped, UserError, one_line, printed_error, stopped_code
 from runs.plots import draw_trials
 from runs.reading import SWEEPS
 from runs.record import write_json
 from runs.report import rich_table, terminal
 from runs.search_space import Choice, Range, Space, SweepRequest, checked_space, every_combination, in_order, spelled
-from runs.settings import kind, leaves
+from runs.sweep_recipe import check_output, to_train, write_recipe
 from runs.training import STOPPED, start, training_lock
 
 try:
@@ -35,7 +33,6 @@ except ImportError:
 
 POLL_SECONDS = 0.5
 SHOWN = 10  # trials in the table
-MARK = "with the settings that a sweep found"  # in the header of each recipe written here
 
 
 def sweep(request: SweepRequest) -> int:
@@ -55,7 +52,7 @@ def sweep(request: SweepRequest) -> int:
     name = command.recipe.replace("/", "-")
     folder = request.log_dir / SWEEPS / f"{name}-{_fingerprint(request, command)}"
     output = request.output or folder / f"{name}_best.yaml"
-    _check_output(output)
+    check_output(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -79,7 +76,7 @@ def sweep(request: SweepRequest) -> int:
     except MissingPackage as missing:
         print(missing)
     print(f"Recipe: {output}")
-    print(f"Train it: {_to_train(output)}")
+    print(f"Train it: {to_train(output)}")
     return 0
 
 
@@ -119,10 +116,10 @@ def _run_trials(request: SweepRequest, command: Command, folder: Path, output: P
         done = _finished(study)
         if _completed(study):
             _remove_checkpoints(folder, keep=study.best_trial.user_attrs["folder"])
-            _write_recipe(output, folder, study.best_trial, request, command, space)
+            _write_best(output, folder, study, request, command, space)
     if not _completed(study):
         raise RunError(f"no trial was finished; the reasons are in {folder}: remove it to try again, or raise --trials")
-    _write_recipe(output, folder, study.best_trial, request, command, space)  # maybe to another --output than before
+    _write_best(output, folder, study, request, command, space)  # maybe to another --output than before
     return study
 
 
@@ -137,6 +134,11 @@ def _run_trial(study: "optuna.Study", trial: Trial, request: SweepRequest, folde
     code = _train(trial, request, folder / own)
     record = _record(folder / own)
     epochs = _epochs(record)
+    if epochs:
+        pictures = [record.get("val_images"), record["config"]["data"].get("class_names")]
+        if pictures != study.user_attrs.setdefault("pictures", pictures):
+            raise UserError(f"the pictures are not those of the earlier trials; remove {folder} and start again")
+        study.set_user_attr("pictures", pictures)
     if code is None:
         study.tell(trial, state=TrialState.PRUNED)
         return f"given up after epoch {len(epochs)}, validation accuracy {_accuracy(epochs):.4f}"
@@ -147,7 +149,8 @@ def _run_trial(study: "optuna.Study", trial: Trial, request: SweepRequest, folde
         study.tell(trial, accuracy)
         return f"validation accuracy {accuracy:.4f} in {seconds:.1f} s"
     study.tell(trial, state=TrialState.FAIL)
-    return f"failed: {_last_line(folder / own / 'output.txt') or f'exit code {code}'}"
+    said = printed_error((folder / own / "output.txt").read_text(encoding="utf-8", errors="replace"))
+    return f"failed: {f'killed by signal {-code}' if code < 0 else said or f'exit code {code}'}"
 
 
 def _train(trial: Trial, request: SweepRequest, folder: Path) -> int | None:
@@ -160,7 +163,7 @@ def _train(trial: Trial, request: SweepRequest, folder: Path) -> int | None:
     reported = 0
     with (
         (folder / "output.txt").open("a", encoding="utf-8") as output,
-        start(arguments, stdout=output, stderr=subprocess.STDOUT) as process,
+        start(arguments, stdout=output, stderr=subprocess.STDOUT, env=os.environ | UTF_8) as process,
     ):
         code = None
         while code is None:
@@ -184,7 +187,7 @@ def _stop(signum: int, frame: Any) -> None:
 
 def _fingerprint(request: SweepRequest, command: Command) -> str:
     """What identifies a sweep: the recipe's content, the space and the flags."""
-    texts = [path.read_text(encoding="utf-8") for path in (*command.configs, *command.outer_configs)]
+    texts = [path.read_bytes().decode("utf-8", "replace") for path in (*command.configs, *command.outer_configs)]
     whole = json.dumps([texts, sorted(request.spelled), request.flags])
     return hashlib.sha256(whole.encode()).hexdigest()[:8]
 
@@ -256,8 +259,11 @@ def _accuracy(epochs: Iterable[dict[str, Any]]) -> float:
     return max((epoch["val/accuracy"] for epoch in epochs), default=0.0)
 
 
-def _last_line(file: Path) -> str:
-    return printed_error(file.read_text(encoding="utf-8", errors="replace"))
+def _write_best(
+    output: Path, folder: Path, study: "optuna.Study", request: SweepRequest, command: Command, space: Space
+) -> None:
+    best = study.best_trial
+    write_recipe(output, _record(folder / best.user_attrs["folder"]), best.value or 0.0, request, command, space)
 
 
 def _remove_checkpoints(folder: Path, keep: str) -> None:
@@ -265,65 +271,6 @@ def _remove_checkpoints(folder: Path, keep: str) -> None:
     for checkpoints in list(folder.glob("trial_*/**/checkpoints")):
         if checkpoints.relative_to(folder).parts[0] != keep:
             shutil.rmtree(checkpoints, ignore_errors=True)
-
-
-def _check_output(output: Path) -> None:
-    """Never overwrite a recipe that a person wrote, nor search for one that can't be written."""
-    if output.is_dir() or (output.exists() and MARK not in output.read_text(encoding="utf-8", errors="replace")):
-        raise UserError(f"{output} exists and was not written by a sweep; give another --output")
-    nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not (nearest.is_dir() or nearest == output) or not os.access(nearest, os.W_OK):
-        raise UserError(f"{output} can't be written; give another --output")
-
-
-def _write_recipe(
-    output: Path, folder: Path, best: FrozenTrial, request: SweepRequest, command: Command, space: Space
-) -> None:
-    """Write the best trial's configuration, without defaults and settings of the machine."""
-    record = _record(folder / best.user_attrs["folder"])
-    files = [load_yaml(path) for path in command.configs]
-    files += [load_yaml(path).get("fit") or {} for path in command.outer_configs]
-    flags = {flag.lstrip("-").partition("=")[0].rstrip("+").replace(".init_args", "") for flag in command.overrides}
-    given = flags | set(space) | {name for content in files for name in leaves(content)}
-
-    def wanted(name: str, value: Any) -> bool:
-        if value is None or not kind(name).recipe:
-            return value is None and name in given and kind(name).recipe
-        if "." not in name:  # a setting of the run, off unless it was given
-            return value is not False
-        return name.endswith(".class_path") or any(name == prefix or name.startswith(f"{prefix}.") for prefix in given)
-
-    config = _selected(record["config"], wanted)
-    epoch = next((one["epoch"] for one in _epochs(record) if one["val/accuracy"] == best.value), None)
-    where = f" (epoch {epoch})" if epoch else ""  # it may have been measured within an epoch
-    header = [
-        f"# {request.recipe} {MARK}",
-        f"# Command: {_to_train(output)}",
-        f"# Expected: {best.value:.4f} validation accuracy{where}; not measured on the test images",
-        f"# Source: {request.command}",
-    ]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(config, sort_keys=False)
-    output.write_text("\n".join([*header, text]), encoding="utf-8")
-
-
-def _selected(config: dict[str, Any], wanted: Any, prefix: str = "") -> dict[str, Any]:
-    """The part of nested mappings whose leaves, under dotted names without `init_args`, are wanted."""
-    selected = {}
-    for key, value in config.items():
-        name = prefix if key == "init_args" else f"{prefix}.{key}".lstrip(".")
-        if isinstance(value, dict):
-            if inner := _selected(value, wanted, name):
-                selected[key] = inner
-        elif wanted(name, value):
-            selected[key] = value
-    return selected
-
-
-def _to_train(output: Path) -> str:
-    """The command that trains a recipe's file, by its name where it has one."""
-    names = {PROJECT / "configs" / f"{name}.yaml": name for name in (*recipes(), output.stem)}
-    return typed(["python", "train.py", "--model", names.get(output.resolve(), shown(output))])
 
 
 def _shown(settings: Iterable[str]) -> str:

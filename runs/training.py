@@ -154,7 +154,8 @@ def train_one(request: Request, recipe: str, seed: int, wanted: dict[str, Any], 
             return process.wait(seconds)
         except subprocess.TimeoutExpired:
             process.terminate()
-            return process.wait()
+            code = process.wait()
+            return STOPPED[0] if os.name == "nt" else code  # Windows ends it at once, with exit code 1
 
 
 @contextmanager

@@ -2,10 +2,12 @@
 
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,6 +55,14 @@ def run_forked(
             raise TimeoutError(f"train.py {' '.join(arguments)} ran for more than {timeout} s")
         out, err = (Path(streams, name).read_text(encoding="utf-8") for name in ("out", "err"))
     return Answer(process.exitcode or 0, out, err)
+
+
+def free_port() -> int:
+    """One below those that the system gives away, so that nobody else gets it meanwhile."""
+    for port in range(20_000 + os.getpid() % 1000 * 10, 32_000):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise OSError("no port is free")
 
 
 def start_server() -> None:

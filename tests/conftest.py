@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +76,10 @@ def like_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def watched(change: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*paths: Any, **settings: Any) -> Any:
-            fds = [str(fd.readlink()) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()]
+            fds = []
+            for fd in Path("/proc/self/fd").iterdir():
+                with suppress(OSError):  # another thread has just closed it
+                    fds.append(str(fd.readlink()))
             mapped = Path("/proc/self/maps").read_text(encoding="utf-8")
             for path in map(os.path.realpath, paths):
                 if path in fds or f" {path}\n" in mapped:

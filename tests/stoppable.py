@@ -70,6 +70,8 @@ class Probe(Callback):
             for number in command["signals"]:
                 os.kill(os.getpid(), number)
                 time.sleep(1 if len(command["signals"]) > 1 else 0)
+        if command.get("sleep", 0) > 1:
+            Path("asleep").touch()
         time.sleep(command.get("sleep", 0))
 """
 EMA = {"class_path": "callbacks.ema.EMA", "init_args": {"decay": 0.9}}
@@ -142,6 +144,22 @@ def train(
     if "--devices" in more:  # whose processes start train.py themselves
         return run(*flags(*more), folder=folder)
     return run_forked(*flags(*more), folder=folder)
+
+
+def order(folder: Path, **command: Any) -> None:
+    """Give the probe of a process that runs another command, which it reads whole."""
+    new = folder / "command.json.new"
+    new.write_text(json.dumps(command))
+    new.replace(folder / "command.json")
+
+
+def sent_to_sleep(folder: Path, process: subprocess.Popen, seconds: float) -> None:
+    """Let the process sleep in its next batch; returns once it does."""
+    order(folder, sleep=seconds)
+    end = time.monotonic() + 60
+    while not (folder / "asleep").exists():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
 
 
 def start(folder: Path, *more: str, environment: dict[str, str] | None = None) -> subprocess.Popen:

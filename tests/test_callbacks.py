@@ -11,7 +11,6 @@ import pty
 import re
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -29,7 +28,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
-from commands import DATA, ENVIRONMENT, REPO, Answer, run, run_forked
+from commands import DATA, ENVIRONMENT, REPO, Answer, free_port, run, run_forked
 from conftest import Run
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
@@ -873,9 +872,7 @@ def test_the_record_says_how_many_images_a_validation_takes(flags: str, images: 
 
 @pytest.mark.slow
 def test_machines_without_a_shared_disk_each_write_their_predictions(trained: Run, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     flags = f"--ckpt_path={trained.best} --data_dir={DATA} --accelerator=cpu --devices=1 --num_nodes=2".split()
     command, machines = [sys.executable, str(REPO / "train.py"), "predict", *flags], []
     for number in range(2):

@@ -47,7 +47,6 @@ from datamodules import CLASS_NAMES, DatasetError, FashionMNISTDataModule, Pictu
 from datamodules.batches import EvalBatches, ImageTensors, TrainBatches
 from datamodules.files import finding as fashion_mnist_files
 from datamodules.files import torchvision_sets
-from datamodules.files.decoding import read_folder
 from datamodules.files.download import DownloadError, download
 from datamodules.files.finding import KNOWN, NAMES, SYSTEM_DIR, load, prepare
 from datamodules.files.grounds import _laid, photographed
@@ -767,8 +766,8 @@ def test_server_that_unpacks_is_understood(tmp_path, server):
 
 def test_slow_but_steady_server_may_take_longer_than_the_timeout(server):
     start = time.monotonic()
-    data = download(server.mirror("slow") + "t10k-images-idx3-ubyte.gz", limit=10**6, timeout=0.8)
-    assert time.monotonic() - start > 0.8
+    data = download(server.mirror("slow") + "t10k-images-idx3-ubyte.gz", limit=10**6, timeout=1.5)
+    assert time.monotonic() - start > 1.5
     assert data == (SAMPLE / "t10k-images-idx3-ubyte.gz").read_bytes()[:70_000]
 
 
@@ -1029,14 +1028,14 @@ def test_progress_bar_on_a_terminal(tmp_path, server):
     ours, theirs = terminal()
     done = python("attempt(*sys.argv[1:])", tmp_path, server.mirror("healthy"), stderr=theirs)
     os.close(theirs)
-    shown = ""
+    shown = b""  # a piece may end within a character
     with contextlib.suppress(OSError):  # the other end is closed
-        while piece := os.read(ours, 100_000).decode():
+        while piece := os.read(ours, 100_000):
             shown += piece
     os.close(ours)
     assert done.returncode == 0
     for name in GZ_NAMES:
-        assert f"{name}: 100%" in shown
+        assert f"{name}: 100%" in shown.decode()
 
 
 # ---- The full data set: an accuracy that only a working pipeline reaches.
@@ -1117,7 +1116,6 @@ def test_a_test_folder_may_lack_classes_of_the_network(tmp_path):
     data.setup("test")
     assert data.class_names == ("cat", "dog", "emu") and data.test_set.labels.tolist() == [1] * 6
     put_classes(tmp_path / "own" / "test", dog=6, yak=6)
-    read_folder.cache_clear()
     with pytest.raises(DatasetError, match="yak is a class that the training pictures don't have"):
         PicturesDataModule(str(tmp_path / "own"), data_dir=str(tmp_path / "made"), **known).setup("test")
 
@@ -1260,7 +1258,6 @@ def test_a_cache_beside_classes_or_parts_is_no_class(tmp_path):
     for folder in (put_classes(tmp_path / "own", cat=6, dog=6), tmp_path / "split"):
         put_classes(tmp_path / "split" / "train", cat=6, dog=6)
         for _ in range(2):
-            read_folder.cache_clear()
             data = PicturesDataModule(str(folder), data_dir=str(folder), image_size=16)
             data.setup("fit")
             assert data.class_names == ("cat", "dog")
@@ -1388,7 +1385,6 @@ def test_a_picture_that_can_be_read_again_is_taken_in(tmp_path, monkeypatch):
 
     for reader, number in ((refuse, 10), (refuse, 10), (read_picture, 12), (refuse, 12)):
         monkeypatch.setattr(decoding, "read_picture", reader)
-        decoding.read_folder.cache_clear()
         assert len(of_folder(folder, tmp_path, val_size=0, test_size=0).train_set) == number
 
 
@@ -1450,7 +1446,6 @@ def test_pictures_are_decoded_once_and_anew_when_they_change(tmp_path, monkeypat
     folder = put_classes(tmp_path / "own", cat=6, dog=6)
     before = of_folder(folder, tmp_path).train_set.images
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    folders.read_folder.cache_clear()
     decoded = []
 
     def count(path: Path, edge: int) -> Image.Image:
@@ -1462,14 +1457,12 @@ def test_pictures_are_decoded_once_and_anew_when_they_change(tmp_path, monkeypat
     assert not decoded
     draw(files[0], (1, 2, 3))
     os.utime(files[0], ns=(1, 1))
-    folders.read_folder.cache_clear()
     assert not torch.equal(of_folder(folder, tmp_path).train_set.images, before)
     assert len(decoded) == 12
     assert sorted(path for path in folder.rglob("*") if path.is_file()) == files
     for ending, length in (("npy", None), ("npy", 500), ("npy", 0), ("json", None), ("json", 50), ("json", 0)):
         for stored in (tmp_path / "made" / "cache").glob(f"*.{ending}"):
             stored.unlink() if length is None else os.truncate(stored, length)
-        folders.read_folder.cache_clear()
         assert len(of_folder(folder, tmp_path).train_set) == len(before)
     monkeypatch.undo()
     read_only = tmp_path / "file"
@@ -1487,7 +1480,6 @@ def test_files_of_the_same_names_sizes_and_times_are_told_apart(tmp_path):
     for blues in (10, 200), (70, 200):
         for file in files:
             os.utime(file, ns=(1, 1))
-        read_folder.cache_clear()
         of_both = [of_folder(tmp_path / name, tmp_path, val_size=0, test_size=0) for name in ("own", "other")]
         assert tuple(data.train_set.images[0, 2, 0, 0].item() for data in of_both) == blues
         draw(tmp_path / "own" / "class 0" / "0.bmp", (0, 0, 70))

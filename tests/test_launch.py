@@ -15,7 +15,6 @@ import select
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -32,7 +31,7 @@ import pytest
 import slurm
 import torch
 import yaml
-from commands import DATA, ENVIRONMENT, REPO, Answer, run, run_forked
+from commands import DATA, ENVIRONMENT, REPO, Answer, free_port, run, run_forked
 from filelock import FileLock
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Trainer
@@ -51,6 +50,8 @@ from stoppable import (
     differences,
     finish,
     flags,
+    order,
+    sent_to_sleep,
     start,
     train,
     write,
@@ -1257,8 +1258,7 @@ def test_ctrl_c_is_answered_though_it_has_ended_tee(again: bool, tmp_path: Path)
     process.stderr.close()
     try:
         if again:
-            (folder / "command.json").write_text('{"sleep": 60}')
-            time.sleep(1)
+            sent_to_sleep(folder, process, 60)
         process.send_signal(signal.SIGINT)
         if again:
             time.sleep(1)
@@ -1474,9 +1474,7 @@ def _has_own_disk() -> bool:
 @pytest.mark.skipif(not _has_own_disk(), reason="needs Linux's mount namespaces (unshare -rm)")
 def test_machines_without_a_shared_disk_do_not_test_other_weights(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = ["--master_addr=127.0.0.1", f"--master_port={free.getsockname()[1]}"]
+    address = ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     more = [str(REPO / "train.py"), *LENET, *FAST, "--accelerator=cpu", "--num_nodes=2"]
     alone = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs none {tmp_path}/logs && exec "$@"', "-"]
     machines = []
@@ -1561,7 +1559,7 @@ def test_slurm_itself_requeues_the_job(tmp_path: Path) -> None:
         wait((folder / "pid-0").exists)
         slurm.ask(environment, "scancel", "--signal=USR1", number)
         wait(lambda: "Stopped by SIGUSR1" in (folder / "job.out").read_text())
-        (folder / "command.json").write_text("{}")
+        order(folder)
         wait(has_ended)
         assert "Restarts=1" in slurm.ask(environment, "scontrol", "show", "job", number)
         number = slurm.ask(environment, *sbatch, f"--chdir={whole}", str(tmp_path / "job")).strip()
@@ -1687,8 +1685,7 @@ def test_a_signal_that_comes_twice_at_once_asks_once(tmp_path: Path) -> None:
     """As `timeout` sends it, to process and group; the batch lasts longer than a second request would be waited for."""
     folder = write(tmp_path / "run")
     process = start(folder)
-    (folder / "command.json").write_text(json.dumps({"sleep": 5}), encoding="utf-8")
-    time.sleep(1)
+    sent_to_sleep(folder, process, 5)
     for _ in range(2):
         process.send_signal(signal.SIGTERM)
         time.sleep(0.1)

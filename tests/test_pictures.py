@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from chromium import Page, find_chromium
-from commands import DATA, ENVIRONMENT, REPO, run_forked, whole_set
+from commands import DATA, ENVIRONMENT, REPO, free_port, run_forked, whole_set
 from conftest import train_once
 from PIL import Image, ImageDraw, ImageFont
 
@@ -833,9 +833,7 @@ def served(folder, *arguments, stop, **variables):
     """The page, at the place that is given: its process ends by a signal, and leaves nothing of what was uploaded."""
     uploads = folder / "uploads"
     uploads.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, str(REPO / "demo.py"), *arguments, f"--port={port}"]
     environment = {**ENVIRONMENT, **variables, "TMPDIR": str(uploads)}
     server = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)

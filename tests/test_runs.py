@@ -50,6 +50,7 @@ from runs.reading import find_runs, matches
 from runs.record import SCHEMA, machine, pack_right, unpack_right
 from runs.search_space import Choice, Range, add_setting, checked_space, every_combination
 from runs.settings import SETTINGS, is_kept, leaves, shaping
+from runs.sweep_recipe import _selected, write_recipe
 
 # ---- compare.py on real records, and on runs that it trains itself.
 
@@ -1390,10 +1391,8 @@ def test_a_recipe_names_no_epoch_whose_accuracy_it_does_not_have(trained: Run, t
     assert request is not None and command is not None
     for number, epoch in enumerate(record["epochs"]):
         epoch["val/accuracy"] = 0.8 + number / 100
-    write(tmp_path / "trial_1", record)
     for best, said in ((0.81, "0.8100 validation accuracy (epoch 2);"), (0.83, "0.8300 validation accuracy;")):
-        trial = optuna.trial.create_trial(value=best, user_attrs={"folder": "trial_1"})
-        sweeping._write_recipe(tmp_path / "best.yaml", tmp_path, trial, request, command, request.space)
+        write_recipe(tmp_path / "best.yaml", record, best, request, command, request.space)
         assert f"# Expected: {said} not measured" in (tmp_path / "best.yaml").read_text(encoding="utf-8")
 
 
@@ -1403,9 +1402,7 @@ def test_a_recipe_keeps_nulls_and_callbacks_that_were_given(trained: Run, tmp_pa
     request, command = sweep.parse(["lenet", "--space", "lr=1,2"]), parse_command_line(["fit", "--model=lenet", *flags])
     assert request is not None and command is not None
     record["config"] = resolved("lenet", flags)
-    write(tmp_path / "trial_1", record)
-    trial = optuna.trial.create_trial(value=0.8, user_attrs={"folder": "trial_1"})
-    sweeping._write_recipe(tmp_path / "best.yaml", tmp_path, trial, request, command, request.space)
+    write_recipe(tmp_path / "best.yaml", record, 0.8, request, command, request.space)
     assert shaping(resolved(str(tmp_path / "best.yaml"), [])) == shaping(record["config"])
 
 
@@ -1462,5 +1459,5 @@ def test_recipe_names_each_setting_that_was_given_and_no_default(tmp_path: Path)
     config = json.loads(
         json.dumps({"model": {"net": {"class_path": "a.B", "init_args": {"width": 3, "image_size": 28}}}})
     )
-    kept = sweeping._selected(config, lambda name, value: name in ("model.net.width", "model.net.class_path"))
+    kept = _selected(config, lambda name, value: name in ("model.net.width", "model.net.class_path"))
     assert kept == {"model": {"net": {"class_path": "a.B", "init_args": {"width": 3}}}}

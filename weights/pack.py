@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from checkpoints.reading import LISTING, listed
-from datamodules import DatasetError, FashionMNISTDataModule
+from datamodules import FashionMNISTDataModule
 from errors import OneLineParser, RunError, UserError, run_program, written_aside
 from lit_modules import LitClassifier
 from lit_modules.execution.out_of_distribution import OutOfDistribution
@@ -46,7 +46,7 @@ KEPT = (
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = OneLineParser(prog="python -m weights.pack", allow_abbrev=False, description=__doc__)
+    parser = OneLineParser(prog="python -m weights.pack", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="checkpoint of a finished run, beside its record.json")
     parser.add_argument(
         "--output",
@@ -216,10 +216,7 @@ def main(arguments: list[str]) -> int:
 
 def _run(arguments: list[str]) -> None:
     options: Any = parser().parse_args(arguments)
-    try:
-        print(pack(options.checkpoint, options.output, options.record, options.data_dir))
-    except DatasetError as error:
-        raise UserError(str(error)) from None
+    print(pack(options.checkpoint, options.output, options.record, options.data_dir))
 
 
 if __name__ == "__main__":

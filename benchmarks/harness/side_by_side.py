@@ -309,7 +309,7 @@ class Parser(OneLineParser):
     """
 
     def __init__(self, description: str | None, budget: float, flags: bool = False) -> None:
-        super().__init__(description=description, allow_abbrev=False)
+        super().__init__(description=description)
         self.register("type", int, at_least_one)  # a number of seeds, steps or images
         self.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
         self.add_argument("--seconds", type=float, default=budget, help="time budget (default: %(default)g)")

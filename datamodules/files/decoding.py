@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache, partial
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -50,7 +50,6 @@ class Cache(NamedTuple):
     std: float
 
 
-@cache
 def read_folder(
     folder: Path,
     size: int,
@@ -62,7 +61,7 @@ def read_folder(
     seed: int,
     known: tuple[str, ...] | None = None,
 ) -> Cache:
-    """List and decode a folder, once in a process; see `list_folder`, `fit_square` and `decode`."""
+    """List and decode a folder; see `list_folder`, `fit_square` and `decode`."""
     listing = list_folder(folder, val_size, test_size, seed, known, cached)
 
     def read(file: File) -> np.ndarray:

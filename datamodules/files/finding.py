@@ -48,7 +48,7 @@ READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 log = logging.getLogger(__name__)
 
 
-class DatasetError(RuntimeError):
+class DatasetError(UserError):
     """The data set is not available; the message is shown to the user as it is."""
 
 

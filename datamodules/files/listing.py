@@ -22,6 +22,7 @@ NAMES = {
 # What runs leave, in logs and outputs.
 RUNS = (
     *("version_*/config.yaml", "*/version_*/config.yaml", "*/*/version_*/config.yaml"),
+    *(".compare.lock", "sweeps/*/.lock"),
     *("predict_*/predictions*.csv", *(f"predict_*/{name}" for name in OUTPUTS["predict_"])),
 )
 FEW = 5  # pictures of a class, with which little can be learned or measured

@@ -121,11 +121,12 @@ class PicturesDataModule(FashionMNISTDataModule):
         settings, source = self.hparams, self.source
         if not source:
             raise DatasetError("the network is for other pictures than Fashion-MNIST's; say which: --data FOLDER")
-        rest = [settings[name] for name in ("bad_files", "val_size", "test_size", "split_seed")]
+        rest = tuple(settings[name] for name in ("bad_files", "val_size", "test_size", "split_seed"))
         if settings["folder"]:
             folder = Path(expanded(str(source)))
             known = self.class_names or None
-            found = read_folder(folder, self.stored_size, settings["fit"], self.data_dir / "cache", *rest, known)
+            how: Any = self.stored_size, settings["fit"], self.data_dir / "cache", *rest, known
+            found = read_folder(folder, *how)
         else:
             sizes = self.image_size, settings["stored_size"]
             found = read_data_set(source, *sizes, settings["fit"], self.data_dir, *rest)

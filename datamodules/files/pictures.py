@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 # Pillow knows more formats, but some of them run other programs (EPS starts Ghostscript) and few are for photographs.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 # Reported when found in a folder, since one would expect them to be read.
-UNREADABLE_SUFFIXES = {".heic", ".heif", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw"}
+UNREADABLE_SUFFIXES = {".heic", ".heif", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw", ".jxl", ".jp2"}
+UNREADABLE_SUFFIXES |= {".avif", ".webp"}  # of a Pillow that was built without them
 # Folders of thumbnails and deleted files.
 OF_SYSTEMS = {"@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information"}
 # What runs and `predict` leave: how their folders' names begin, and what lies in them.

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import inspect
 import json
-import os
+import re
 import shutil
 import socket
 import sys
@@ -26,7 +26,7 @@ from datamodules.files.decoding import VERSION, Cache, Fit, decode, fit_square
 from datamodules.files.download import TIMEOUT
 from datamodules.files.finding import DatasetError, locked
 from datamodules.files.listing import File, Listing, hold_out, printable
-from errors import one_line, replace_file
+from errors import one_line, replace_file, writable
 
 NEEDS = {"svhn": ["scipy"], "flowers102": ["scipy"], "caltech101": ["scipy"], "pcam": ["h5py"]}
 # Sets in which each picture has one class. The name is the class's in lower case; of EMNIST also with a split.
@@ -111,8 +111,7 @@ def read_data_set(
     for picture in looked_at:
         digest.update(picture.tobytes())
     stem = data_dir / "cache" / digest.hexdigest()[:32]
-    place = stem.parent if stem.parent.exists() else data_dir
-    if not stem.with_suffix(".json").exists() and not os.access(place, os.W_OK):  # a set that many share
+    if not stem.with_suffix(".json").exists() and not writable(stem):  # a set that many share
         stem = Path("data", "cache", stem.name)
     return decode(name, Listing(classes, parts), read, size, stem, bad_files, parallel=name in NAMED)
 
@@ -144,7 +143,8 @@ def _opened(name: str, data_dir: Path) -> tuple[dict[str, Any], dict[str, list[i
         settings = settings | {"download": True}
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        with locked(data_dir / f".{name}.lock"), _quiet_and_limited():
+        shared = NAMED[name][0] if name in NAMED else name.rpartition(".")[2]  # EMNIST's four have one archive
+        with locked(data_dir / f".{shared.lower()}.lock"), _quiet_and_limited():
             if "train" in takes:
                 sets = {part: make(data_dir, train=part == "train", **settings) for part in ("train", "test")}
             elif "split" in takes and "split" not in settings:
@@ -182,7 +182,7 @@ def _first(make: Callable[..., Any], data_dir: Path, words: Sequence[str], setti
         try:
             return make(data_dir, split=word, **settings)
         except ValueError as error:
-            if word not in str(error):  # "Unknown value 'val' for argument split"
+            if not re.search(rf"\b{word}\b", str(error)):  # "Unknown value 'val' for argument split"
                 raise
     return None
 
@@ -270,7 +270,7 @@ def _labels(name: str, one: Any) -> tuple[list[int], list[Image.Image]]:
 
 
 def _readable(one: Any, places: Sequence[int]) -> Iterator[tuple[int, Any]]:
-    """Places whose files are not broken, and their examples; where all are, it is no matter of single files."""
+    """Places whose files are not broken, and their examples; OSError where all are, as the set itself is at fault."""
     broken: list[OSError] = []
     for place in places:
         try:

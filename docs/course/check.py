@@ -23,7 +23,7 @@ from pathlib import Path
 import yaml
 
 from docs.course.exercises import EXERCISES, LIMIT, Finding
-from errors import OneLineParser, UserError, one_line, print_error, run_program
+from errors import OneLineParser, UserError, one_line, print_error, run_program, shown
 
 COURSE = Path(__file__).resolve().parent
 TEXTS = yaml.safe_load((COURSE / "texts.yaml").read_text(encoding="utf-8"))
@@ -36,12 +36,11 @@ def findings(name: str, path: Path) -> list[Finding]:
         UserError: If the file can't be run, with the line where it fails.
     """
     exercise = EXERCISES[name]
-    if exercise.suffix == ".yaml":
-        return list(exercise.check(path))
     spec = importlib.util.spec_from_file_location("answer", path)
-    assert spec is not None and spec.loader is not None
-    answer = sys.modules["answer"] = importlib.util.module_from_spec(spec)  # so that its classes can be pickled
     try:
+        if spec is None or spec.loader is None:  # of a recipe
+            return list(exercise.check(path))
+        answer = sys.modules["answer"] = importlib.util.module_from_spec(spec)  # so that its classes can be pickled
         spec.loader.exec_module(answer)
         return list(exercise.check(answer))
     except UserError:
@@ -86,7 +85,7 @@ def _run(arguments: list[str]) -> int:
     warnings.filterwarnings("ignore")  # Lightning's, about settings that are intended
     with _stopped_in_time(path) if path.suffix == ".py" else nullcontext():
         found = findings(options.exercise, path)
-    print(f"{options.exercise}: {os.path.relpath(path)}\n{report(options.exercise, found, language)}")
+    print(f"{options.exercise}: {shown(path)}\n{report(options.exercise, found, language)}")
     return int(not all(finding.right for finding in found))
 
 

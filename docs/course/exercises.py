@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from cli.recipes import PROJECT, load_yaml
+from cli.recipes import PROJECT, UTF_8, load_yaml
 from errors import UserError, printed_error
 
 SAMPLE = PROJECT / "tests" / "data"
@@ -48,7 +48,8 @@ def lenet_2(answer: Any) -> Iterator[Finding]:
 
     wanted, total = stages(LeNet(), (1, 28, 28))
     found, own_total = stages(answer.Answer(), (1, 28, 28))
-    pairs = list(zip(found, wanted, strict=False))
+    # A ReLU or a Flatten may be a layer of one's own network, or a line of its `forward`.
+    pairs = list(zip(*([row for row in rows if row.parameters] for rows in (found, wanted)), strict=False))
     wrong = next(((own, row) for own, row in pairs if own.shape != row.shape), None)
     own, row = wrong or pairs[-1]
     yield Finding(not wrong, "shapes", {"stage": own.name, "given": by(own.shape), "wanted": by(row.shape)})
@@ -96,6 +97,9 @@ def vgg_2(answer: Any) -> Iterator[Finding]:
     """A deep VGG that stays at chance."""
     ruled = ("model.net.init_args.depth", "model.net.init_args.width_divisor", "data.image_size", "trainer.max_epochs")
     kept = [setting(answer, name) for name in ruled] in ([19, 8, 32, epochs] for epochs in (1, 2, 3))
+    kept &= setting(answer, "model.net.class_path") == "models.vgg.VGG"
+    kept &= not setting(answer, "model.net.init_args.no_hidden_layers")
+    kept &= setting(answer, "model.net.init_args.blocks") in (None, 5)
     yield Finding(kept, "kept")
     if not kept:
         return
@@ -160,8 +164,14 @@ def nin_2(answer: Any) -> Iterator[Finding]:
     if not kept:
         return
     torch.manual_seed(0)
-    start: dict[str, Any] = {name: setting(answer, f"model.{name}") for name in ("initialization", "output_bias")}
-    net = LitClassifier(NiN(), **{name: value for name, value in start.items() if value is not None}).net.eval()
+    initialization, bias = (setting(answer, f"model.{name}") for name in ("initialization", "output_bias"))
+    if initialization not in (None, "default", "he"):
+        raise UserError(f"{answer}: model.initialization is {initialization}; default or he was expected")
+    start: dict[str, Any] = {
+        "initialization": initialization or "default",
+        "output_bias": bias if bias is None else float(bias),
+    }
+    net = LitClassifier(NiN(), **start).net.eval()
     logits = net(torch.nn.functional.interpolate(images("test")[0][::25, None] / 255, (67, 67)))
     dead = int((logits == 0).all(dim=0).sum())
     yield Finding(not dead, "dead", {"count": dead})
@@ -267,8 +277,8 @@ def record(recipe: Path, *flags: str) -> dict[str, Any]:
         command += ["--data_dir", str(SAMPLE), "--val_size", "300", "--accelerator", "cpu", "--devices", "1"]
         command += ["--log_dir", folder]
         try:
-            env = os.environ | {"PYTHONIOENCODING": "utf-8"}  # else that of the terminal
-            done = subprocess.run(command, cwd=folder, env=env, capture_output=True, encoding="utf-8", timeout=LIMIT)
+            how: dict[str, Any] = {"capture_output": True, "encoding": "utf-8", "timeout": LIMIT}
+            done = subprocess.run(command, cwd=folder, env=os.environ | UTF_8, **how)
         except subprocess.TimeoutExpired:
             raise UserError(f"{recipe}: not trained after {LIMIT} s; fewer epochs or a smaller network?") from None
         if done.returncode:
