@@ -33,6 +33,10 @@ REQUIRED = "filelock jsonargparse lightning numpy PIL rich tensorboard torch tor
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 
 
+# What helps where a Mac's Python, from python.org, trusts no server yet.
+CERTIFICATES = "open Install Certificates.command in Python's folder in Applications (on a Mac)"
+
+
 class UserError(Exception):
     """A mistake that the user can fix; its message is one line: what was wrong, what was expected, what to do.
 
@@ -318,8 +322,8 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 def writable(path: Path) -> bool:
     """Whether a file or folder can be made, or made anew, under this path: Windows tells only whoever tries."""
-    trial = next(folder for folder in path.absolute().parents if folder.exists()) / f".{os.urandom(8).hex()}"
     try:
+        trial = next(folder for folder in path.absolute().parents if folder.exists()) / f".{os.urandom(8).hex()}"
         trial.touch()
         trial.unlink()
     except OSError:

@@ -23,7 +23,7 @@ from errors import run_program
 
 # Mean test accuracy wanted, in percent, and a recipe.
 ENTRIES = {"cpu": [(90.0, "lenet"), (92.0, "fast/1min")], "gpu": [(94.0, "fast/5min"), (95.0, "fast/30min")]}
-# Issue: seconds to an accuracy; the GPU is an H200.
+# Goals: seconds to an accuracy; the GPU is an H200.
 LIMITS: dict[str, dict[float, float]] = {"cpu": {90: 25, 92: 120}, "gpu": {94: 10, 95: 40}}
 
 

@@ -48,7 +48,7 @@ PEERS = (BF16, TUTORIAL, "references", "d2l", "timm")
 PEAK, BF16_PEAK = "matmul", "matmul_bf16"
 CONFIRMED_BATCHES, CONFIRMED_SECONDS = 12, 40.0  # least length of the difference of two runs; repeated to this time
 PROCESS_BYTES = 2**30  # what a contestant's process takes besides its tensors
-# Issue: how many times the tutorial's images/s, and what share of the peak.
+# Goals: how many times the tutorial's images/s, and what share of the peak.
 TARGETS: dict[str, dict[str, tuple[float, float | None]]] = {
     "cpu": dict(alexnet=(1.6, 0.95), vgg11=(2, 0.95), nin=(2.4, 0.95), googlenet=(1.7, 0.75), lenet=(2.4, None)),
     "gpu": dict(alexnet=(10, 0.4), vgg11=(10, 0.6), nin=(10, 0.3), googlenet=(10, 0.3), lenet=(10, None)),

@@ -32,20 +32,15 @@ class Patience(EarlyStopping):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Train no further if the run that is continued ended so."""
-        self.patience = self._validations(trainer)
+        every: float | None = trainer.check_val_every_n_epoch
+        if every is None:
+            trainer.fit_loop.setup_data()  # which counts the batches
+            every = (trainer.val_check_batch or 1) / trainer.num_training_batches
+        self.patience = math.ceil(self._epochs / max(1, every))  # validated epochs, where not each is validated
         if self.wait_count >= self.patience:
             trainer.should_stop = True
             if trainer.is_global_zero:
-                print_warning(f"--patience {self.patience} has ended this run; a larger one trains it further")
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The number of batches is known now."""
-        self.patience = self._validations(trainer)
-
-    def _validations(self, trainer: pl.Trainer) -> int:
-        """How many validated epochs there are in the epochs to wait, where not each is validated."""
-        every = trainer.check_val_every_n_epoch or (trainer.val_check_batch or 1) / trainer.num_training_batches
-        return math.ceil(self._epochs / max(1, every))
+                print_warning(f"--patience {self._epochs} has ended this run; a larger one trains it further")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the accuracy of the epoch's last validation."""

@@ -87,8 +87,8 @@ class RunFolder(Callback):
         if self._is_new and self.path and type(exception) in (UserError, DatasetError) and not trainer.global_step:
             shutil.rmtree(self.path, ignore_errors=True)
             with suppress(OSError):  # others have runs there
-                self.path.parent.rmdir()
-                self.log_dir.rmdir()
+                for folder in self.path.parents[: len(Path(self._recipe).parts) + 1]:  # up to log_dir
+                    folder.rmdir()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let another process train in the folder."""

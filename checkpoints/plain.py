@@ -17,7 +17,7 @@ LONGEST_WORD = 1000  # characters of one value of the settings: YAML takes 1:1:1
 DEEPEST = 30  # levels of nested values
 MOST = 200_000  # values in a file
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where there is libyaml
-PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
+PLAIN = (bool, int, float, str, type(None))
 OF_PICTURES = ("folder", "dataset", "class_names")  # settings that `of_pictures` looks at
 
 
@@ -50,7 +50,15 @@ def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as a checkpoint may hold them: a Path's text, for NumPy's and torch's numbers Python's; no objects."""
     found = {name: str(value) if isinstance(value, PurePath) else value for name, value in settings.items()}
     found |= {name: value.item() for name, value in settings.items() if getattr(value, "ndim", None) == 0}
-    return {name: value for name, value in found.items() if isinstance(value, PLAIN)}
+    return {name: value for name, value in found.items() if _is_readable(value)}
+
+
+def _is_readable(value: Any) -> bool:
+    """Whether it can be read again without unpickling objects, such as the members of an enumeration."""
+    if type(value) in (list, tuple, dict):
+        inner = [*value, *value.values()] if isinstance(value, dict) else value
+        return all(map(_is_readable, inner))
+    return type(value) in PLAIN
 
 
 def _is_plain(value: Any) -> bool:

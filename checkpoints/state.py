@@ -144,12 +144,13 @@ def _callbacks(stored: Any, trainer: Any, training: bool) -> dict[str, Any]:
 def _checkpoints(state: dict[str, Any], callback: ModelCheckpoint, trainer: Any) -> dict[str, Any]:
     """What `ModelCheckpoint` saved so far: files in its own folder or beside the checkpoint. Others it may remove."""
     folders = [Path(folder) for folder in (callback.dirpath, Path(trainer.ckpt_path).parent) if folder]
+    deep = (callback.filename or "").count("/")  # metrics have a slash in their names
 
     def inside(path: Any) -> str:
         name = Path(path) if isinstance(path, str) and "\0" not in path else Path()
         for folder in folders:
-            if name.suffix == ".ckpt" and folder.resolve() in name.resolve().parents and not name.is_dir():
-                return str(folder / name.resolve().relative_to(folder.resolve()))  # metrics have a slash in their names
+            if name.suffix == ".ckpt" and folder.resolve() in name.resolve().parents[: deep + 1] and not name.is_dir():
+                return str(folder / name.resolve().relative_to(folder.resolve()))
         return ""
 
     def score(value: Any) -> Tensor | None:

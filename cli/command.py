@@ -333,7 +333,7 @@ def _newest_checkpoints(command: Command) -> list[str]:
     found = sorted(runs.glob("version_*/checkpoints/*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.stem))
     if not found:
         raise UserError(f"there is no run of {runs.name} to continue in {runs}; leave out --ckpt_path to start one")
-    return [str(path) for path in found[: -1 - FALLBACKS : -1]]
+    return [str(path) for path in found[::-1][: 1 + FALLBACKS]]
 
 
 def _dotted(mapping: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -29,7 +29,7 @@ class ImageTensors(Dataset):
     def __getitems__(self, indices: Tensor | list[int]) -> Any:
         """The batch of images (N, C, H, W) and labels; an empty batch becomes one blank image that is not counted."""
         if isinstance(indices, list):
-            return [self[index] for index in indices]  # for a `DataLoader` of the user's own
+            return [self[int(index)] for index in indices]  # for a `DataLoader` of the user's own, also of a `Subset`
         if len(indices) == 0:
             return torch.zeros_like(self.images[:1]), torch.full_like(self.labels[:1], IGNORED_LABEL)
         indices = indices.to(self.labels.device, non_blocking=True)

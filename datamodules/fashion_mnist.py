@@ -91,7 +91,7 @@ class FashionMNISTDataModule(CheckedLoading, pl.LightningDataModule):
             raise ValueError("data.dataset_on_device needs data.num_workers=0: workers can't reach the device's memory")
         self.data_dir = Path(expanded(str(data_dir)))
         self._folder: Path | None = None  # where the verified files are
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.batch_size, self.eval_batch_size = int(batch_size), int(eval_batch_size or batch_size)  # NumPy's, too
         self.image_size, self.num_workers, self._passes = image_size, num_workers, 0
 
     class_names: tuple[str, ...] = CLASS_NAMES

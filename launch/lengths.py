@@ -1,7 +1,7 @@
 """Settings that depend on how many batches an epoch and an evaluation have."""
 
 import math
-from collections.abc import Iterator, Sized
+from collections.abc import Sized
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
@@ -35,7 +35,7 @@ def check_length(trainer: Trainer, model: LitClassifier, data: FashionMNISTDataM
     if "max_lr" in given and (given.get("total_steps") or 0) > 0:  # OneCycleLR can't continue after its end
         by_step = model.hparams["scheduler_interval"] == "step"
         epochs = trainer.max_epochs
-        steps = math.inf if epochs in (None, -1) else sum(_steps(trainer, limited) if by_step else [1] * epochs)
+        steps = math.inf if epochs in (None, -1) else _steps(trainer, limited, epochs) if by_step else epochs
         if by_step and trainer.max_steps > 0:
             steps = min(steps, trainer.max_steps)
         if given["total_steps"] < steps:
@@ -47,13 +47,13 @@ def check_length(trainer: Trainer, model: LitClassifier, data: FashionMNISTDataM
             )
 
 
-def _steps(trainer: Trainer, batches: int) -> Iterator[int]:
-    """The optimiser's steps in each epoch of so many batches."""
+def _steps(trainer: Trainer, batches: int, epochs: int) -> int:
+    """The optimiser's steps in epochs of so many batches."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    changes = [one for one in callbacks if isinstance(one, GradientAccumulationScheduler)]
-    for epoch in range(trainer.max_epochs or 0):
-        together = changes[0].get_accumulate_grad_batches(epoch) if changes else trainer.accumulate_grad_batches
-        yield math.ceil(batches / together)
+    for callback in callbacks:
+        if isinstance(callback, GradientAccumulationScheduler):
+            return sum(math.ceil(batches / callback.get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
+    return math.ceil(batches / trainer.accumulate_grad_batches) * epochs
 
 
 def _limited(trainer: Trainer, name: str, images: Sized, batch_size: int) -> int:

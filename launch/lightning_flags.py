@@ -265,14 +265,18 @@ def _check_monitor(monitor: str, mode: str, owner: str, trainer: Trainer, valida
 def _check_moment(callback: Callback, monitor: str, trainer: Trainer) -> None:
     """Refuse what looks at a metric before it is known: `train/*` within an epoch, `val/*` where none was measured."""
     name = {ModelCheckpoint: "save_on_train_epoch_end", EarlyStopping: "check_on_train_epoch_end"}.get(type(callback))
-    every, whole = trainer.check_val_every_n_epoch, trainer.val_check_interval == 1.0
-    if name is None or (every == 1 and whole):
+    if name is None or monitor not in METRICS:  # train/loss_step, say, is known in an epoch
         return
-    if monitor.startswith("train/") and not getattr(callback, f"_{name}"):
-        hint = f"which is known at the end of an epoch, at each validation: set its {name} to true"
-        raise UserError(f"{type(callback).__name__} watches {monitor}, {hint}")
-    if monitor.startswith("val/") and getattr(callback, f"_{name}") and every != 1:
-        hint = f"after each epoch, and not each is validated: leave out its {name}"
+    every: Any = trainer.check_val_every_n_epoch
+    after_epoch = getattr(callback, f"_{name}")
+    if after_epoch is None:  # as Lightning decides it
+        after_epoch = every == 1 and trainer.val_check_interval == 1.0
+    if monitor.startswith("train/") and not after_epoch:
+        hint = f"at each validation, and it is known when an epoch has ended: set its {name} to true"
+        raise UserError(f"{type(callback).__name__} watches {monitor} {hint}")
+    looks = getattr(callback, "every_n_epochs", 1)  # after so many epochs
+    if monitor.startswith("val/") and after_epoch and (_validates_by_time(trainer) or not every or looks % every):
+        hint = f"after epochs that may not be validated: leave out its {name}"
         raise UserError(f"{type(callback).__name__} watches {monitor} {hint}")
 
 

@@ -57,8 +57,9 @@ def follow_pictures(config: Namespace, command: Command, stored: Mapping[str, An
         data.prepare_data()
         for name in DECIDED:
             config.data[name] = data.hparams[name]
+    begins = command.subcommand == "fit" and not command.ckpt_path and is_first_process()
     mirrored = config.data.horizontal_flip and not command.asked_for("data.horizontal_flip")
-    if command.subcommand == "fit" and config.data.dataset in ONE_WAY and mirrored and is_first_process():
+    if begins and config.data.dataset in ONE_WAY and mirrored:
         why = f"the recipe mirrors images, and {config.data.dataset}'s mean something else in the mirror, or nothing"
         print_warning(f"{why}: --data.horizontal_flip false")
     config.model.num_classes = len(config.data.class_names)

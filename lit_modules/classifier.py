@@ -208,13 +208,13 @@ class LitClassifier(CheckedLoading, pl.LightningModule):
         """The optimiser, and the scheduler with the run's length worked out."""
         optimizer = self.optimizer(self.parameters())
         # LBFGS views each gradient as a vector; Apple's GPUs have wrong gradients of channels last (pytorch #175189).
-        if isinstance(optimizer, torch.optim.LBFGS) or self.trainer.strategy.root_device.type == "mps":
+        if isinstance(optimizer, torch.optim.LBFGS) or self.device.type == "mps":
             self.net.to(memory_format=torch.contiguous_format)
         if self.scheduler is None:
             return optimizer
         interval, trainer = self.hparams["scheduler_interval"], self.trainer
-        total = trainer.estimated_stepping_batches  # which max_steps may have cut short
-        if interval == "epoch":
+        total = trainer.limit_train_batches and trainer.estimated_stepping_batches  # max_steps may have cut it short
+        if interval == "epoch" and total:
             trainer.fit_loop.setup_data()  # which counts the batches
             total = -(-total // -(-trainer.num_training_batches // trainer.accumulate_grad_batches))
         schedule = of_length(self.scheduler, optimizer, cast("int", total))

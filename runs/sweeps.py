@@ -135,10 +135,11 @@ def _run_trial(study: "optuna.Study", trial: Trial, request: SweepRequest, folde
     record = _record(folder / own)
     epochs = _epochs(record)
     if epochs:
-        pictures = [record.get("val_images"), record["config"]["data"].get("class_names")]
-        if pictures != study.user_attrs.setdefault("pictures", pictures):
+        pictures = _pictures(record)
+        known = pictures | study.user_attrs.get("pictures", {})
+        if known | pictures != known:
             raise UserError(f"the pictures are not those of the earlier trials; remove {folder} and start again")
-        study.set_user_attr("pictures", pictures)
+        study.set_user_attr("pictures", known)
     if code is None:
         study.tell(trial, state=TrialState.PRUNED)
         return f"given up after epoch {len(epochs)}, validation accuracy {_accuracy(epochs):.4f}"
@@ -252,6 +253,14 @@ def _record(folder: Path) -> dict[str, Any]:
 
 def _epochs(record: dict[str, Any]) -> list[dict[str, Any]]:
     return [epoch for epoch in record.get("epochs", []) if "val/accuracy" in epoch]
+
+
+def _pictures(record: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a trial's pictures: their classes, and how many there are where each is used."""
+    data, trainer = record["config"]["data"], record["config"]["trainer"]
+    limited = any(trainer.get(f"{name}_batches") for name in ("limit_train", "limit_val", "overfit"))
+    names = () if limited else ("train_images", "val_images")
+    return {"class_names": data.get("class_names")} | {name: record.get(name) for name in names}
 
 
 def _accuracy(epochs: Iterable[dict[str, Any]]) -> float:

@@ -30,6 +30,7 @@ import torch
 import yaml
 from commands import DATA, ENVIRONMENT, REPO, Answer, free_port, run, run_forked
 from conftest import Run
+from filelock import FileLock, Timeout
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from PIL import Image
@@ -49,6 +50,7 @@ from callbacks.exact_resume import ordered_mean
 from callbacks.fine_tuning import FreezeFeatures
 from callbacks.graceful_stop import GracefulStop
 from callbacks.processes import Processes
+from callbacks.run_folder import RunFolder
 from callbacks.temperature import GRID, PRIOR, best_temperature
 from callbacks.tensorboard import drawing
 from callbacks.tensorboard.pictures import is_drawn
@@ -83,6 +85,32 @@ def test_loss_that_is_not_finite_stops_before_the_optimiser_step(tmp_path: Path)
     assert not [d for name in now for d in differences(before[name], now[name].detach(), name)]
     assert checkpoint(bad)["epoch"] == 0  # of the last good epoch
     assert all(value.isfinite().all() for value in checkpoint(bad)["state_dict"].values())
+
+
+@pytest.mark.parametrize("then_test", [False, True])
+@pytest.mark.parametrize("failing", [None, "on_train_end", "on_test_start"])
+def test_a_runs_folder_is_locked_until_the_run_is_over(then_test: bool, failing: str | None, tmp_path: Path) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("failed")
+
+    def is_free() -> bool:
+        with suppress(Timeout), FileLock(tmp_path / "lenet" / "version_0" / ".lock", timeout=0):
+            return True
+        return False
+
+    folder, free = RunFolder("lenet", None, then_test), []
+    folder.log_dir = tmp_path
+    watching = LambdaCallback(on_train_start=lambda *_: free.append(is_free()), **({failing: fail} if failing else {}))
+    quiet: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    limits: Any = {"max_steps": 1, "limit_val_batches": 0, "limit_test_batches": 1, "enable_model_summary": False}
+    trainer = Trainer(accelerator="cpu", devices=1, callbacks=[folder, watching], **quiet, **limits)
+    data, model = FashionMNISTDataModule(str(DATA), val_size=100, image_size=28), LitClassifier(LeNet())
+    with suppress(RuntimeError):
+        trainer.fit(model, data)
+        free.append(is_free())
+        trainer.test(model, data, verbose=False)
+    assert free == [False, *([not then_test] if failing != "on_train_end" else [])]
+    assert is_free()
 
 
 def test_a_stop_waits_for_a_checkpoint_that_is_written_slowly(tmp_path: Path) -> None:
@@ -181,8 +209,12 @@ def test_senseless_numbers_end_in_one_line(flags: str, message: str, tmp_path: P
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_network_at_chance_is_reported_once(tmp_path: Path) -> None:
-    answer = lenet(tmp_path, "--lr", "1e-12")
+CHANGING = "[{class_path: GradientAccumulationScheduler, init_args: {scheduling: {1: 4}}}]"  # in the second epoch
+
+
+@pytest.mark.parametrize("more", [(), ("--model.scheduler=null", f"--trainer.callbacks={CHANGING}")])
+def test_network_at_chance_is_reported_once(more: tuple[str, ...], tmp_path: Path) -> None:
+    answer = lenet(tmp_path, "--lr", "1e-12", *more)
     assert answer.code == 0
     assert answer.err.count("has not left chance") == 1
     assert "over 500 batches" in answer.err and "--seed" in answer.err
@@ -303,8 +335,10 @@ def test_probabilities_are_calibrated_and_leave_the_mode_alone(trained):
     classifier = LitClassifier.load_from_checkpoint(trained.best)
     images = torch.rand(5, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     classifier.train()
+    classifier.net.get_submodule("features").eval()  # as while they are frozen
+    modes = [layer.training for layer in classifier.net.modules()]
     probabilities = classifier.probabilities(images)
-    assert classifier.net.training
+    assert [layer.training for layer in classifier.net.modules()] == modes
     assert not probabilities.requires_grad
     expected = (classifier.net(images) / classifier.temperature).softmax(dim=1)
     assert torch.allclose(probabilities, expected)
@@ -542,6 +576,17 @@ def test_a_consistent_teacher_sees_what_the_student_sees(tmp_path, images):
             expected = (better(whole.preprocess(bytes_seen)) / 3).softmax(dim=1)
         assert torch.allclose(targets, expected, atol=1e-4)
     assert len(seen) == 2 and not torch.equal(seen[0][1], seen[1][1])
+
+
+@pytest.mark.parametrize("consistent", [False, True])
+def test_the_images_have_their_labels_again_after_the_lesson(consistent, images):
+    data = FashionMNISTDataModule(str(images), val_size=1400, batch_size=100, image_size=28)
+    quiet: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    limits: Any = {"max_steps": 1, "limit_val_batches": 0, "enable_model_summary": False}
+    teacher = Distillation("lenet", consistent=consistent)
+    pl.Trainer(accelerator="cpu", devices=1, callbacks=[teacher], **quiet, **limits).fit(LitClassifier(LeNet()), data)
+    (_, targets), *_ = data.train_dataloader()
+    assert targets.dtype == torch.int64 and sorted(targets.tolist()) == sorted(data.train_set.labels.tolist())
 
 
 @pytest.mark.slow

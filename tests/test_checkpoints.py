@@ -21,12 +21,14 @@ import time
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from enum import IntEnum
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -35,15 +37,16 @@ from commands import DATA, ENVIRONMENT, REPO, run_forked
 from conftest import Run, examples
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.callbacks import ModelCheckpoint
 from stoppable import SAVED, differences, flags, train, write
 from torch.optim import lr_scheduler
 
 import compare
 import export
 import models
-from checkpoints.plain import read_settings, recipe_name
+from checkpoints.plain import plain_settings, read_settings, recipe_name
 from checkpoints.reading import read_checkpoint
-from checkpoints.state import _MisfitError, _optimizer, _schedule
+from checkpoints.state import _checkpoints, _MisfitError, _optimizer, _schedule
 from checkpoints.trust import Trusted, find
 from checkpoints.writing import AtomicCheckpointIO
 from datamodules import FashionMNISTDataModule
@@ -626,15 +629,32 @@ def test_plain_values_of_a_callback_are_saved_as_such(tmp_path: Path) -> None:
     assert not (tmp_path / "logs/lenet/version_1/checkpoints/last.ckpt").exists()
 
 
-def test_a_callback_goes_on_with_the_checkpoints_that_it_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["{epoch}", "{epoch}-{val/accuracy:.4f}"])  # the second is that of a sub-folder
+def test_a_callback_goes_on_with_the_checkpoints_that_it_kept(name: str, tmp_path: Path) -> None:
     keeping = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.monitor=val/accuracy"]
-    keeping += ["--trainer.callbacks.filename={epoch}", "--trainer.callbacks.save_top_k=3"]
+    keeping += [f"--trainer.callbacks.filename={name}", "--trainer.callbacks.save_top_k=3"]
     arguments = ["fit", "--model=lenet_classic", f"--data_dir={DATA}", "--val_size=200", "--accelerator=cpu", *keeping]
     for more in (["--max_epochs=2"], ["--max_epochs=6", "--ckpt_path=last"]):
         answer = run_forked(*arguments, *more, folder=tmp_path)
         assert answer.code == 0, answer.err
     saved = tmp_path / "logs/lenet_classic/version_0"
-    assert len(list(saved.rglob("epoch=*.ckpt"))) == 3, sorted(saved.rglob("*.ckpt"))
+    kept = [path for path in saved.rglob("*.ckpt") if path.name not in ("best.ckpt", "last.ckpt")]
+    assert len(kept) == 3, sorted(saved.rglob("*.ckpt"))
+
+
+def test_a_file_names_no_checkpoint_of_another_folder_among_the_best() -> None:
+    """Which would be removed when better ones come."""
+    score = torch.tensor(0.5)
+
+    def best(path: str, filename: str | None) -> list[str]:
+        callback = ModelCheckpoint("runs", filename, monitor="val/accuracy")
+        state = callback.state_dict() | {"best_k_models": {path: score}, "kth_best_model_path": path}
+        return list(_checkpoints(state, callback, SimpleNamespace(ckpt_path="runs/last.ckpt"))["best_k_models"])
+
+    for path, filename in (("runs/a.ckpt", None), ("runs/epoch=1-val/accuracy=0.5.ckpt", "{epoch}-{val/accuracy}")):
+        assert best(path, filename) == [os.path.realpath(path)]
+    for path in ("runs/lenet/version_0/best.ckpt", "a.ckpt", "runs/../a.ckpt", "runs/a.txt", "runs/b/../../a.ckpt"):
+        assert best(path, None) == best(path, "{epoch}-{val/accuracy}") == [], path
 
 
 def test_the_best_checkpoint_is_the_projects_own(tmp_path: Path) -> None:
@@ -673,7 +693,8 @@ def test_a_finished_run_that_is_continued_keeps_its_record(tmp_path: Path) -> No
 
 
 def test_a_checkpoint_of_a_plain_trainer_can_be_loaded(tmp_path: Path) -> None:
-    data = FashionMNISTDataModule(data_dir=str(DATA), val_size=200, image_size=28)
+    numbers: Any = {"mean": np.float64(0.25), "std": torch.tensor(0.5), "batch_size": np.int64(100)}
+    data = FashionMNISTDataModule(data_dir=DATA, val_size=200, image_size=28, **numbers)  # type: ignore[arg-type]
     trainer = pl.Trainer(
         default_root_dir=tmp_path,
         max_epochs=1,
@@ -684,14 +705,25 @@ def test_a_checkpoint_of_a_plain_trainer_can_be_loaded(tmp_path: Path) -> None:
         enable_model_summary=False,
         logger=False,
     )
-    classifier = LitClassifier(LeNet(), label_smoothing=0.1)
+    classifier = LitClassifier(LeNet(), label_smoothing=np.float32(0.125))
     trainer.fit(classifier, data)
+    assert trainer.test(datamodule=data, ckpt_path="best", verbose=False)
     (path,) = tmp_path.glob("checkpoints/*.ckpt")
     loaded = LitClassifier.load_from_checkpoint(path, net=LeNet())
-    assert loaded.hparams["label_smoothing"] == 0.1
+    assert loaded.hparams["label_smoothing"] == 0.125
+    again = FashionMNISTDataModule.load_from_checkpoint(path)
+    assert (again.data_dir, again.hparams["mean"], again.hparams["std"]) == (DATA, 0.25, 0.5)
     assert not differences(dict(classifier.state_dict()), dict(loaded.state_dict()))
     answer = run_forked("test", "--model=lenet", f"--ckpt_path={path}", f"--data_dir={DATA}", folder=tmp_path)
     assert answer.code == 0, answer.err
+
+
+def test_settings_that_would_need_unpickling_are_left_out() -> None:
+    kind = IntEnum("kind", ["one"])
+    given = {"path": Path("a"), "number": np.int64(2), "texts": ["b"], "names": {"c": (1, None)}, "on": True}
+    unreadable = {"member": kind.one, "members": [kind.one], "inner": {"d": object()}, "array": np.zeros(2)}
+    kept = plain_settings(given | unreadable)
+    assert kept == {**given, "path": "a"} and type(kept["number"]) is int
 
 
 # ---- What an early commit wrote: a run of LeNet on images of 12x12, and its last.ckpt as it was after epoch 1 of 2.

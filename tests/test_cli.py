@@ -488,6 +488,17 @@ def test_the_newest_run_is_continued(tmp_path, flag):
     assert parse(f"{flag} --model lenet --log_dir {tmp_path}").ckpt_path == str(paths[1])
 
 
+def test_last_passes_over_nine_checkpoints_however_many_there_are(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLASSIC_CNNS_LAST", "")  # so that what is set under test is taken back
+    paths = [tmp_path / "lenet" / f"version_{number}" / "checkpoints" / "last.ckpt" for number in range(30)]
+    for number, path in enumerate(paths):
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (number, number))
+    command = parse(f"--model lenet --log_dir {tmp_path} --ckpt_path last")
+    assert [command.ckpt_path, *command.fallbacks] == [str(path) for path in reversed(paths[20:])]
+
+
 @pytest.mark.parametrize("arguments", [["-\n"], ["--config", "\n"], ["--lr", "a\nb"]])
 def test_an_error_stays_one_line_whatever_was_typed(arguments):
     with pytest.raises(UserError) as error:
@@ -520,6 +531,14 @@ def test_an_address_is_shown_as_it_was_typed(flag: str) -> None:
         parse_command_line(["predict", flag, "https://example.com/a.jpg"])
 
 
-def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_bytes("\ufeffdata: {batch_size: 64}\n".encode())
-    assert load_yaml(tmp_path / "mine.yaml") == {"data": {"batch_size": 64}}
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])  # the last is PowerShell's
+def test_a_recipe_says_by_its_first_bytes_how_it_is_encoded(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes("data: {folder: 数据}\n".encode(encoding))
+    assert load_yaml(tmp_path / "mine.yaml") == {"data": {"folder": "数据"}}
+
+
+def test_a_recipe_in_another_encoding_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes("data: {folder: 数据}\n".encode("gbk"))
+    with pytest.raises(UserError, match=r"mine.yaml is not valid YAML: .*octet") as error:
+        load_yaml(tmp_path / "mine.yaml")
+    assert "\n" not in str(error.value) and "\\" not in str(error.value)

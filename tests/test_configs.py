@@ -11,6 +11,7 @@ import torch
 from commands import DATA, run_forked
 from lightning.pytorch.callbacks import Callback
 from torch import nn
+from torch.nn import functional as F
 
 from benchmarks.readme.entries import read_entries
 from callbacks.ema import EMA
@@ -113,13 +114,17 @@ class Weights(Callback):
         self.steps.append({name: value.clone() for name, value in pl_module.state_dict().items()})
 
 
-def averaged_run(folder, decay):
+def normed():
+    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(784), nn.Linear(784, 10))
+
+
+def averaged_run(folder, ema):
     """Two epochs of five steps, what each step left, and the last checkpoint."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(784), nn.Linear(784, 10))
+    net = normed()
     weights = Weights()
     trainer = pl.Trainer(
-        callbacks=[weights, EMA(decay)],
+        callbacks=[weights, ema],
         default_root_dir=folder,
         max_epochs=2,
         limit_train_batches=5,
@@ -138,9 +143,12 @@ def averaged_run(folder, decay):
     return trainer, lit, data, weights.steps
 
 
-@pytest.mark.parametrize("decay", [0.3, 0.999])
-def test_ema_warms_up_and_ends_as_the_network(decay, tmp_path):
-    trainer, lit, data, steps = averaged_run(tmp_path, decay)
+@pytest.mark.parametrize(("decay", "used"), [(0.3, False), (0.999, False), (0.3, True)])
+def test_ema_warms_up_and_ends_as_the_network(decay, used, tmp_path):
+    ema = EMA(decay)
+    if used:
+        averaged_run(tmp_path / "before", ema)
+    trainer, lit, data, steps = averaged_run(tmp_path, ema)
     expected = {name: value for name, value in steps[0].items() if value.is_floating_point()}
     for updates, step in enumerate(steps[1:], start=1):
         share = min(decay, (1 + updates) / (10 + updates))
@@ -156,6 +164,15 @@ def test_ema_warms_up_and_ends_as_the_network(decay, tmp_path):
     assert loaded == after
     saved = torch.load(path, weights_only=False)["state_dict"]  # made just above
     assert all(torch.equal(saved[name], value) for name, value in lit.state_dict().items())
+
+
+def test_validation_after_training_measures_the_network_that_is_given(tmp_path):
+    trainer, _, data, _ = averaged_run(tmp_path, EMA(0.3))
+    other = normed()
+    (found,) = trainer.validate(LitClassifier(other), data, verbose=False)
+    images, labels = data.val_set[torch.arange(100)]  # the one batch
+    expected = F.cross_entropy(other.eval()(data.preprocess(images)), labels)
+    assert found["val/loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])

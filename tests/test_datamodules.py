@@ -11,6 +11,7 @@ import logging
 import os
 import pickle
 import pty
+import shlex
 import shutil
 import signal
 import struct
@@ -39,6 +40,7 @@ from commands import DATA, ENVIRONMENT, REPO, run_forked, whole_set
 from conftest import train_once
 from filelock import FileLock
 from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import functional as TF
 
 from checkpoints.trust import Trusted
@@ -46,6 +48,7 @@ from cli.flags import DATA_SETS
 from datamodules import CLASS_NAMES, DatasetError, FashionMNISTDataModule, PicturesDataModule
 from datamodules.batches import EvalBatches, ImageTensors, TrainBatches
 from datamodules.files import finding as fashion_mnist_files
+from datamodules.files import pictures as picture_files
 from datamodules.files import torchvision_sets
 from datamodules.files.download import DownloadError, download
 from datamodules.files.finding import KNOWN, NAMES, SYSTEM_DIR, load, prepare
@@ -53,7 +56,7 @@ from datamodules.files.grounds import _laid, photographed
 from datamodules.files.listing import list_folder
 from datamodules.files.photographs import saturate, warp
 from datamodules.files.pictures import PictureError, find_pictures, read_picture
-from errors import Stopped, UserError
+from errors import Stopped, UserError, run_program
 from lit_modules import LitClassifier
 from pictures.predict import read_pictures
 from weights.exporting import export
@@ -856,6 +859,13 @@ def test_data_dir_that_is_a_file(tmp_path):
         prepare_sample(tmp_path / "data", system_dir=put_sample(tmp_path / "system"))
 
 
+@pytest.mark.parametrize("data", [FashionMNISTDataModule(str(DATA / "README.md")), PicturesDataModule("nowhere")])
+def test_any_program_says_in_one_line_that_there_are_no_such_pictures(data, capsys):
+    assert run_program("own", lambda: data.setup("fit")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("own: error: ") and ("a folder is expected" in line or "nowhere" in line)
+
+
 # Other processes. The package's __init__ imports Lightning, which takes seconds and is not needed here.
 PRELUDE = """
 import os, sys, types
@@ -1238,6 +1248,26 @@ def test_what_runs_leave_among_the_pictures_is_no_class(tmp_path):
     assert {path.name for path in folder.iterdir()} == {"cat", "dog", "data", "logs", "outputs"}
 
 
+@pytest.mark.parametrize(
+    ("left", "drawn"),
+    [
+        ("logs/.compare.lock", ()),  # before the first run of compare.py has its folder
+        ("logs/sweeps/lenet-1a2b3c4d/.lock", ()),  # as above, of sweep.py
+        ("logs/sweeps/lenet-1a2b3c4d/study.db", ("trials.png",)),
+        ("outputs/comparison/report.md", ("curves.png",)),
+        ("outputs/comparison/data_1/report.md", ("curves.png",)),
+    ],
+)
+def test_what_comparisons_and_sweeps_leave_among_the_pictures_is_no_class(left, drawn, tmp_path):
+    folder = put_classes(tmp_path, cat=6, dog=6)
+    (tmp_path / left).parent.mkdir(parents=True)
+    (tmp_path / left).touch()
+    for name in drawn:
+        draw((tmp_path / left).with_name(name))
+    assert list_folder(folder, None, None, 0).classes == ("cat", "dog")
+    assert len(find_pictures([folder])) == 12
+
+
 def test_what_runs_leave_in_parts_and_classes_is_no_picture_of_theirs(tmp_path):
     for part in ("train", "val"):
         put_classes(tmp_path / part, cat=6, dog=6)
@@ -1372,6 +1402,19 @@ def test_bad_files_are_named_and_left_out_or_refused(tmp_path, caplog):
         of_folder(folder, tmp_path, bad_files="refuse")
 
 
+@pytest.mark.parametrize("suffix", [".jxl", ".jp2", ".avif", ".webp"])
+def test_pictures_of_a_kind_that_can_not_be_read_are_named(suffix, tmp_path, caplog, monkeypatch):
+    Image.init()
+    for name in ("AVIF", "WEBP"):  # a Pillow that was built without them
+        monkeypatch.delitem(Image.OPEN, name, raising=False)
+    monkeypatch.setattr(Image, "EXTENSION", {end: name for end, name in Image.EXTENSION.items() if end != suffix})
+    monkeypatch.setattr(picture_files, "_suffixes", picture_files._suffixes.__wrapped__)
+    folder = put_classes(tmp_path / "own", cat=20, dog=20)
+    (folder / "cat" / f"new{suffix}").write_bytes(b"RIFF")
+    of_folder(folder, tmp_path)
+    assert f"1 picture can't be read; left out: cat/new{suffix} is not a picture that can be read (PNG, " in caplog.text
+
+
 def test_a_picture_that_can_be_read_again_is_taken_in(tmp_path, monkeypatch):
     """Its file has not changed: permissions, a network drive or Pillow have."""
     from datamodules.files import decoding
@@ -1471,6 +1514,13 @@ def test_pictures_are_decoded_once_and_anew_when_they_change(tmp_path, monkeypat
         PicturesDataModule(str(folder), data_dir=str(read_only), image_size=16).setup("fit")
 
 
+def test_each_data_module_looks_at_its_folder_anew(tmp_path, monkeypatch):
+    for place, dogs in (("here", 6), ("there", 7), ("there", 9)):
+        put_classes(tmp_path / place / "own", cat=6, dog=dogs)
+        monkeypatch.chdir(tmp_path / place)
+        assert len(of_folder(Path("own"), tmp_path, val_size=0, test_size=0).train_set) == 6 + dogs
+
+
 def test_files_of_the_same_names_sizes_and_times_are_told_apart(tmp_path):
     """As where all times are set alike: those of two folders, and one that was written over."""
     for name, blue in (("own", 10), ("other", 200)):
@@ -1542,6 +1592,32 @@ def test_the_loaders_work_without_a_trainer():
     assert not torch.equal(*map(torch.cat, passes))  # each in an order of its own
     assert [len(labels) for _, labels in data.val_dataloader()] == [100, 100, 50]
     assert sum(len(labels) for _, labels in data.test_dataloader()) == 500
+
+
+@pytest.mark.parametrize("end", [{"max_steps": 3}, {"max_epochs": 1}])  # within an epoch, and with it
+def test_the_loaders_work_as_well_after_a_fit(end, tmp_path):
+    data = data_module()
+    quiet: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    limits: Any = {"limit_val_batches": 0, "enable_model_summary": False} | end
+    trainer = pl.Trainer(accelerator="cpu", devices=1, default_root_dir=tmp_path, **quiet, **limits)
+    trainer.fit(LitClassifier(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))), data)
+    loader = data.train_dataloader()
+    passes = [torch.cat([images for images, _ in loader]) for _ in range(2)]
+    assert not torch.equal(*passes)  # each in an order of its own
+    assert all(sorted(rows(images)) == sorted(rows(data.train_set.images)) for images in passes)
+
+
+@pytest.mark.parametrize("indices", [None, range(100), torch.arange(100), np.arange(100)])
+def test_a_loader_of_ones_own_takes_the_training_images(indices):
+    whole = data_module().train_set
+    part: Any = whole if indices is None else Subset(whole, indices)
+    batches = list(DataLoader(part, batch_size=32, shuffle=True))
+    assert all(images.dtype == torch.uint8 and images.shape[1:] == (1, 28, 28) for images, _ in batches)
+    images, labels = map(torch.cat, zip(*batches, strict=True))
+    expected = whole[torch.arange(len(part))]
+    pairs = [sorted(zip(rows(one), other.tolist(), strict=True)) for one, other in ((images, labels), expected)]
+    assert pairs[0] == pairs[1]
+    assert not torch.equal(labels, expected[1])
 
 
 def test_a_decoding_that_was_killed_leaves_nothing_once_it_is_repeated(tmp_path):
@@ -1706,6 +1782,20 @@ def test_a_checkpoint_says_neither_where_pictures_lie_nor_where_their_cache_goes
         with pytest.raises(UserError, match="does not name the classes"):
             rules.data(settings | {"class_names": names})
     assert rules.data({"data_dir": str(tmp_path)}) == {"data_dir": str(tmp_path)}
+
+
+def test_a_plain_trainers_checkpoint_on_a_path_of_ones_own_can_be_read(tmp_path):
+    numbers: Any = {"mean": np.float32(0.25), "std": torch.tensor(0.5), "saturation": np.float64(0.5)}
+    folder: Any = put_classes(tmp_path / "own", cat=20, dog=20)
+    data = PicturesDataModule(folder, data_dir=tmp_path / "made", image_size=16, **numbers)
+    quiet: Any = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(accelerator="cpu", devices=1, max_steps=1, default_root_dir=tmp_path, **quiet)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 2))
+    trainer.fit(LitClassifier(net, num_classes=2), data)
+    assert trainer.test(datamodule=data, ckpt_path="best", verbose=False)
+    loaded = PicturesDataModule.load_from_checkpoint(trainer.checkpoint_callback.best_model_path)  # type: ignore
+    assert [loaded.hparams[name] for name in ("mean", "std", "saturation")] == [0.25, 0.5, 0.5]
+    assert loaded.class_names == ("cat", "dog")
 
 
 def test_a_fashion_mnist_checkpoint_is_not_tested_on_a_folder(tmp_path):
@@ -1927,6 +2017,30 @@ def test_a_run_knows_the_pictures_it_was_trained_on(tmp_path):
     assert (answer.code, answer.err) == (2, expected)
 
 
+def test_a_folder_named_like_a_set_is_named_so_that_it_is_meant(tmp_path):
+    put_classes(tmp_path / "cifar10", cat=20, dog=20)
+    flags = ["--model=lenet", "--data=./cifar10", "--max_epochs=1", "--batch_size=8", "--accelerator=cpu"]
+    answer = run_forked(*flags, folder=tmp_path)
+    command = answer.out.rstrip().rpartition("python train.py ")[2]
+    assert command.endswith(" --data ./cifar10"), answer
+    done = run_forked(*shlex.split(command), "--accelerator=cpu", folder=tmp_path)
+    assert (done.code, "class probabilities of 4 images" in done.out) == (0, True), done
+
+
+def test_classes_may_be_called_like_numbers(tmp_path):
+    names = ("12e3", "1_000", "1e5", "null")
+    put_classes(tmp_path / "own", **dict.fromkeys(names, 10))
+    common = ["--data=own", "--accelerator=cpu", "--batch_size=8"]
+    assert run_forked("--model=lenet", "--max_epochs=1", *common, folder=tmp_path).code == 0
+    checkpoint = "--ckpt_path=logs/lenet/version_0/checkpoints/last.ckpt"
+    shown = ["--images=own/1e5/0.png", "--output=own.json", "--accelerator=cpu"]
+    for command in (["test", *common], ["fit", "--model=lenet", "--max_epochs=1", *common], ["predict", *shown]):
+        answer = run_forked(*command, checkpoint, folder=tmp_path)
+        assert answer.code == 0, answer.err
+    (row,) = json.loads((tmp_path / "own.json").read_text())["pictures"]
+    assert tuple(row["probabilities"]) == names
+
+
 def test_what_is_drawn_from_the_training_pictures_is_known(tmp_path):
     for number in range(24):  # each picture has a folder of its own
         draw(tmp_path / "own" / ("cat", "dog")[number % 2] / str(number) / "a.png", (number, 0, 0))
@@ -2060,6 +2174,7 @@ def test_letters_that_lie_on_their_sides_are_put_upright(tmp_path):
         (raw / as_digits).write_bytes(gzip.decompress((SAMPLE / f"{name}.gz").read_bytes()))
     data = of_set(tmp_path, "emnist_digits")
     assert torch.equal(data.test_set.images[:, 0], load(DATA, "test")[0].mT)
+    assert [path.name for path in tmp_path.glob(".*.lock")] == [".emnist.lock"]  # the four sets have one archive
 
 
 @pytest.mark.parametrize(("manner", "problem"), [("truncated", "corrupted"), ("web_page", "corrup")])
@@ -2113,6 +2228,12 @@ class Mine:
 class Arrays(Mine):
     def __getitem__(self, index):
         return np.full((16, 16), index, np.uint8), index % 3
+
+class Spoilt(Mine):
+    def __init__(self, root, split="train"):
+        if split == "val":
+            raise ValueError("an invalid header")  # the part is known
+        super().__init__(root, split)
 
 class Texts(Mine):
     def __getitem__(self, index):
@@ -2172,6 +2293,7 @@ def test_a_class_of_ones_own(tmp_path, monkeypatch):
         ("own_sets.Texts", "whole numbers|invalid literal"),
         ("own_sets.Fractions", "ndarray of float64 where a picture was expected"),
         ("own_sets.Same", "has the classes ant; two or more"),
+        ("own_sets.Spoilt", "can't be read from .*: an invalid header; get online"),
         ("own_sets.Missing", "Missing can't be used: .*No such file or directory: 'no such folder/0.png'"),
         ("own_sets.number", "is no class"),
         ("own_sets.Absent", "can't be imported"),

@@ -10,6 +10,7 @@ import threading
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +361,27 @@ def test_a_starting_point_gets_its_hint_and_a_solution_passes(name: str, monkeyp
     assert [finding.text for finding in solved if not finding.right] == []
 
 
+# A right answer to lenet-2: ReLU and flatten in `forward`, layers in an order of one's own.
+FUNCTIONAL = """
+from torch import nn
+from torch.nn import functional as F
+
+
+class Answer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.out, self.hidden = nn.Linear(84, 10), nn.ModuleList([nn.Linear(16 * 5 * 5, 120), nn.Linear(120, 84)])
+        self.pool, self.second = nn.MaxPool2d(2), nn.Conv2d(6, 16, kernel_size=5)
+        self.first = nn.Conv2d(1, 6, kernel_size=5, padding=2)
+
+    def forward(self, images):
+        x = self.pool(F.relu(self.second(self.pool(F.relu(self.first(images)))))).flatten(1)
+        for layer in self.hidden:
+            x = F.relu(layer(x))
+        return self.out(x)
+"""
+
+
 def test_answers_that_are_nearly_right_are_not_accepted(tmp_path: Path) -> None:
     numbers = (COURSE / "solutions" / "alexnet_1.py").read_text(encoding="utf-8")
     (tmp_path / "numbers.py").write_text(numbers.replace("11 + 4 * 54", "226"), encoding="utf-8")
@@ -377,6 +399,19 @@ def test_answers_that_are_nearly_right_are_not_accepted(tmp_path: Path) -> None:
     other = recipe.replace("models.nin.NiN\n", "models.nin.NiN\n    init_args: {dropout: 0.0}\n")
     (tmp_path / "other.yaml").write_text(other, encoding="utf-8")
     assert [finding.text for finding in findings("nin-2", tmp_path / "other.yaml")] == ["kept"]  # a NiN of its own
+    narrow = FUNCTIONAL.replace("padding=2", "padding=1").replace("5 * 5", "4 * 4")
+    (tmp_path / "padding.py").write_text(narrow, encoding="utf-8")
+    found = findings("lenet-2", tmp_path / "padding.py")
+    assert [finding.text for finding in found if not finding.right] == ["shapes", "parameters"]
+    recipe = (COURSE / "solutions" / "vgg_2.yaml").read_text(encoding="utf-8")
+    for old, new in (
+        ("batch_norm: true", "blocks: 1"),
+        ("batch_norm: true", "no_hidden_layers: true"),
+        ("models.vgg.VGG", "mine.VGG"),
+    ):
+        (tmp_path / "shallow.yaml").write_text(recipe.replace(old, new), encoding="utf-8")
+        first = next(exercises.vgg_2(tmp_path / "shallow.yaml"))  # the next one trains
+        assert (first.text, first.right) == ("kept", False)
 
 
 def test_answers_that_are_right_in_another_way_are_accepted(tmp_path: Path) -> None:
@@ -391,6 +426,15 @@ def test_answers_that_are_right_in_another_way_are_accepted(tmp_path: Path) -> N
     found = findings("nin-1", tmp_path / "whole.py")  # NiN's own last block, of three convolutions
     assert [finding.text for finding in found if not finding.right] == []
     assert {"given": "16,358"} in [finding.values for finding in found]
+    (tmp_path / "functional.py").write_text(FUNCTIONAL, encoding="utf-8")
+    assert all(finding.right for finding in findings("lenet-2", tmp_path / "functional.py"))
+    recipe = (COURSE / "solutions" / "vgg_2.yaml").read_text(encoding="utf-8")
+    (tmp_path / "spelled.yaml").write_text(recipe.replace("batch_norm: true", "blocks: 5"), encoding="utf-8")
+    assert next(exercises.vgg_2(tmp_path / "spelled.yaml")).right
+    recipe = (COURSE / "solutions" / "nin_2.yaml").read_text(encoding="utf-8")
+    (tmp_path / "tenth.yaml").write_text(recipe.replace("bias: 1.0", "bias: 1e-1"), encoding="utf-8")  # a text in YAML
+    first = list(islice(exercises.nin_2(tmp_path / "tenth.yaml"), 3))  # the next one trains
+    assert [finding.text for finding in first if finding.right] == ["kept", "dead", "gradient"]
 
 
 def test_every_finding_is_told_in_both_languages() -> None:
@@ -437,6 +481,7 @@ def test_an_answer_is_reported_with_exit_code_and_language(
             "mine.py, line 3: ZeroDivision",
         ),
         ("nin-2", "model: {net: models.nin.NiN, nothing: 1}\noutput_bias: 1\n", "nothing"),
+        ("nin-2", "model: {net: models.nin.NiN, output_bias: .inf}\n", "mine.yaml: ValueError: output_bias=inf"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_one_line(

@@ -538,6 +538,26 @@ def test_a_file_that_fixes_what_pictures_decide_is_mentioned(named_there, tmp_pa
     assert record(tmp_path / "logs" / "lenet" / "version_0")["config"]["data"]["mean"] == 0.5
 
 
+@pytest.mark.parametrize(
+    ("flags", "warned"),
+    [
+        ("--data=mnist", True),
+        ("--data=emnist_letters", True),
+        ("--data=mnist --data.horizontal_flip=true", False),
+        ("--data=mnist --config=mirrored.yaml", False),
+        ("--data=mnist --data.horizontal_flip=false", False),
+        ("--data=cifar10", False),
+    ],
+)
+def test_a_recipe_that_mirrors_what_has_one_way_is_mentioned(flags, warned, tmp_path):
+    (tmp_path / "mirrored.yaml").write_text("data: {horizontal_flip: true}")
+    known = "--data.class_names=[a,b] --data.channels=1 --data.mean=0.1 --data.std=0.3 --data.stored_size=28"
+    recipe = "fit --model=fast/30s --accelerator=cpu --precision=32 --print_model"
+    answer = run_forked(*recipe.split(), *known.split(), *flags.split(), folder=tmp_path)  # the set is not fetched
+    assert answer.code == 0, answer
+    assert ("mean something else in the mirror, or nothing: --data.horizontal_flip false" in answer.err) == warned
+
+
 def test_odd_settings_of_pictures_in_a_checkpoint_are_one_line(tmp_path):
     flags = ["fit", "--model=lenet", f"--data={DATA / 'photos'}", f"--data_dir={tmp_path}", "--max_epochs=1"]
     assert run_forked(*flags, folder=tmp_path).code == 0
@@ -823,7 +843,7 @@ LIGHT = {
     "empty YAML": ("--model lenet --config {files}/empty.yaml", "empty.yaml holds no settings"),
     "broken YAML": ("--model lenet --config {files}/broken.yaml", "broken.yaml is not valid YAML"),
     "list for a YAML": ("--model lenet --config {files}/list.yaml", "list.yaml holds no settings"),
-    "bytes for a YAML": ("--model lenet --config {files}/bytes.yaml", "bytes.yaml can't be read as a YAML file"),
+    "bytes for a YAML": ("--model lenet --config {files}/bytes.yaml", "bytes.yaml is not valid YAML"),
     "duplicate key": ("--model lenet --config {files}/twice.yaml", "'lr' appears twice, the second time in line 5"),
     "no run to continue": ("--model lenet --ckpt_path last", "there is no run of lenet to continue"),
     "last of what": ("fit --ckpt_path last", "--model RECIPE"),
@@ -1153,6 +1173,26 @@ def test_a_folder_in_which_a_process_trains_is_left_to_it(tmp_path):
     good(run_forked(*run, "--ckpt_path=last", folder=tmp_path))
 
 
+TRYING = """
+import subprocess, sys
+from pathlib import Path
+from lightning.pytorch.callbacks import Callback
+
+class Trying(Callback):
+    def on_test_start(self, trainer, pl_module):
+        lock = "logs/lenet/version_0/.lock"
+        code = f"from filelock import FileLock; FileLock({lock!r}, timeout=0).acquire()"
+        Path("tried").write_text(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr)
+"""
+
+
+def test_a_folder_whose_run_is_tested_is_left_to_it_too(tmp_path):
+    (tmp_path / "trying.py").write_text(TRYING)
+    flags = [*LENET, *FAST, "--accelerator=cpu", "--trainer.callbacks+=trying.Trying"]
+    assert run_forked(*flags, folder=tmp_path).code == 0
+    assert "could not be acquired" in (tmp_path / "tried").read_text()
+
+
 def test_a_schedule_that_moves_with_the_recipes_batches_is_mentioned(tmp_path):
     run = ["fit", *LENET, *FAST, "--model.scheduler=torch.optim.lr_scheduler.StepLR", "--model.scheduler.step_size=2"]
     answer = run_forked(*run, folder=tmp_path)
@@ -1167,6 +1207,7 @@ def test_a_setting_that_contradicts_the_checkpoint(trained, tmp_path):
         ("test --model alexnet", "models.lenet.LeNet, not models.alexnet.AlexNet"),
         ("fit --lr 0.1", "lr=0.005, not 0.1"),
         ("fit --max_epochs 5", "max_epochs=3, not 5"),
+        ("fit --trainer.limit_val_batches 0", "limit_val_batches=None, not 0; a checkpoint keeps its settings: leave"),
     ):
         answer = run_forked(*line.split(), f"--ckpt_path={trained.best}", f"--data_dir={DATA}", folder=tmp_path)
         check(answer, tmp_path, expected)
@@ -1325,8 +1366,15 @@ def test_hung_process_can_be_ended(halted: int, signals: tuple[signal.Signals, .
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the processes in /proc")
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_stop_while_processes_start_leaves_none(signum: signal.Signals, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("signum", "halted"),
+    [
+        (signal.SIGINT, 0.0),
+        (signal.SIGTERM, 0.0),
+        (signal.SIGINT, 2.5),  # seconds after which the first process waits for the other, deaf to signals
+    ],
+)
+def test_stop_while_processes_start_leaves_none(signum: signal.Signals, halted: float, tmp_path: Path) -> None:
     folder = write(tmp_path / "run", batch_size=125)
     (folder / "command.json").write_text('{"sleep": 0.2}')
     command = [sys.executable, str(REPO / "train.py"), *flags("--devices", "2")]
@@ -1339,13 +1387,18 @@ def test_stop_while_processes_start_leaves_none(signum: signal.Signals, tmp_path
     while "libtorch" not in Path(f"/proc/{children[0]}/maps").read_text():  # earlier, Python itself would report SIGINT
         assert process.poll() is None
         time.sleep(0.05)
+    if halted:
+        os.kill(int(children[0]), signal.SIGSTOP)
+        time.sleep(halted)
     if signum == signal.SIGINT:
         os.killpg(process.pid, signum)
     else:
         process.send_signal(signum)
+    if halted:
+        os.kill(int(children[0]), signal.SIGCONT)
     answer = finish(process, timeout=HANGS)  # reads until the last process has closed its output
     assert answer.code == (130 if signum == signal.SIGINT else 143), answer.err
-    assert "Traceback" not in answer.err
+    assert "Stopped by " in answer.err and "Traceback" not in answer.err
     assert all(_is_gone(int(pid)) for pid in children)
 
 
@@ -1473,22 +1526,48 @@ def _has_own_disk() -> bool:
 @pytest.mark.slow
 @pytest.mark.skipif(not _has_own_disk(), reason="needs Linux's mount namespaces (unshare -rm)")
 def test_machines_without_a_shared_disk_do_not_test_other_weights(tmp_path: Path) -> None:
-    (tmp_path / "logs").mkdir()
+    first, second = _two_machines(tmp_path)
+    assert "trained, not tested: logs/lenet/version_0/checkpoints/best.ckpt is not on every machine" in first
+    assert "trained, not tested" not in second
+
+
+FAILING = """
+import errno
+from lightning.pytorch.callbacks import Callback
+
+class Failing(Callback):
+    def on_train_start(self, trainer, pl_module):
+        if trainer.global_rank:
+            raise PermissionError(errno.EACCES, "Permission denied", "notes.txt")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _has_own_disk(), reason="needs Linux's mount namespaces (unshare -rm)")
+def test_a_machine_on_which_the_runs_folder_never_was_does_not_miss_it(tmp_path: Path) -> None:
+    (tmp_path / "failing.py").write_text(FAILING, encoding="utf-8")
+    _, second = _two_machines(tmp_path, "--trainer.callbacks+=failing.Failing")
+    assert "train.py: error: notes.txt can't be read or written: Permission denied" in second
+    assert "was removed" not in second
+
+
+def _two_machines(folder: Path, *more: str) -> list[str]:
+    """What a run on two machines, which fails on both, leaves in standard error; the second has logs of its own."""
+    (folder / "logs").mkdir()
     address = ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-    more = [str(REPO / "train.py"), *LENET, *FAST, "--accelerator=cpu", "--num_nodes=2"]
-    alone = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs none {tmp_path}/logs && exec "$@"', "-"]
+    train = [str(REPO / "train.py"), *LENET, *FAST, "--accelerator=cpu", "--num_nodes=2", *more]
+    alone = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs none {folder}/logs && exec "$@"', "-"]
     machines = []
     for number, before in enumerate(([], alone)):
         command = [*before, sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={number}"]
         machines.append(
             subprocess.Popen(
-                [*command, *address, *more], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+                [*command, *address, *train], cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
             )
         )
-    first, second = (machine.communicate(timeout=600)[1] for machine in machines)
-    assert [machine.returncode for machine in machines] == [1, 1]
-    assert "trained, not tested: logs/lenet/version_0/checkpoints/best.ckpt is not on every machine" in first
-    assert "trained, not tested" not in second
+    said = [machine.communicate(timeout=600)[1] for machine in machines]
+    assert [machine.returncode for machine in machines] == [1, 1], said
+    return said
 
 
 def test_slurm_job_is_saved_and_requeued(tmp_path: Path) -> None:
@@ -1621,6 +1700,7 @@ def stop_and_continue(folder: Path, points: list[list], *flags: str) -> None:
         ({"val_size": 0}, (), [["train", 0, 5, 0], MIDDLE]),
         ({}, ("--model.optimizer", "optimizers.muon.Muon"), [FIRST, MIDDLE]),
         ({}, ("--trainer.max_steps", "12", "--trainer.max_epochs", "-1"), [LAST, VALIDATION]),
+        ({}, ("--trainer.max_steps", "9", "--trainer.max_epochs", "-1"), [MIDDLE]),
         (
             {},
             ("--trainer.accumulate_grad_batches", "2", "--model.checkpoint_activations", "true"),
@@ -1653,6 +1733,7 @@ def stop_and_continue(folder: Path, points: list[list], *flags: str) -> None:
         "no validation",
         "Muon",
         "max_steps",
+        "one step of max_steps left",
         "memory savers",
         "several validations",
         "between two steps, float64",
@@ -1763,6 +1844,42 @@ def test_two_processes_train_on_own_pictures(tmp_path: Path) -> None:
     best = tmp_path / "logs/lenet/version_0/checkpoints/best.ckpt"
     one = run_forked("test", f"--ckpt_path={best}", *common, folder=tmp_path)
     assert f"accuracy {found['test']['accuracy']:.4f}, loss {found['test']['loss']:.4f}" in one.out
+
+
+@pytest.mark.slow
+def test_two_processes_train_in_the_folder_of_the_pictures(tmp_path: Path) -> None:
+    """The one looks for classes when the other may have made a folder for the run."""
+    folder = shutil.copytree(DATA / "photos" / "train", tmp_path / "own")
+    flags = ["--model=lenet", "--batch_size=8", "--max_epochs=1", "--precision=32", "--devices=2", "--data=."]
+    for number in range(2):
+        answer = run(*flags, "--accelerator=cpu", folder=folder)
+        assert answer.code == 0 and "Traceback" not in answer.err, answer
+        names = record(folder / f"logs/lenet/version_{number}")["config"]["data"]["class_names"]
+        assert names == ["dress", "hat", "pants", "shoes"]
+
+
+REFUSING = """
+from lightning.pytorch.callbacks import Callback
+from errors import UserError
+
+class Refusing(Callback):
+    def setup(self, trainer, pl_module, stage):
+        raise UserError("not today")
+"""
+
+
+@pytest.mark.parametrize("recipe", ["lenet", "small/googlenet"])
+def test_a_run_that_is_refused_in_setup_leaves_nothing(recipe: str, tmp_path: Path) -> None:
+    (tmp_path / "refusing.py").write_text(REFUSING, encoding="utf-8")
+    run = [f"--model={recipe}", *LENET[2:], "--accelerator=cpu", "--trainer.callbacks+=refusing.Refusing"]
+    before = {*tmp_path.iterdir(), tmp_path / "__pycache__"}
+    for others in ([], ["logs/mine"]):
+        for folder in others:
+            (tmp_path / folder).mkdir(parents=True)
+        answer = run_forked(*run, folder=tmp_path)
+        assert answer.code == 2 and answer.err.endswith("not today\n"), answer
+        left = [path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("logs/**/*")]
+        assert left == others and set(tmp_path.iterdir()) - before == {tmp_path / "logs" for _ in others}
 
 
 def test_each_image_is_seen_once_an_epoch(tmp_path: Path) -> None:
@@ -2539,12 +2656,60 @@ made = LeNet()
         "check_val_every_n_epoch=5",
         "val_check_interval=2",
         "val_check_interval=4 --trainer.check_val_every_n_epoch=null",
+        "val_check_interval=00:00:00:01",
     ],
 )
 def test_the_last_checkpoint_is_the_end_of_training(settings: str, folder: Path) -> None:
     works("--val_size=200", "--max_epochs=2", *f"--trainer.{settings}".split(), folder=folder)
     last = torch.load(folder / "logs/lenet/version_0/checkpoints/last.ckpt", weights_only=True)
     assert last["global_step"] == 6
+
+
+STANDSTILL = "monitor: val/accuracy, mode: max, min_delta: 9"  # no accuracy is so much better
+AT_ONCE = "val_check_interval={microseconds: 1}"  # after each step
+
+
+def watching(callback: str, settings: str) -> str:
+    return f"--trainer.callbacks=[{{class_path: {callback}, init_args: {{{settings}}}}}]"
+
+
+def test_a_callback_that_ends_training_looks_at_validations_by_time(folder: Path) -> None:
+    stopped = watching("EarlyStopping", f"{STANDSTILL}, patience: 4")  # in the fifth validation
+    works("fit", "--max_epochs=9", stopped, f"--trainer.{AT_ONCE}", folder=folder)
+    last = torch.load(folder / "logs/lenet/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 5
+
+
+STOPPING, SAVING = ("EarlyStopping", "check_on_train_epoch_end"), ("ModelCheckpoint", "save_on_train_epoch_end")
+RARELY = "check_val_every_n_epoch=2"
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "often", "advice"),
+    [
+        (STOPPING, "monitor: train/loss", "", ""),
+        (STOPPING, "monitor: train/loss", "val_check_interval=0.5", "set its check_on_train_epoch_end to true"),
+        (STOPPING, "monitor: train/loss, WHEN: true", "val_check_interval=0.5", ""),
+        (STOPPING, "monitor: train/loss, WHEN: false", "", "set its check_on_train_epoch_end to true"),
+        (STOPPING, "monitor: train/loss_step", "val_check_interval=2; log_every_n_steps=1", ""),
+        (STOPPING, "monitor: val/loss, WHEN: true", RARELY, "leave out its check_on_train_epoch_end"),
+        (STOPPING, "monitor: val/loss, WHEN: true", AT_ONCE, "leave out its check_on_train_epoch_end"),
+        (STOPPING, "monitor: val/loss, WHEN: true", "val_check_interval=0.5", ""),
+        (SAVING, "monitor: train/accuracy, mode: max", RARELY, "set its save_on_train_epoch_end to true"),
+        (SAVING, "monitor: val/loss, WHEN: true", RARELY, "leave out its save_on_train_epoch_end"),
+        (SAVING, "monitor: val/loss, WHEN: true, every_n_epochs: 2", RARELY, ""),
+    ],
+)
+def test_a_callback_looks_at_a_metric_that_is_known(
+    kind: tuple[str, str], settings: str, often: str, advice: str, folder: Path
+) -> None:
+    callback, when = kind
+    flags = ["fit", "--max_epochs=3", *(f"--trainer.{setting}" for setting in often.split("; ") if setting)]
+    flags.append(watching(callback, settings.replace("WHEN", when)))
+    if advice:
+        assert advice in refused(*flags, folder=folder)
+    else:
+        works(*flags, folder=folder)
 
 
 @pytest.mark.parametrize(
@@ -2582,19 +2747,28 @@ def test_a_timer_stops_the_run(folder: Path) -> None:
     assert len(record(folder / "logs/lenet/version_0")["epochs"]) < 10_000
 
 
-def test_patience_may_change_when_a_run_is_continued(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("often", "patience", "expected"),
+    [
+        ("", 1, 2),
+        ("--trainer.check_val_every_n_epoch=2", 2, 4),
+        ("--trainer.check_val_every_n_epoch=null --trainer.val_check_interval=6", 2, 4),
+    ],
+)
+def test_patience_may_change_when_a_run_is_continued(often: str, patience: int, expected: int, folder: Path) -> None:
     standing = [
         "--val_size=200",
         "--max_epochs=6",
         "--model.scheduler=null",
         "--model.optimizer=torch.optim.SGD",
         "--lr=1e-9",
+        *often.split(),
     ]
-    works(*standing, "--patience=1", folder=folder)
+    works(*standing, f"--patience={patience}", folder=folder)
     run = folder / "logs/lenet/version_0"
-    assert len(record(run)["epochs"]) == 2
-    answer = works(*standing, "--patience=1", "--ckpt_path=last", folder=folder)
-    assert len(record(run)["epochs"]) == 2 and "--patience 1 has ended this run" in answer.err
+    assert len(record(run)["epochs"]) == expected
+    answer = works(*standing, f"--patience={patience}", "--ckpt_path=last", folder=folder)
+    assert len(record(run)["epochs"]) == expected and f"--patience {patience} has ended this run" in answer.err
     works(*standing, "--patience=9", "--ckpt_path=last", folder=folder)
     assert len(record(run)["epochs"]) == 6
 
@@ -2661,13 +2835,12 @@ def test_patience_with_less_than_an_epoch(folder: Path) -> None:
     assert (folder / "logs/lenet/version_0/checkpoints/last.ckpt").exists()
 
 
-@pytest.mark.parametrize("without", ["enable_checkpointing=false", "limit_val_batches=0"])
-def test_a_run_continued_without_its_best_is_not_tested_on_an_older_one(without: str, folder: Path) -> None:
+def test_a_run_continued_without_its_best_is_not_tested_on_an_older_one(folder: Path) -> None:
     flags = ("--val_size=200", "--model.scheduler=null")
     works(*flags, "--max_epochs=1", folder=folder)
     run = folder / "logs/lenet/version_0"
     before = record(run)["test"]["loss"]
-    answer = works(*flags, "--max_epochs=3", "--ckpt_path=last", f"--trainer.{without}", folder=folder)
+    answer = works(*flags, "--max_epochs=3", "--ckpt_path=last", "--trainer.enable_checkpointing=false", folder=folder)
     assert record(run)["test"]["loss"] != before
     assert "best.ckpt" not in answer.out
 
@@ -2688,6 +2861,18 @@ def test_a_run_without_a_logger_has_its_folder(logger: str, folder: Path) -> Non
     assert {path.name for path in folder.iterdir()} - before == {"logs"}
     assert {path.name for path in (folder / "logs/lenet/version_0").iterdir()} >= {"checkpoints", "record.json"}
     assert not list(folder.rglob("events.*"))
+
+
+@pytest.mark.parametrize(("first", "drawn"), [("TensorBoardLogger", True), ("CSVLogger", False)])
+def test_pictures_are_drawn_where_the_first_of_several_loggers_is_tensorboards(
+    first: str, drawn: bool, folder: Path
+) -> None:
+    loggers = [first, *{"CSVLogger", "TensorBoardLogger"} - {first}]
+    listed = ", ".join(f"{{class_path: {name}, init_args: {{save_dir: {name}}}}}" for name in loggers)
+    works("fit", f"--trainer.logger=[{listed}]", folder=folder)
+    (events,) = folder.glob("TensorBoardLogger/*/*/events.*")
+    assert (b"errors/confusion_matrix" in events.read_bytes()) == drawn
+    assert list(folder.glob("CSVLogger/*/*/metrics.csv"))
 
 
 def test_fast_dev_run_takes_a_few_batches_and_leaves_nothing(folder: Path) -> None:
@@ -2768,10 +2953,11 @@ def test_a_plateau_is_looked_for_where_there_was_a_validation(folder: Path) -> N
     works("fit", *flags, "--max_epochs=2", "--trainer.check_val_every_n_epoch=2", folder=folder)
 
 
-@pytest.mark.parametrize("limit", ["max_steps=4", "max_time={seconds: 3}"])
+@pytest.mark.parametrize("limit", ["max_steps=4", "max_time={seconds: 3}", "val_check_interval=0.25"])
 def test_an_epoch_that_is_cut_short_has_its_own_numbers(limit: str, folder: Path) -> None:
-    slow = ("--trainer.callbacks=mine.Slow",) if "time" in limit else ()
-    answer = works("fit", "--max_epochs=90", f"--trainer.{limit}", *slow, folder=folder)
+    stopped = watching("EarlyStopping", f"{STANDSTILL}, patience: 3")  # in the second epoch's first validation
+    more = {"max_time": ["--trainer.callbacks=mine.Slow"], "val_check_interval": [stopped]}.get(limit.partition("=")[0])
+    answer = works("fit", "--max_epochs=90", f"--trainer.{limit}", *(more or []), folder=folder)
     *_, before, last = record(folder / "logs/lenet/version_0")["epochs"]
     shared = {name for name in last if name in before and last[name] == before[name] and "accuracy" not in name}
     assert not shared and {"train/loss", "train/accuracy", "seconds", "images_per_second"} <= set(last)
@@ -2784,9 +2970,25 @@ def test_a_progress_bar_of_the_users_takes_the_place_of_ours(folder: Path) -> No
     assert "Epoch 0" in answer.err + answer.out and "epoch 1/1" not in answer.out
 
 
-def test_one_cycle_must_not_end_before_the_run(folder: Path) -> None:
-    flags = ("--model.scheduler=OneCycleLR", "--model.scheduler.max_lr=0.01", "--model.scheduler_interval=step")
-    assert "which takes 3 steps" in refused("fit", *flags, "--model.scheduler.total_steps=2", folder=folder)
+@pytest.mark.parametrize(
+    ("flags", "steps", "says"),
+    [
+        ("--model.scheduler_interval=step", 2, "which takes 3 steps"),
+        ("--model.scheduler_interval=step", 3, ""),
+        ("--max_epochs=2 --model.scheduler_interval=step", 3, "which takes 4 steps"),
+        ("--max_epochs=2 --model.scheduler_interval=step", 4, ""),
+        ("--max_epochs=3 --model.scheduler_interval=epoch", 2, "which takes 3 steps"),
+        ("--max_epochs=-1 --model.scheduler_interval=step", 9, "ends after 9 steps, the run never: give --max_epochs"),
+    ],
+)
+def test_one_cycle_must_not_end_before_the_run(flags: str, steps: int, says: str, folder: Path) -> None:
+    settings = ("=OneCycleLR", ".max_lr=0.01", f".total_steps={steps}")
+    schedule = [f"--model.scheduler{setting}" for setting in settings]
+    together = watching("GradientAccumulationScheduler", "scheduling: {0: 1, 1: 3}")  # three steps, then one an epoch
+    if says:
+        assert says in refused("fit", *flags.split(), *schedule, together, folder=folder)
+    else:
+        works("fit", *flags.split(), *schedule, together, folder=folder)
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])

@@ -17,6 +17,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.memory import LiveBytes
 from callbacks.progress import EpochProgress
@@ -120,8 +122,25 @@ def test_cosine_by_epoch_takes_the_number_of_epochs(tmp_path):
     found = rates(tmp_path, partial(lr_scheduler.CosineAnnealingLR, T_max=-1), "epoch", max_epochs=4)
     assert found[::5] == pytest.approx([0.1, 0.05 * (1 + 2**-0.5), 0.05, 0.05 * (1 - 2**-0.5)])
     assert found[::5] == found[4::5]
-    cut = rates(tmp_path, partial(lr_scheduler.CosineAnnealingLR, T_max=-1), "epoch", max_epochs=8, max_steps=20)
-    assert cut == found
+    for most in (8, -1):
+        ends = {"max_epochs": most, "max_steps": 20}
+        assert rates(tmp_path, partial(lr_scheduler.CosineAnnealingLR, T_max=-1), "epoch", **ends) == found
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+def test_a_run_without_batches_is_no_endless_one(interval, tmp_path):
+    assert rates(tmp_path, WarmupDecay, interval, limit_train_batches=0) == []
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+@pytest.mark.parametrize("epochs", [None, -1])
+@pytest.mark.parametrize(
+    ("schedule", "argument"),
+    [(WarmupDecay, "total_steps"), (partial(lr_scheduler.CosineAnnealingLR, T_max=-1), "T_max")],
+)
+def test_a_schedule_as_long_as_a_run_without_end_is_refused(schedule, argument, epochs, interval, tmp_path):
+    with pytest.raises(ValueError, match=f"which has no end: give max_epochs, or {argument}$"):
+        rates(tmp_path, schedule, interval, max_epochs=epochs, max_time={"seconds": 1})
 
 
 def test_a_given_length_is_kept(tmp_path):
@@ -302,6 +321,33 @@ def test_training_on_mixed_images(mixing, tmp_path):
     assert watch.metrics[0]["train/accuracy"] == pytest.approx(expect.hits / expect.seen)
 
 
+@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
+def test_what_an_interrupted_run_has_counted_is_forgotten(stage, tmp_path):
+    class Interrupt(Callback):
+        def on_train_batch_end(self, *_):
+            raise InterruptedError
+
+        on_validation_batch_end = on_test_batch_end = on_train_batch_end
+
+    def run(classifier, *callbacks):
+        one = trainer(tmp_path, *callbacks, max_epochs=1, limit_val_batches=None)
+        getattr(one, stage)(classifier, data)
+        return {name: value.item() for name, value in one.callback_metrics.items()}
+
+    data, net = data_module(), linear()
+    lit, fresh = (LitClassifier(net, partial(torch.optim.SGD, lr=0.0)) for _ in range(2))
+    with pytest.raises(InterruptedError):
+        run(lit, Interrupt())
+    assert run(lit) == run(fresh)
+
+
+def test_images_that_were_not_scaled_are_refused(tmp_path):
+    data = data_module()
+    data.setup("test")
+    with pytest.raises(ValueError, match=r"are torch\.uint8; give Trainer the data module, or use its preprocess"):
+        trainer(tmp_path).test(LitClassifier(linear()), data.test_dataloader(), verbose=False)
+
+
 def test_flip_averaged_testing_stands_beside_the_plain(tmp_path):
     torch.manual_seed(0)
     lit, data = LitClassifier(linear(), flip_test=True), data_module()
@@ -427,12 +473,14 @@ def test_channels_last(wanted):
     assert weight.is_contiguous(memory_format=torch.channels_last) == wanted
 
 
-def test_predictions_are_probabilities():
+@pytest.mark.parametrize("labels", [[torch.zeros(5)], []])
+def test_predictions_are_probabilities(labels, tmp_path):
     torch.manual_seed(0)
     lit = LitClassifier(linear())
     images = torch.rand(5, 1, 28, 28)
-    probabilities = lit.predict_step((images, torch.zeros(5)), 0)
-    torch.testing.assert_close(probabilities, lit(images).softmax(dim=1))
+    batches = DataLoader(TensorDataset(images, *labels) if labels else images, batch_size=2)  # type: ignore[arg-type]
+    probabilities: Any = trainer(tmp_path).predict(lit, batches)
+    torch.testing.assert_close(torch.cat(probabilities), lit(images).softmax(dim=1).detach())
 
 
 def test_a_step_draws_from_seed_epoch_batch_and_rank_alone(tmp_path):
@@ -488,6 +536,15 @@ def test_compiling_keeps_the_names_in_checkpoints(tmp_path):
     assert calls
     names = torch.load(tmp_path / "run.ckpt", weights_only=False)["state_dict"].keys()  # made just above
     assert set(names) == {f"net.{name}" for name in plain.state_dict()}
+
+
+@pytest.mark.parametrize("compile", [False, True, "reduce-overhead", "max-autotune-no-cudagraphs"])
+def test_copies_of_a_classifier_compute_the_same(compile):
+    torch.manual_seed(0)
+    lit, images = LitClassifier(LeNet(), compile=compile), torch.rand(3, 1, 28, 28)
+    assert (lit.net._compiled_call_impl is not None) == bool(compile)
+    for one in (copy.deepcopy(lit), pickle.loads(pickle.dumps(lit)), AveragedModel(lit).module):  # as EMA's
+        assert torch.equal(one(images), lit.net.forward(images))
 
 
 # ---- The fast path computes what a plain loop computes: channels-last, fused, in-place, batched loading, the Trainer.

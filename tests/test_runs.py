@@ -17,8 +17,11 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +50,10 @@ from runs.names import class_defaults, name_all, recipe_settings
 from runs.plots import _class_accuracy, _scatter, draw, draw_trials
 from runs.reading import Run as Record
 from runs.reading import find_runs, matches
-from runs.record import SCHEMA, machine, pack_right, unpack_right
+from runs.record import SCHEMA, commit, machine, pack_right, unpack_right, write_json
 from runs.search_space import Choice, Range, add_setting, checked_space, every_combination
 from runs.settings import SETTINGS, is_kept, leaves, shaping
-from runs.sweep_recipe import _selected, write_recipe
+from runs.sweep_recipe import _selected, check_output, write_recipe
 
 # ---- compare.py on real records, and on runs that it trains itself.
 
@@ -709,9 +712,12 @@ def test_no_training_outlives_compare(signum: signal.Signals, tmp_path: Path) ->
         pass  # nobody holds it
 
 
-def test_a_file_system_without_locks_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP])  # the last two differ on a Mac
+def test_a_file_system_without_locks_is_trained_on(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(training.fcntl, "flock", refuse)
     with training.training_lock(tmp_path):
@@ -731,6 +737,28 @@ def test_a_training_holds_the_lock_of_its_folder(tmp_path: Path) -> None:
         child.wait()
     with training.training_lock(tmp_path):
         pass
+
+
+def test_a_training_whose_time_is_over_counts_as_stopped(tmp_path: Path) -> None:
+    request = training.Request([], tmp_path, None, ["lenet"], 1, ["--data_dir", str(DATA), "--accelerator", "cpu"])
+    assert training.train_one(request, "lenet", 0, {}, seconds=0.1) in (-signal.SIGTERM, 143)
+
+
+@pytest.mark.parametrize("check", [report._check_folder, check_output])
+def test_a_place_that_can_not_be_written_is_seen_by_trying(check: Callable[[Path], None], tmp_path: Path) -> None:
+    """The system's answer beforehand is another one: on Windows, and to whoever has given up rights."""
+    check(tmp_path / "new" / "best.yaml")
+    assert not list(tmp_path.iterdir())
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:  # not below pytest's own, which nobody else may enter
+        Path(folder).chmod(0o555)
+        if user == 0:
+            os.seteuid(65534)  # root may write anywhere
+        try:
+            with pytest.raises(UserError, match="can't be written"):
+                check(Path(folder) / "new" / "best.yaml")
+        finally:
+            os.seteuid(user)
 
 
 @pytest.mark.slow
@@ -947,6 +975,27 @@ def test_the_record_tells_which_images_were_right(trained: Run) -> None:
     for index, share in enumerate(run.record["test"]["class_accuracy"].values()):
         of_class = [one for one, label in zip(run.right, labels, strict=True) if label == index]
         assert statistics.mean(of_class) == pytest.approx(share)
+
+
+def test_a_record_may_be_written_by_two_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+
+    def write_often(number: int) -> None:
+        for _ in range(300):
+            write_json(path, [number] * 100)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write_often, range(2)))
+    assert len(set(json.loads(path.read_text(encoding="utf-8")))) == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script stands in for git")
+def test_what_git_says_besides_may_be_in_any_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "git").write_text("#!/bin/sh\nprintf 'f\\374r \\261\\316' >&2\necho 1a2b-dirty\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert commit() == "1a2b-dirty"
 
 
 # ---- Is the difference more than chance?
@@ -1396,6 +1445,19 @@ def test_a_recipe_names_no_epoch_whose_accuracy_it_does_not_have(trained: Run, t
         assert f"# Expected: {said} not measured" in (tmp_path / "best.yaml").read_text(encoding="utf-8")
 
 
+def test_whoever_reads_a_recipe_while_it_is_written_again_has_it_whole(trained: Run, tmp_path: Path) -> None:
+    record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
+    request, command = sweep.parse(["lenet", "--space", "lr=1,2"]), parse_command_line(["fit", "--model=lenet"])
+    assert request is not None and command is not None
+    write_recipe(output := tmp_path / "best.yaml", record, 0.8, request, command, request.space)
+    before = output.read_text(encoding="utf-8")
+    with output.open(encoding="utf-8") as reader:
+        write_recipe(output, record, 0.9, request, command, request.space)
+        assert reader.read() == before
+    assert output.read_text(encoding="utf-8") == before.replace("0.8000", "0.9000") != before
+    assert list(tmp_path.iterdir()) == [output]
+
+
 def test_a_recipe_keeps_nulls_and_callbacks_that_were_given(trained: Run, tmp_path: Path) -> None:
     record = json.loads((trained.folder / "record.json").read_text(encoding="utf-8"))
     flags = ["--trainer.callbacks+=callbacks.ema.EMA", "--trainer.check_val_every_n_epoch=null", "--data.mean=0.5"]
@@ -1425,6 +1487,39 @@ def test_a_bad_trial_is_given_up(tmp_path: Path) -> None:
     (run,) = find_runs([tmp_path])
     assert 1 <= len(run.record["epochs"]) < 500
     assert study.trials[0].intermediate_values[1] == run.record["epochs"][0]["val/accuracy"]
+
+
+def test_a_trial_that_was_killed_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = "import os\nfrom models import LeNet\n\nclass Net(LeNet):\n    def forward(self, images):\n"
+    (tmp_path / "mine.py").write_text(
+        f"{killed}        print('as usual', flush=True)\n        os.kill(os.getpid(), 9)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    request = sweep.parse(["lenet", "--space", "lr=1,2", "--model.net", "mine.Net", *SAMPLE])
+    assert request is not None
+    study = optuna.create_study(direction="maximize")
+    trial = study.ask()
+    trial.set_user_attr("folder", "trial_1")
+    trial.set_user_attr("settings", ["--model.optimizer.lr=0.001"])
+    assert sweeping._run_trial(study, trial, request, tmp_path) == "failed: killed by signal 9"
+
+
+@pytest.mark.slow
+def test_a_sweep_on_pictures_goes_on_with_the_same_ones_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In their folder, in which it leaves its trials; with batches of several sizes, of which validation takes one."""
+    for limited in (False, True):
+        folder = shutil.copytree(DATA / "photos" / "train", tmp_path / str(limited))
+        monkeypatch.chdir(folder)
+        arguments = ["lenet", "--data=.", "--max_epochs=1", "--accelerator=cpu", "--space", "batch_size=2,4,8"]
+        arguments += ["--trainer.limit_val_batches=1"] * limited
+        assert sweep.main([*arguments, "--trials", "2" if limited else "1"]) == 0, capsys.readouterr().err
+        added = folder / "caps" if limited else folder / "hat" / "more"  # a class, or ten pictures of one
+        shutil.copytree(folder / "shoes", added)
+        assert sweep.main([*arguments, "--trials", "3"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "the pictures are not those of the earlier trials; remove logs/sweeps/lenet-" in line
 
 
 def test_each_trial_draws_what_it_would_have_drawn_without_a_break() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models
 
 from datamodules.files.finding import locked
-from errors import UserError, one_line
+from errors import CERTIFICATES, UserError, one_line
 
 TIMEOUT = 30.0  # seconds without a byte
 FIRST = "features.0"
@@ -127,9 +127,10 @@ def _state_dict(weights: WeightsEnum) -> dict[str, Tensor]:
         if isinstance(error, HTTPError):
             error.close()
         reason = error.reason if isinstance(error, URLError) and not isinstance(error, HTTPError) else error
+        first = CERTIFICATES if "CERTIFICATE_VERIFY_FAILED" in str(reason) else "try again when online"
         raise UserError(
             f"--pretrained needs {path}, which can't be fetched from {weights.url}: {one_line(str(reason))}; "
-            "try again when online, or put the file there yourself"
+            f"{first}, or put the file there yourself"
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)

@@ -22,8 +22,8 @@ NAMES = {
 # What runs leave, in logs and outputs.
 RUNS = (
     *("version_*/config.yaml", "*/version_*/config.yaml", "*/*/version_*/config.yaml"),
-    *(".compare.lock", "sweeps/*/.lock"),
-    *("predict_*/predictions*.csv", *(f"predict_*/{name}" for name in OUTPUTS["predict_"])),
+    *(".compare.lock", "predict_*/predictions*.csv"),
+    *(f"{start}*/{name}" for start in ("predict_", "comparison", "sweeps") for name in OUTPUTS[start]),
 )
 FEW = 5  # pictures of a class, with which little can be learned or measured
 log = logging.getLogger(__name__)

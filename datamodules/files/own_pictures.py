@@ -124,8 +124,7 @@ class PicturesDataModule(FashionMNISTDataModule):
         rest = tuple(settings[name] for name in ("bad_files", "val_size", "test_size", "split_seed"))
         if settings["folder"]:
             folder = Path(expanded(str(source)))
-            known = self.class_names or None
-            how: Any = self.stored_size, settings["fit"], self.data_dir / "cache", *rest, known
+            how: Any = self.stored_size, settings["fit"], self.data_dir / "cache", *rest, self.class_names or None
             found = read_folder(folder, *how)
         else:
             sizes = self.image_size, settings["stored_size"]

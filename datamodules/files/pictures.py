@@ -19,8 +19,9 @@ UNREADABLE_SUFFIXES = {".heic", ".heif", ".svg", ".psd", ".dng", ".cr2", ".nef",
 UNREADABLE_SUFFIXES |= {".avif", ".webp"}  # of a Pillow that was built without them
 # Folders of thumbnails and deleted files.
 OF_SYSTEMS = {"@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information"}
-# What runs and `predict` leave: how their folders' names begin, and what lies in them.
+# What runs, `predict`, compare.py and sweep.py leave: how their folders' names begin, and what lies in them.
 OUTPUTS = {"version_": ("config.yaml",), "predict_": ("pictures.png", "mistakes.png", "gradcam")}
+OUTPUTS |= {"comparison": ("report.md", "*/report.md"), "sweeps": ("*/.lock", "*/study.db")}
 # Of fractions, and of 8, 10, 12, 14 and 16 bits.
 WHITES = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)
 LONGEST_EDGE = 1024  # pixels; larger JPEGs are decoded at a reduced size unless another edge is asked for
@@ -68,9 +69,9 @@ def _refuse(error: OSError) -> None:
 
 
 def _is_output(folder: Path) -> bool:
-    """Whether a run or `predict` made a folder: their curves, sheets and heat maps are no pictures of anything."""
+    """Whether a program made a folder: its curves, sheets and heat maps are no pictures of anything."""
     inside = next((names for start, names in OUTPUTS.items() if folder.name.startswith(start)), ())
-    return any((folder / name).exists() for name in inside)
+    return any(path for name in inside for path in folder.glob(name))
 
 
 def is_hidden(name: str) -> bool:

@@ -165,13 +165,8 @@ def nin_2(answer: Any) -> Iterator[Finding]:
         return
     torch.manual_seed(0)
     initialization, bias = (setting(answer, f"model.{name}") for name in ("initialization", "output_bias"))
-    if initialization not in (None, "default", "he"):
-        raise UserError(f"{answer}: model.initialization is {initialization}; default or he was expected")
-    start: dict[str, Any] = {
-        "initialization": initialization or "default",
-        "output_bias": bias if bias is None else float(bias),
-    }
-    net = LitClassifier(NiN(), **start).net.eval()
+    start: dict[str, Any] = {"initialization": initialization or "default"}  # another one train.py refuses below
+    net = LitClassifier(NiN(), output_bias=bias if bias is None else float(bias), **start).net.eval()
     logits = net(torch.nn.functional.interpolate(images("test")[0][::25, None] / 255, (67, 67)))
     dead = int((logits == 0).all(dim=0).sum())
     yield Finding(not dead, "dead", {"count": dead})

@@ -16,9 +16,13 @@ def prepare(net: nn.Module, mode: bool | str) -> Callable[[nn.Module, Tensor], T
         What calls it with images (N, C, H, W), and gives its logits (N, num_classes).
     """
     if not mode:
-        return nn.Module.__call__
+        return _plain
     net.compile(mode=mode if isinstance(mode, str) else None, dynamic=False if mode in MODES else None)
     return CudaGraphs() if mode in MODES else _any_size
+
+
+def _plain(net: nn.Module, images: Tensor) -> Tensor:
+    return net(images)
 
 
 def _any_size(net: nn.Module, images: Tensor) -> Tensor:
