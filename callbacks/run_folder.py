@@ -242,7 +242,7 @@ def next_folder(parent: Path, name: str) -> Path:
     number = max((found for path in parent.iterdir() if (found := _number(path, name)) is not None), default=-1) + 1
     while True:
         try:
-            (parent / f"{name}_{number}").mkdir()
+            (parent / f"{name}_{number}").mkdir(parents=True)  # another run, refused, may have removed the empty parent
             return parent / f"{name}_{number}"
         except FileExistsError:
             number += 1

@@ -1,5 +1,6 @@
 """What a sweep finds, as a recipe that train.py takes."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def check_output(output: Path) -> None:
     """Never overwrite a recipe that a person wrote, nor search for one that can't be written."""
     if output.is_dir() or (output.exists() and MARK not in output.read_text(encoding="utf-8", errors="replace")):
         raise UserError(f"{output} exists and was not written by a sweep; give another --output")
-    if not writable(output):
+    if not writable(output) or (output.exists() and not os.access(output, os.W_OK)):
         raise UserError(f"{output} can't be written; give another --output")
 
 
