@@ -459,6 +459,7 @@ def test_an_answer_is_reported_with_exit_code_and_language(
     answer.write_text((COURSE / "start" / "lenet_1.py").read_text(encoding="utf-8").replace("= 0", "= 156", 1))
     assert check_answer(["lenet-1", str(answer), "--language", "en"]) == 1
     lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"lenet-1: {answer.resolve().as_posix()}"  # on Windows it may lie on another drive
     assert lines[1] == "  right     conv1_parameters = 156"
     assert lines[2].startswith("  look at   conv1_flops = 0: 2 × the weights")
     monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
