@@ -33,10 +33,6 @@ REQUIRED = "filelock jsonargparse lightning numpy PIL rich tensorboard torch tor
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 
 
-# What helps where a Mac's Python, from python.org, trusts no server yet.
-CERTIFICATES = "open Install Certificates.command in Python's folder in Applications (on a Mac)"
-
-
 class UserError(Exception):
     """A mistake that the user can fix; its message is one line: what was wrong, what was expected, what to do.
 
@@ -96,6 +92,13 @@ def expanded(text: str) -> str:
     if path.startswith("~") and not os.path.lexists(Path(path).parts[0]):
         raise UserError(f"{text}: nobody here has that home folder; give the path in full, or ./{text} if it is meant")
     return path
+
+
+def after_failed_fetch(reason: str, otherwise: str) -> str:
+    """What to do first; a Mac's Python, from python.org, trusts no server before this."""
+    if "CERTIFICATE_VERIFY_FAILED" in reason:
+        return "open Install Certificates.command in Python's folder in Applications (on a Mac)"
+    return otherwise
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -180,14 +180,8 @@ FULL_NAMES = {
             *("callbacks", "logger", "strategy", "deterministic", "profiler", "fast_dev_run", "max_steps", "max_time"),
             *("limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches"),
             *("val_check_interval", "check_val_every_n_epoch", "accumulate_grad_batches", "gradient_clip_val"),
-            *(
-                "log_every_n_steps",
-                "enable_progress_bar",
-                "enable_checkpointing",
-                "num_sanity_val_steps",
-                "sync_batchnorm",
-                "benchmark",
-            ),
+            *("log_every_n_steps", "enable_progress_bar", "enable_checkpointing"),
+            *("num_sanity_val_steps", "sync_batchnorm", "benchmark"),
         )
     },
 }

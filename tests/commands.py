@@ -6,8 +6,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,6 +55,20 @@ def run_forked(
             raise TimeoutError(f"train.py {' '.join(arguments)} ran for more than {timeout} s")
         out, err = (Path(streams, name).read_text(encoding="utf-8") for name in ("out", "err"))
     return Answer(process.exitcode or 0, out, err)
+
+
+@contextmanager
+def read_only_folder() -> Iterator[Path]:
+    """An empty folder in which this process can't write meanwhile."""
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:  # not below pytest's own, which nobody else may enter
+        Path(folder).chmod(0o555)
+        if user == 0:
+            os.seteuid(65534)  # root may write anywhere
+        try:
+            yield Path(folder)
+        finally:
+            os.seteuid(user)
 
 
 def free_port() -> int:

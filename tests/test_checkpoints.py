@@ -15,7 +15,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import zipfile
@@ -33,7 +32,7 @@ import pytest
 import torch
 import yaml
 from audited import use_everywhere
-from commands import DATA, ENVIRONMENT, REPO, run_forked
+from commands import DATA, ENVIRONMENT, REPO, read_only_folder, run_forked
 from conftest import Run, examples
 from hypothesis import given
 from hypothesis import strategies as st
@@ -218,17 +217,10 @@ def test_folder_that_can_not_be_made(tmp_path: Path) -> None:
 
 
 def test_read_only_folder() -> None:
-    user = os.geteuid()
-    with tempfile.TemporaryDirectory() as folder:  # not below pytest's own, which nobody else may enter
-        Path(folder).chmod(0o555)
-        if user == 0:
-            os.seteuid(65534)  # root may write anywhere
-        try:
-            assert not list(Path(folder).iterdir())
-            with pytest.raises(RunError, match="Permission denied; nothing was saved before"):
-                AtomicCheckpointIO().save_checkpoint(SMALLEST, Path(folder) / "last.ckpt")
-        finally:
-            os.seteuid(user)
+    with read_only_folder() as folder:
+        assert not list(folder.iterdir())
+        with pytest.raises(RunError, match="Permission denied; nothing was saved before"):
+            AtomicCheckpointIO().save_checkpoint(SMALLEST, folder / "last.ckpt")
 
 
 def test_last_falls_back_to_the_newest_valid_checkpoint(tmp_path: Path) -> None:

@@ -2168,7 +2168,12 @@ def test_a_set_is_fetched_from_a_mirror_once(tmp_path, server, monkeypatch, capf
 
 def test_letters_that_lie_on_their_sides_are_put_upright(tmp_path, monkeypatch):
     taken, locked = [], torchvision_sets.locked
-    monkeypatch.setattr(torchvision_sets, "locked", lambda path: taken.append(path.name) or locked(path))
+
+    def noted(path):
+        taken.append(path.name)
+        return locked(path)
+
+    monkeypatch.setattr(torchvision_sets, "locked", noted)
     raw = tmp_path / "EMNIST" / "raw"
     raw.mkdir(parents=True)
     for name in NAMES:  # the sample of Fashion-MNIST, whose files are in the same format

@@ -17,7 +17,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import zlib
 from collections.abc import Callable
@@ -29,7 +28,7 @@ import optuna
 import pytest
 import torch
 import yaml
-from commands import DATA, ENVIRONMENT, REPO, Answer, run_forked
+from commands import DATA, ENVIRONMENT, REPO, Answer, read_only_folder, run_forked
 from conftest import Run
 from PIL import Image
 
@@ -749,16 +748,8 @@ def test_a_place_that_can_not_be_written_is_seen_by_trying(check: Callable[[Path
     """The system's answer beforehand is another one: on Windows, and to whoever has given up rights."""
     check(tmp_path / "new" / "best.yaml")
     assert not list(tmp_path.iterdir())
-    user = os.geteuid()
-    with tempfile.TemporaryDirectory() as folder:  # not below pytest's own, which nobody else may enter
-        Path(folder).chmod(0o555)
-        if user == 0:
-            os.seteuid(65534)  # root may write anywhere
-        try:
-            with pytest.raises(UserError, match="can't be written"):
-                check(Path(folder) / "new" / "best.yaml")
-        finally:
-            os.seteuid(user)
+    with read_only_folder() as folder, pytest.raises(UserError, match="can't be written"):
+        check(folder / "new" / "best.yaml")
 
 
 @pytest.mark.slow

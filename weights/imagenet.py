@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models
 
 from datamodules.files.finding import locked
-from errors import CERTIFICATES, UserError, one_line
+from errors import UserError, after_failed_fetch, one_line
 
 TIMEOUT = 30.0  # seconds without a byte
 FIRST = "features.0"
@@ -127,7 +127,7 @@ def _state_dict(weights: WeightsEnum) -> dict[str, Tensor]:
         if isinstance(error, HTTPError):
             error.close()
         reason = error.reason if isinstance(error, URLError) and not isinstance(error, HTTPError) else error
-        first = CERTIFICATES if "CERTIFICATE_VERIFY_FAILED" in str(reason) else "try again when online"
+        first = after_failed_fetch(str(reason), "try again when online")
         raise UserError(
             f"--pretrained needs {path}, which can't be fetched from {weights.url}: {one_line(str(reason))}; "
             f"{first}, or put the file there yourself"

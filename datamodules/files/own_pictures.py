@@ -121,14 +121,14 @@ class PicturesDataModule(FashionMNISTDataModule):
         settings, source = self.hparams, self.source
         if not source:
             raise DatasetError("the network is for other pictures than Fashion-MNIST's; say which: --data FOLDER")
-        rest = tuple(settings[name] for name in ("bad_files", "val_size", "test_size", "split_seed"))
+        how = {name: settings[name] for name in ("fit", "bad_files", "val_size", "test_size")}
+        how["seed"] = settings["split_seed"]
         if settings["folder"]:
-            folder = Path(expanded(str(source)))
-            how: Any = self.stored_size, settings["fit"], self.data_dir / "cache", *rest, self.class_names or None
-            found = read_folder(folder, *how)
+            known, cached = self.class_names or None, self.data_dir / "cache"
+            found = read_folder(Path(expanded(str(source))), self.stored_size, cached=cached, known=known, **how)
         else:
             sizes = self.image_size, settings["stored_size"]
-            found = read_data_set(source, *sizes, settings["fit"], self.data_dir, *rest)
+            found = read_data_set(source, *sizes, data_dir=self.data_dir, **how)
         if self.class_names and found.classes != self.class_names:
             raise DatasetError(
                 f"{source} has the classes {listed(found.classes)}; the network knows {listed(self.class_names)}"

@@ -26,7 +26,7 @@ from datamodules.files.decoding import VERSION, Cache, Fit, decode, fit_square
 from datamodules.files.download import TIMEOUT
 from datamodules.files.finding import DatasetError, locked
 from datamodules.files.listing import File, Listing, hold_out, printable
-from errors import CERTIFICATES, one_line, replace_file, writable
+from errors import after_failed_fetch, one_line, replace_file, writable
 
 NEEDS = {"svhn": ["scipy"], "flowers102": ["scipy"], "caltech101": ["scipy"], "pcam": ["h5py"]}
 # Sets in which each picture has one class. The name is the class's in lower case; of EMNIST also with a split.
@@ -160,7 +160,7 @@ def _opened(name: str, data_dir: Path) -> tuple[dict[str, Any], dict[str, list[i
         raise DatasetError(f"{name} needs a package that is not installed: {error}") from None
     except Exception as error:  # torchvision and the classes of others raise anything
         why = one_line(str(error)) or type(error).__name__
-        first = CERTIFICATES if "CERTIFICATE_VERIFY_FAILED" in why else "get online"
+        first = after_failed_fetch(why, "get online")
         raise DatasetError(
             f"{name} can't be read from {data_dir} or fetched: {why[:400]}; {first}, or put its files there as "
             "torchvision lays them out, or remove what is there of it"

@@ -95,11 +95,15 @@ def alexnet_2(answer: Any) -> Iterator[Finding]:
 
 def vgg_2(answer: Any) -> Iterator[Finding]:
     """A deep VGG that stays at chance."""
-    ruled = ("model.net.init_args.depth", "model.net.init_args.width_divisor", "data.image_size", "trainer.max_epochs")
-    kept = [setting(answer, name) for name in ruled] in ([19, 8, 32, epochs] for epochs in (1, 2, 3))
-    kept &= setting(answer, "model.net.class_path") == "models.vgg.VGG"
-    kept &= not setting(answer, "model.net.init_args.no_hidden_layers")
-    kept &= setting(answer, "model.net.init_args.blocks") in (None, 5)
+    net: dict[str, tuple[Any, ...]] = {
+        "depth": (19,),
+        "width_divisor": (8,),
+        "blocks": (None, 5),
+        "no_hidden_layers": (None, False),
+    }
+    ruled = {f"model.net.init_args.{name}": values for name, values in net.items()}
+    ruled |= {"model.net.class_path": ("models.vgg.VGG",), "data.image_size": (32,), "trainer.max_epochs": (1, 2, 3)}
+    kept = all(setting(answer, name) in values for name, values in ruled.items())
     yield Finding(kept, "kept")
     if not kept:
         return
